@@ -1,0 +1,118 @@
+"""Record a calibration text: pre-RoPE keys, values and their Fisher information, window by window.
+
+    python -m gradients --model meta-llama/Llama-2-7b-hf --text wikitext2 --output records/
+    python -m gradients --model ./smollm2 --text notes.txt:0-50 --windows 16 --seqlen 512 --output records/
+    accelerate launch -m gradients --model ... --text c4 --output records/     # the windows split over processes
+
+An interrupted run continues where it stopped. The folder is all that `python -m quant.fit` needs.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from accelerate import PartialState
+from tqdm import tqdm
+
+from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
+from gradients.fisher import record_window
+from gradients.models import Fingerprint, LoadedModel, decoder_config, kv_sites, load_model
+from gradients.records import Manifest, Records
+from gradients.text import Corpus, load_corpus
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--model --dtype --device --full-attention`, spelled alike in every command that runs a model."""
+    parser.add_argument("--model", required=True, help="hub id, local folder, or folder of GGUF weights")
+    parser.add_argument("--dtype", default="auto", help="torch dtype; auto: the checkpoint's, on the CPU float32")
+    parser.add_argument("--device", default="auto", help="torch device; auto: all accelerators, then CPU memory")
+    parser.add_argument(
+        "--full-attention",
+        action="store_true",
+        help="treat sliding-window layers as fully attending; right while no context exceeds the window",
+    )
+
+
+def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
+    """The model that `add_model_arguments` describes."""
+    return load_model(arguments.model, arguments.dtype, arguments.device, arguments.full_attention)
+
+
+def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
+    """Raise `UserError` when a window would exceed the positions the model was made for."""
+    positions = decoder_config(loaded.model.config).max_position_embeddings
+    if seqlen > positions:
+        raise UserError(f"--seqlen {seqlen} exceeds the {positions} positions of model {loaded.name!r}; lower it")
+    if seqlen < 2:
+        raise UserError(f"--seqlen {seqlen} leaves no next token to predict; use at least 2")
+
+
+def record(loaded: LoadedModel, corpus: Corpus, records: Records, windows: int, checkpointing: bool = False) -> int:
+    """Record this process's share of the missing windows; returns how many it recorded."""
+    state = PartialState()
+    manifest = records.manifest
+    drawn = corpus.calibration_windows(manifest.seqlen, windows, manifest.seed)
+    mine = range(state.process_index, windows, state.num_processes)
+    missing = [window for window in mine if not records.is_complete(window)]
+    unit = {"unit": "tok", "unit_scale": True, "disable": not state.is_main_process}
+    with tqdm(total=len(mine) * manifest.seqlen, desc="recording", **unit) as progress:
+        progress.update((len(mine) - len(missing)) * manifest.seqlen)
+        for window in missing:
+            records.write(window, record_window(loaded.model, drawn[window], checkpointing))
+            progress.update(manifest.seqlen)
+    return len(missing)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
+    parser = command_parser("gradients", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--text", required=True, help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
+    parser.add_argument("--windows", type=positive_int, default=16)
+    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="of the places the windows are drawn from")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute layers: less memory, more time")
+    parser.add_argument("--output", required=True, help="the records folder")
+    arguments = parser.parse_args(argv)
+
+    loaded = load_model_from(arguments)
+    check_seqlen(loaded, arguments.seqlen)
+    sites = kv_sites(loaded.model)
+    corpus = load_corpus(arguments.text, "calibration", loaded.tokenizer)
+    manifest = Manifest(
+        fingerprint=Fingerprint.of(loaded.model.config),
+        text=corpus.name,
+        token_digest=corpus.digest,
+        seqlen=arguments.seqlen,
+        windows=arguments.windows,
+        seed=arguments.seed,
+        model=arguments.model,
+        model_dtype=str(loaded.model.dtype).removeprefix("torch."),
+        versions={package: version(package) for package in ("torch", "transformers")},
+    )
+    corpus.calibration_windows(arguments.seqlen, 1, arguments.seed)  # a text too short fails before anything is written
+    records = Records.create(arguments.output, manifest)
+    started = time.perf_counter()
+    recorded = record(loaded, corpus, records, arguments.windows, arguments.checkpointing)
+    seconds = time.perf_counter() - started
+    state = PartialState()
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return None
+    size = sum(records.path(window).stat().st_size for window in range(arguments.windows))
+    print(f"{arguments.windows} windows of {arguments.seqlen} tokens, {len(sites)} sites, {size / 1e6:.0f} MB in {arguments.output}")
+    return {
+        "records": arguments.output,
+        "windows": arguments.windows,
+        "seqlen": arguments.seqlen,
+        "recorded_now": recorded,
+        "tokens_per_second": round(recorded * arguments.seqlen / seconds, 1),
+        "bytes": size,
+        "digest": records.manifest.digest,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)

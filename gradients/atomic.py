@@ -1,0 +1,46 @@
+"""Write a file so that its final name only ever shows a complete one.
+
+The content goes to a temporary name in the same folder, is flushed to the disk, and is then renamed: a killed
+process or a full disk leaves the earlier file, or none.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradients.cli import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path; on success rename it to `path`, on any failure remove it.
+
+    Raises `UserError` when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    # several processes may write the same folder, hence the process id
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        if _is_write_failure(error):
+            raise UserError(
+                f"cannot write {path}: {error}; free or choose another place and run again, earlier files are untouched"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    codes = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+    if isinstance(error, OSError):
+        return error.errno in codes
+    # safetensors wraps the operating system's error in one of its own
+    return type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()

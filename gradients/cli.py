@@ -1,0 +1,73 @@
+"""Conventions every command of the three stages shares.
+
+A command is a function `main(argv) -> dict`. It prints what a person wants to read, reports progress on
+stderr, and its dictionary becomes one JSON object on the last line of stdout. Bad input is a `UserError`: one
+line on stderr that names the thing, the value and the remedy, and exit code 2. Anything else is a bug of ours
+and keeps its traceback.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+EXIT_BAD_INPUT = 2
+
+
+class UserError(ValueError):
+    """Input a user can mend; the message names the thing, the value and the remedy in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def command_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """An argument parser for `python -m {module}` whose help shows the module's docstring unchanged."""
+    return _Parser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive integer")
+    return number
+
+
+def non_negative_int(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
+    """Run `main` on the process's arguments, print its JSON line, and exit with 0, or 2 for bad input."""
+    try:
+        summary = main(None)
+    except (UserError, NotImplementedError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    if summary is not None:
+        print(json.dumps(summary), flush=True)
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table; the keys of the first row are the header."""
+    header = list(rows[0])
+    cells = [header] + [[_format_cell(row[key]) for key in header] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _format_cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,137 @@
+"""`quantizers.safetensors`: everything evaluation and deployment need, and nothing to repeat on a command line.
+
+Tensors: `layers.{i}.key.{levels,boundaries,scale,zero}`, `layers.{i}.value.{levels,boundaries}` (scale and zero
+wherever the axis is channel-wise). Metadata, one JSON object: schema version, the scheme, the layers that depart
+from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from gradients.atomic import atomic_write
+from gradients.cli import UserError
+from gradients.models import KINDS, Fingerprint, Kind, canonical_json
+from quant.codebook import Codebook
+from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+from quant.scheme import Axis, Scheme
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizers:
+    """The fitted quantizers of a model: `layers[i]["key" | "value"]` for every cached layer i."""
+
+    scheme: Scheme
+    fingerprint: Fingerprint
+    records_digest: str
+    layers: dict[int, dict[Kind, Quantizer]]
+
+    def check_model(self, config: PreTrainedConfig) -> None:
+        """Raise `UserError` unless they were fitted for a model of this config."""
+        difference = self.fingerprint.difference(Fingerprint.of(config))
+        if difference:
+            raise UserError(
+                f"quantizers were fitted for another model: {difference}; record and fit for this model, or give --model the other"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the artefact atomically."""
+        tensors = {
+            f"layers.{layer}.{kind}.{name}": table.contiguous()
+            for layer, sides in self.layers.items()
+            for kind, quantizer in sides.items()
+            for name, table in quantizer.tables.items()
+        }
+        departures = {
+            f"{layer}.{kind}": quantizer.scheme.to_json()
+            for layer, sides in self.layers.items()
+            for kind, quantizer in sides.items()
+            if quantizer.scheme != self.scheme
+        }
+        content = {
+            "schema": SCHEMA,
+            "scheme": self.scheme.to_json(),
+            "layer_schemes": departures,
+            "fingerprint": self.fingerprint.to_json(),
+            "records": self.records_digest,
+            "versions": {package: version(package) for package in ("torch", "transformers")},
+        }
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, metadata={"kvquant": canonical_json(content)})
+
+
+def load_quantizers(path: str | Path) -> Quantizers:
+    """Read an artefact.
+
+    Raises `UserError` when it is missing, not safetensors (a pickle, say), damaged, of another schema, or when
+    layers or tensors are missing or do not fit its scheme.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except OSError as error:
+        raise UserError(f"quantizers {str(path)!r} cannot be read ({error}); make them with `python -m quant.fit`") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"quantizers {str(path)!r} are not a complete safetensors file ({error}); pickles are never loaded: "
+            "make them with `python -m quant.fit`"
+        ) from error
+    if "kvquant" not in metadata:
+        raise UserError(f"quantizers {str(path)!r} lack our metadata: some other safetensors file; use one that `python -m quant.fit` wrote")
+    content = json.loads(metadata["kvquant"])
+    if content.get("schema") != SCHEMA:
+        raise UserError(f"quantizers {str(path)!r} have schema {content.get('schema')}, this version reads {SCHEMA}; fit them again")
+    scheme, fingerprint = Scheme.from_json(content["scheme"]), Fingerprint.from_json(content["fingerprint"])
+    layers: dict[int, dict[Kind, Quantizer]] = {}
+    for layer in fingerprint.cached_layers:
+        layers[layer] = {
+            kind: _assemble(path, layer, kind, _scheme_of(content, scheme, layer, kind), tensors, fingerprint)
+            for kind in KINDS
+        }
+    return Quantizers(scheme=scheme, fingerprint=fingerprint, records_digest=content["records"], layers=layers)
+
+
+def axis_of(scheme: Scheme, kind: Kind) -> Axis:
+    """The axis along which a scheme quantizes keys or values."""
+    return scheme.key_axis if kind == "key" else scheme.value_axis
+
+
+def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind) -> Scheme:
+    departure = content["layer_schemes"].get(f"{layer}.{kind}")
+    return Scheme.from_json(departure) if departure else default
+
+
+def _assemble(
+    path: str | Path, layer: int, kind: Kind, scheme: Scheme, tensors: dict[str, Tensor], fingerprint: Fingerprint
+) -> Quantizer:
+    channels = fingerprint.heads * fingerprint.head_dim
+    shapes = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
+    if axis_of(scheme, kind) == "channel":
+        shapes |= {"scale": (channels,), "zero": (channels,)}
+    tables = {}
+    for name, shape in shapes.items():
+        full = f"layers.{layer}.{kind}.{name}"
+        if full not in tensors:
+            raise UserError(f"quantizers {str(path)!r} lack tensor {full}; fit them again")
+        table = tensors[full]
+        if tuple(table.shape) != shape or table.dtype != torch.float32 or not table.isfinite().all():
+            raise UserError(
+                f"quantizers {str(path)!r}: tensor {full} is {tuple(table.shape)} {table.dtype}, expected finite {shape} "
+                "float32; fit them again"
+            )
+        tables[name] = table
+    codebook = Codebook(tables.pop("levels"), tables.pop("boundaries"))
+    if tables:
+        return ChannelQuantizer(scheme, codebook, **tables)
+    return TokenQuantizer(scheme, codebook)

@@ -1,0 +1,191 @@
+"""Perplexity of a model whose cache is quantized in simulation, and how far it strays from the unquantized model.
+
+    python -m quant.evaluate --model meta-llama/Llama-2-7b-hf --text wikitext2                      # unquantized
+    python -m quant.evaluate --model meta-llama/Llama-2-7b-hf --text wikitext2 --quantizers nuq3.safetensors
+    accelerate launch -m quant.evaluate ...                            # the windows split over processes
+
+The quantizer file says everything about the quantization. Each window runs twice, without and with it, so that
+KL divergence and agreement of the most likely token cost no second pass over the text.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from gradients.models import LoadedModel
+from gradients.text import load_corpus
+from quant.artefact import Quantizers, load_quantizers
+from quant.simulate import simulated
+
+_LOGIT_ROWS = 256  # positions whose logits are compared at a time: bounds the float32 copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over predicted tokens; windows and processes add up."""
+
+    tokens: int = 0
+    nll: float = 0.0  # nats
+    baseline_nll: float = 0.0  # nats, of the unquantized model
+    kl: float = 0.0  # nats, KL(unquantized || quantized)
+    agreements: int = 0  # positions where both find the same token most likely
+
+    def __add__(self, other: "Totals") -> "Totals":
+        return Totals(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+    def summary(self) -> dict[str, float | int]:
+        """Means per token, as reported."""
+        nll = self.nll / self.tokens
+        return {
+            "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
+            "nll": nll,
+            "baseline_nll": self.baseline_nll / self.tokens,
+            "tokens": self.tokens,
+            "kl": self.kl / self.tokens,
+            "top1_agreement": self.agreements / self.tokens,
+        }
+
+
+def compare_logits(logits: Tensor, baseline: Tensor, targets: Tensor) -> Totals:
+    """Score `logits` `[N, V]` against the `targets` `[N]` and the unquantized model's `baseline` `[N, V]`.
+
+    Raises `UserError` when either holds NaN.
+    """
+    totals = Totals()
+    for chunk in torch.arange(len(targets), device=logits.device).split(_LOGIT_ROWS):
+        log_p = logits[chunk].float().log_softmax(-1)
+        log_q = baseline[chunk].float().log_softmax(-1)
+        wanted = targets[chunk, None]
+        if log_p.isnan().any() or log_q.isnan().any():
+            raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
+        totals += Totals(
+            tokens=len(chunk),
+            nll=-float(log_p.gather(1, wanted).double().sum()),
+            baseline_nll=-float(log_q.gather(1, wanted).double().sum()),
+            kl=float((log_q.exp() * (log_q - log_p)).sum(-1).double().sum()),
+            agreements=int((log_p.argmax(-1) == log_q.argmax(-1)).sum()),
+        )
+    return totals
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, windows: Tensor, quantizers: Quantizers | None) -> dict[str, Any]:
+    """Perplexity and distance from the unquantized model over `windows`, `[n, S]` int64.
+
+    Under `accelerate launch` every process takes its share and all return the whole result.
+    """
+    state = PartialState()
+    device = model.get_input_embeddings().weight.device
+    totals, size = Totals(), None
+    started = time.perf_counter()
+    mine = windows[state.process_index :: state.num_processes]
+    for window in tqdm(mine, desc="evaluating", unit="window", disable=not state.is_main_process):
+        tokens = window.to(device)[None]
+        baseline = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        logits = baseline
+        if quantizers is not None:
+            with simulated(model, quantizers) as usage:
+                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+            size = usage.size if size is None else size + usage.size
+        totals += compare_logits(logits, baseline, tokens[0, 1:].to(logits.device))
+    stored = (size.bits, size.elements) if size else (0, 0)
+    totals, stored = _sum_over_processes(state, totals, stored)
+    return {
+        **totals.summary(),
+        "bits_per_element": stored[0] / stored[1] if stored[1] else torch.finfo(model.dtype).bits,
+        "scheme": quantizers.scheme.describe() if quantizers else "unquantized",
+        "tokens_per_second": round(totals.tokens / (time.perf_counter() - started), 1),
+    }
+
+
+def _sum_over_processes(
+    state: PartialState, totals: Totals, stored: tuple[int, int]
+) -> tuple[Totals, tuple[int, int]]:
+    if state.num_processes == 1:
+        return totals, stored
+    sums = torch.tensor([*vars(totals).values(), *stored], dtype=torch.float64, device=state.device)
+    *scores, bits, elements = reduce(sums, "sum").tolist()
+    names = dict(zip(vars(totals), scores, strict=True))
+    counts = {name: int(names[name]) for name in ("tokens", "agreements")}
+    return Totals(**{**names, **counts}), (int(bits), int(elements))
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--text --seqlen --windows --results`, spelled alike in every evaluation command."""
+    parser.add_argument("--text", required=True, help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
+    parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
+    parser.add_argument("--windows", type=positive_int, default=None, help="default: as many as the text holds")
+    parser.add_argument("--results", help="append the result as a row to this JSONL file")
+
+
+def evaluation_windows(loaded: LoadedModel, arguments: argparse.Namespace) -> Tensor:
+    """The windows `[n, S]` that `add_evaluation_arguments` describes. Raises `UserError` for bad ones."""
+    check_seqlen(loaded, arguments.seqlen)
+    corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer)
+    return corpus.evaluation_windows(arguments.seqlen, arguments.windows)
+
+
+def append_result(path: str | None, result: dict[str, Any], loaded: LoadedModel, arguments: argparse.Namespace) -> None:
+    """Append a result and where it came from to a JSONL file, if one is given."""
+    if path is None:
+        return
+    provenance = {
+        "model": Path(arguments.model).name,
+        "text": Path(arguments.text).name,
+        "seqlen": arguments.seqlen,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if loaded.device.type == "cuda" else platform.machine() + " cpu",
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "commit": _commit(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({**result, **provenance}) + "\n")
+
+
+def _commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
+    parser = command_parser("quant.evaluate", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--quantizers", help="file written by `python -m quant.fit`; without it, the model as it is")
+    add_evaluation_arguments(parser)
+    arguments = parser.parse_args(argv)
+
+    quantizers = load_quantizers(arguments.quantizers) if arguments.quantizers else None
+    loaded = load_model_from(arguments)
+    if quantizers is not None:
+        quantizers.check_model(loaded.model.config)
+    result = evaluate(loaded.model, evaluation_windows(loaded, arguments), quantizers)
+    if not PartialState().is_main_process:
+        return None
+    shown = ("scheme", "bits_per_element", "perplexity", "baseline_nll", "nll", "kl", "top1_agreement", "tokens_per_second")
+    print(format_table([{name: result[name] for name in shown}]))
+    append_result(arguments.results, result, loaded, arguments)
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,143 @@
+"""The arithmetic of quantization, written once: `encode(x) -> Encoded`, `decode(Encoded) -> x'`.
+
+The simulation is `decode(encode(x))`; the packed cache packs the same `Encoded`. Two quantizers differ in where
+their range comes from: a `ChannelQuantizer` calibrated one range per channel (the paper's keys), a
+`TokenQuantizer` takes one per token as it comes (the paper's values). With levels q on [-1, 1]:
+
+    x^ = (x - z) / s        code = bucketize(x^)        x' = s * q[code] + z,  or x itself (fp16) for an outlier
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant.codebook import Codebook
+from quant.outliers import cap_outliers, extreme_elements, outliers_per_end
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens as they will be stored: `codes` `[..., T, C]`, and whatever codes cannot say.
+
+    `outliers` masks the elements kept exactly, whose fp16 values are `exact`, `[N]` in row-major order of the
+    mask. `scale` and `zero` `[..., T, 1]` fp16 exist where the range is dynamic.
+    """
+
+    codes: Tensor  # [..., T, C] uint8
+    outliers: Tensor | None  # [..., T, C] bool
+    exact: Tensor | None  # [N] fp16
+    scale: Tensor | None = None  # [..., T, 1] fp16
+    zero: Tensor | None = None  # [..., T, 1] fp16
+
+    @property
+    def outlier_count(self) -> int:
+        """Number of elements kept exactly."""
+        return 0 if self.exact is None else self.exact.numel()
+
+
+@dataclass(frozen=True)
+class ChannelQuantizer:
+    """Static ranges, one per channel: `scale` and `zero`, `[C]` float32; beyond them lie the outliers."""
+
+    scheme: Scheme
+    codebook: Codebook
+    scale: Tensor
+    zero: Tensor
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Quantize `x`, `[..., T, C]`, in float32."""
+        normalised = normalise(x.float(), self.scale, self.zero)
+        codes = self.codebook.encode(normalised)
+        if not self.scheme.outliers:
+            return Encoded(codes, None, None)
+        distance = normalised.abs()
+        outliers = distance > 1
+        if self.scheme.outlier_cap is not None:
+            outliers = cap_outliers(outliers, distance, self.scheme.outlier_cap)
+        return Encoded(codes, outliers, as_stored(x[outliers]))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        return _put_exact(self.codebook.decode(encoded.codes) * self.scale + self.zero, encoded)
+
+    def to(self, device: torch.device | str) -> "ChannelQuantizer":
+        """The same quantizer on a device."""
+        return replace(
+            self, codebook=self.codebook.to(device), scale=self.scale.to(device), zero=self.zero.to(device)
+        )
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The fitted tensors, by the name they have in the artefact."""
+        return {**_codebook_tables(self.codebook), "scale": self.scale, "zero": self.zero}
+
+
+@dataclass(frozen=True)
+class TokenQuantizer:
+    """Dynamic ranges: each token's own, from the elements that are left when its outliers are set aside."""
+
+    scheme: Scheme
+    codebook: Codebook
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Quantize `x`, `[..., T, C]`, in float32."""
+        x = x.float()
+        outliers, scale, zero = token_range(x, self.scheme.outliers)
+        # the fp16 numbers as stored, so that encoding and decoding divide and multiply by the same
+        codes = self.codebook.encode(normalise(x, scale.float(), zero.float()))
+        return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        assert encoded.scale is not None and encoded.zero is not None
+        return _put_exact(self.codebook.decode(encoded.codes) * encoded.scale.float() + encoded.zero.float(), encoded)
+
+    def to(self, device: torch.device | str) -> "TokenQuantizer":
+        """The same quantizer on a device."""
+        return replace(self, codebook=self.codebook.to(device))
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The fitted tensors, by the name they have in the artefact."""
+        return _codebook_tables(self.codebook)
+
+
+Quantizer = ChannelQuantizer | TokenQuantizer
+
+
+def normalise(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x^ = (x - z) / s (KVQuant, Eq. 2). Where s = 0, x = z maps to 0 and any other x far beyond the ends."""
+    return (x - zero) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def as_stored(x: Tensor) -> Tensor:
+    """fp16, saturating: what exact elements, scales and sink tokens are stored as."""
+    limit = torch.finfo(torch.float16).max
+    return x.clamp(-limit, limit).half()
+
+
+def token_range(x: Tensor, share: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(outlier mask or None, scale, zero) of each token of float32 `x`, `[..., T, C]`.
+
+    Scale and zero are fp16 `[..., T, 1]`: half the width and the centre of what remains without the outliers.
+    """
+    outliers = None
+    highest = lowest = x
+    if share:
+        outliers = extreme_elements(x, outliers_per_end(x.shape[-1], share))
+        highest, lowest = x.masked_fill(outliers, -torch.inf), x.masked_fill(outliers, torch.inf)
+    high, low = highest.amax(-1, keepdim=True), lowest.amin(-1, keepdim=True)
+    return outliers, as_stored((high - low) / 2), as_stored((high + low) / 2)
+
+
+def _put_exact(dense: Tensor, encoded: Encoded) -> Tensor:
+    if encoded.outliers is not None:
+        assert encoded.exact is not None
+        dense[encoded.outliers] = encoded.exact.float()
+    return dense
+
+
+def _codebook_tables(codebook: Codebook) -> dict[str, Tensor]:
+    return {"levels": codebook.levels, "boundaries": codebook.boundaries}
