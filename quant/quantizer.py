@@ -60,7 +60,7 @@ class ChannelQuantizer:
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
-        return _put_exact(self.codebook.decode(encoded.codes) * self.scale + self.zero, encoded)
+        return _put_exact(dequantize(self.codebook, encoded.codes, self.scale, self.zero), encoded)
 
     def to(self, device: torch.device | str) -> "ChannelQuantizer":
         """The same quantizer on a device."""
@@ -92,7 +92,8 @@ class TokenQuantizer:
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
         assert encoded.scale is not None and encoded.zero is not None
-        return _put_exact(self.codebook.decode(encoded.codes) * encoded.scale.float() + encoded.zero.float(), encoded)
+        scale, zero = encoded.scale.float(), encoded.zero.float()
+        return _put_exact(dequantize(self.codebook, encoded.codes, scale, zero), encoded)
 
     def to(self, device: torch.device | str) -> "TokenQuantizer":
         """The same quantizer on a device."""
@@ -110,6 +111,11 @@ Quantizer = ChannelQuantizer | TokenQuantizer
 def normalise(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """x^ = (x - z) / s (KVQuant, Eq. 2). Where s = 0, x = z maps to 0 and any other x far beyond the ends."""
     return (x - zero) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def dequantize(codebook: Codebook, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x' = s * q[code] + z in float32; scale and zero broadcast against the codes, whatever their layout."""
+    return codebook.decode(codes) * scale + zero
 
 
 def as_stored(x: Tensor) -> Tensor:

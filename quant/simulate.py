@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from gradients.models import KVSite, kv_sites
 from quant.artefact import Quantizers
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored
-from quant.storage import StoredSize, exact_size, packed_size
+from quant.storage import OUTLIER_BITS, StoredSize, exact_size, packed_size
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Usage:
         )
         for _ in range(batch):
             self.size += per_sequence
-        self.size += StoredSize(bits=encoded.outlier_count * 32)
+        self.size += StoredSize(bits=encoded.outlier_count * OUTLIER_BITS)
 
 
 @contextmanager

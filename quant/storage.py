@@ -9,7 +9,7 @@ BLOCK_TOKENS = 64  # tokens of a block; a KV head's codes of one block are conti
 FP16_BITS = 16
 TOKEN_SCALE_BITS = 2 * FP16_BITS  # scale and zero of a token-wise axis
 OUTLIER_BITS = 16 + FP16_BITS  # index within block and head, value
-OUTLIER_LIST_BITS = 32 + 16  # start and count of the outlier list of one block and head
+OUTLIER_LIST_BITS = 32  # end of the outlier list of one block and head
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""Attention over a packed cache, through transformers' public extension points.
+
+Within `packed_attention(model)`
+- the rotary module's output is replaced by cos = 1, sin = 0, so that the model hands pre-RoPE keys to the cache
+  and pre-RoPE queries to the attention function;
+- the attention function rotates both at their true positions and attends over packed past and current chunk;
+- a mask function keeps padding known without ever building a mask of chunk x context.
+Layers without a packed cache (sliding windows, or no cache at all) are rotated and handed to stock SDPA. On exit
+the model is as it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from deployment.cache import PackedLayer
+from deployment.kernels.attend import Segment, attend_torch
+from deployment.rope import Rope, rotate
+from gradients.models import decoder, kv_sites
+
+NAME = "kvquant"
+_CONTEXT = "kvquant_context"
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the attention function must know of its module; a plain object, so that it is no submodule."""
+
+    rope: Rope
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, `model` attends through the packed layers of any `PackedCache` it is given.
+
+    Raises `NotImplementedError` for an unsupported architecture.
+    """
+    kv_sites(model)  # refuses an architecture whose attention nobody has looked at
+    rotary = decoder(model).rotary_emb
+    modules = [layer.self_attn for layer in decoder(model).layers]
+    ropes: dict[str | None, Rope] = {}
+    before = model.config._attn_implementation
+    handle = rotary.register_forward_hook(_no_rotation)
+    try:
+        for module in modules:
+            layer_type = module.layer_type if isinstance(rotary.rope_type, dict) else None
+            setattr(module, _CONTEXT, _Context(ropes.setdefault(layer_type, Rope(rotary, layer_type))))
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        handle.remove()
+        for module in modules:
+            if hasattr(module, _CONTEXT):
+                delattr(module, _CONTEXT)
+        model.set_attn_implementation(before)
+
+
+def _no_rotation(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = output
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """For plain causal attention: which tokens are not padding, `[B, 1, 1, T + S]` bool, or None if all are not.
+
+    Causality needs no mask: the attention function knows it. Any other pattern gets its full mask from transformers.
+    """
+    if mask_function is not causal_mask_function:
+        return sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+    if attention_mask is None or attention_mask.all():
+        return None
+    return attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function given to transformers.
+
+    Args:
+        query: `[B, H, S, D]`, pre-RoPE.
+        key, value: what `Cache.update` returned, pre-RoPE: the chunk `[B, G, S, D]`, or past and chunk if native.
+        attention_mask: as `padding_mask` made it.
+
+    Returns `[B, S, H, D]` in the query's dtype, and no weights.
+    """
+    rope: Rope = getattr(module, _CONTEXT).rope
+    layer: PackedLayer | None = getattr(key, "packed_layer", None)
+    if layer is None:
+        return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    padding = _chunk_padding(attention_mask, layer, query.shape[2])
+    output = _packed(layer, rope, query, key, value, padding, scaling)
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def _chunk_padding(mask: Tensor | None, layer: PackedLayer, new: int) -> list[int]:
+    """How many of the chunk's `new` tokens are left padding, for each row. Raises ValueError for other masks."""
+    batch = len(layer.lengths)
+    if mask is None:
+        return [0] * batch
+    if mask.shape[2] != 1:
+        raise ValueError("a packed cache takes causal attention with left padding, no other mask (packed sequences, say)")
+    visible = mask[:, 0, 0].expand(batch, -1)
+    padding = (~visible).sum(-1)
+    past = layer.slots - torch.tensor(layer.lengths, device=mask.device)
+    if (visible.int().diff(dim=-1) < 0).any() or (padding.clamp(max=layer.slots) != past).any():
+        raise ValueError("a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks")
+    return (padding - layer.slots).clamp(min=0, max=new).tolist()
+
+
+def _packed(
+    layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
+) -> Tensor:
+    """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` float32."""
+    new = query.shape[2]
+    before = torch.tensor(layer.lengths, device=query.device)
+    pads = torch.tensor(padding, device=query.device)
+    # position of every token of the chunk; negative for padding
+    positions = (before - pads)[:, None] + torch.arange(new, device=query.device)
+    positions = positions.masked_fill(torch.arange(new, device=query.device) < pads[:, None], -1)
+    length = max(stored + new - pad for stored, pad in zip(layer.lengths, padding, strict=True))
+    tables = rope.tables(positions.clamp(min=0), length)
+    rotated = rotate(query.float(), *tables)
+    if layer.exact_chunk:
+        past = _stored_segments(layer, rope, positions, length)
+        output = attend_torch(rotated, [*past, _chunk_segment(key, value, positions, tables)], scaling)
+        layer.append(key, value, padding)
+        return output
+    layer.append(key, value, padding)
+    return attend_torch(rotated, _stored_segments(layer, rope, positions, length), scaling)
+
+
+def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:
+    """What the layer stores, a page at a time, rotated; a query at position p sees the tokens up to p."""
+    lengths = torch.tensor(layer.lengths, device=positions.device)
+    shortest = min(layer.lengths, default=0)
+    for stretch in layer.stretches():
+        token = torch.arange(stretch.start, stretch.end, device=positions.device)
+        visible = None
+        # with exact chunks the stored tokens all precede the queries
+        if stretch.end > shortest or not layer.exact_chunk:
+            visible = (token < lengths[:, None, None]) & (token <= positions[..., None])
+        tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
+        yield Segment(rotate(stretch.key, *tables), stretch.value, visible)
+
+
+def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Segment:
+    visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
+    return Segment(rotate(key.float(), *tables), value.float(), visible)
+
+
+def _native(
+    module: nn.Module,
+    rope: Rope,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    position_ids: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Rotate all the way a stock model would have, and let stock SDPA attend."""
+    new, total = query.shape[2], key.shape[2]
+    if position_ids is None:
+        position_ids = torch.arange(total - new, total, device=query.device)[None]
+    length = int(position_ids.max()) + 1 if rope.length_dependent else 1
+    query = rotate(query, *rope.tables(position_ids, length, query.dtype))
+    key_positions = position_ids
+    if total > new:
+        back = torch.arange(total - 1, -1, -1, device=query.device)
+        key_positions = (position_ids[:, -1:] - back).clamp(min=0)
+    key = rotate(key, *rope.tables(key_positions, length, query.dtype))
+    mask = _causal_and_padding(mask, new, total, query.device)
+    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _causal_and_padding(mask: Tensor | None, new: int, total: int, device: torch.device) -> Tensor | None:
+    """The full mask `[B, 1, S, T + S]` that SDPA needs; None where its own causality will do."""
+    if new == 1 or (mask is not None and mask.shape[2] != 1) or (mask is None and new == total):
+        return mask
+    causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)
+    return causal[None, None] if mask is None else causal & mask
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, padding_mask)

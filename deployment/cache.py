@@ -1,0 +1,266 @@
+"""A transformers `Cache` whose full-attention layers are packed.
+
+    cache = PackedCache(load_quantizers("nuq3.safetensors"), model.config)
+    with packed_attention(model):
+        model.generate(ids, past_key_values=cache, max_new_tokens=100)
+
+A packed layer stores, for every sequence of the batch, its first tokens in fp16 (attention sinks) and all others
+as codes. Padding is never stored: token number i of a sequence is stored as number i, and i is also its position,
+so rows of a left-padded batch have lengths of their own. Sliding-window layers keep transformers' native layer.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from deployment.layout import PAGE_TOKENS, PackedTensor, Rows
+from gradients.cli import UserError
+from gradients.models import Kind, cached_layers, decoder_config
+from quant.artefact import Quantizers, axis_of
+from quant.quantizer import Encoded, Quantizer, as_stored
+from quant.storage import FP16_BITS
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Stored tokens `start`, ..., `end - 1` of every sequence, dequantized: `[B, G, end - start, D]` float32."""
+
+    start: int
+    end: int
+    key: Tensor
+    value: Tensor
+
+
+class PackedLayer(CacheLayerMixin):
+    """The packed cache of one layer.
+
+    `update` only hands the new tokens on, with itself attached to the keys: the attention function reads the past,
+    and then calls `append`, since it alone knows about padding.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(
+        self, key: Quantizer, value: Quantizer, sink_tokens: int, capacity: int | None = None, exact_chunk: bool = True
+    ) -> None:
+        super().__init__()
+        self.quantizers: dict[Kind, Quantizer] = {"key": key, "value": value}
+        self.sink_tokens = sink_tokens
+        self.capacity = capacity
+        self.exact_chunk = exact_chunk
+        self.slots = 0  # tokens seen per row, padding included: what transformers calls the sequence length
+        self.lengths: list[int] = []  # tokens stored per row
+        self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
+        self.packed: dict[Kind, PackedTensor] = {}
+        self._handed_on = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for keys and values `[B, G, S, D]`, on their device."""
+        self.device = key_states.device
+        batch, heads, _, dim = key_states.shape
+        for kind, quantizer in self.quantizers.items():
+            self.sinks[kind] = torch.zeros(
+                batch, heads, self.sink_tokens, dim, dtype=torch.float16, device=self.device
+            )
+            self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device)
+            if self.capacity is not None:
+                self.packed[kind].reserve(self.capacity - self.sink_tokens, exactly=True)
+        self.lengths = [0] * batch
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
+        if self._handed_on:
+            raise RuntimeError("a PackedCache needs the model to run within `with packed_attention(model):`")
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_capacity(key_states.shape[2])
+        self._handed_on = True
+        key_states.packed_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def _check_capacity(self, new: int) -> None:
+        if self.capacity is not None and self.slots + new > self.capacity:
+            raise UserError(
+                f"the cache has a capacity of {self.capacity} tokens and the request needs {self.slots + new}; "
+                "shorten it or give a larger capacity"
+            )
+
+    def append(self, key: Tensor, value: Tensor, padding: Sequence[int]) -> None:
+        """Store a chunk `[B, G, S, D]` of which row b's first `padding[b]` tokens are left padding."""
+        self._handed_on = False
+        new = key.shape[2]
+        for kind, states in (("key", key), ("value", value)):
+            tokens = states.transpose(1, 2).flatten(2)  # [B, S, C]
+            for rows, length, pad in self._aligned_rows(padding):
+                self._append_rows(kind, rows, length, tokens[rows, pad:])
+        self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
+        self.slots += new
+
+    def _aligned_rows(self, padding: Sequence[int]) -> Iterator[tuple[Rows, int, int]]:
+        """Groups of rows that are equally long and equally padded: all of them, but for left-padded batches."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, group in enumerate(zip(self.lengths, padding, strict=True)):
+            groups.setdefault(group, []).append(row)
+        for (length, pad), rows in groups.items():
+            yield (slice(None) if len(groups) == 1 else torch.tensor(rows, device=self.device)), length, pad
+
+    def _append_rows(self, kind: Kind, rows: Rows, length: int, tokens: Tensor) -> None:
+        """Store tokens `[R, n, C]` of rows that hold `length` tokens each."""
+        sinks = min(max(self.sink_tokens - length, 0), tokens.shape[1])
+        if sinks:
+            exact = as_stored(tokens[:, :sinks]).unflatten(-1, (-1, self.sinks[kind].shape[-1])).transpose(1, 2)
+            self.sinks[kind][rows, :, length : length + sinks] = exact
+        if tokens.shape[1] > sinks:
+            start = length + sinks - self.sink_tokens
+            self.packed[kind].write(rows, start, self.encode(kind, tokens[:, sinks:]))
+
+    def encode(self, kind: Kind, tokens: Tensor) -> Encoded:
+        """What is stored of tokens `[R, n, C]`: the same as the simulation's."""
+        return self.packed[kind].quantizer.encode(tokens)
+
+    def stretches(self) -> Iterator[Stretch]:
+        """Everything stored, dequantized a page at a time, up to the longest sequence; shorter ones show zeros or waste."""
+        longest = max(self.lengths, default=0)
+        if sinks := min(self.sink_tokens, longest):
+            exact = [self.sinks[kind][:, :, :sinks].float() for kind in ("key", "value")]
+            yield Stretch(0, sinks, *exact)
+        start = self.sink_tokens
+        for key_page, value_page in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
+            if start >= longest:
+                return
+            key = self.packed["key"].read(key_page, longest - start)
+            value = self.packed["value"].read(value_page, longest - start)
+            yield Stretch(start, start + key.shape[2], key, value)
+            start += key.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(tokens of the past and the chunk, offset 0)."""
+        return self.slots + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.slots
+
+    def get_max_length(self) -> int:
+        """The capacity, or -1 if it grows without bound."""
+        return -1 if self.capacity is None else self.capacity
+
+    def reset(self) -> None:
+        """Forget everything, keeping quantizers and capacity."""
+        self.slots, self.lengths = 0, []
+        self.sinks, self.packed = {}, {}
+        self.is_initialized = self._handed_on = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens of every row. Raises ValueError for a positive number."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        self.slots = max(0, self.slots + tokens_to_remove)
+        self.lengths = [max(0, length + tokens_to_remove) for length in self.lengths]
+        for packed in self.packed.values():
+            packed.truncate([length - self.sink_tokens for length in self.lengths])
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep the given rows, in this order, repeats allowed."""
+        if not self.is_initialized:
+            return
+        sequences = sequences.to(self.device)
+        self.sinks = {kind: sinks[sequences] for kind, sinks in self.sinks.items()}
+        for packed in self.packed.values():
+            packed.select(sequences)
+        self.lengths = [self.lengths[row] for row in sequences.tolist()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b continues row `beam_idx[b]`."""
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self.select(torch.arange(len(self.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that an index or a mask selects."""
+        self.select(torch.arange(len(self.lengths), device=indices.device)[indices])
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held for cached tokens."""
+        return [*self.sinks.values(), *(tensor for packed in self.packed.values() for tensor in packed.tensors())]
+
+
+class PackedCache(Cache):
+    """A packed cache for one batch of sequences.
+
+    Args:
+        quantizers: as `load_quantizers` returns them; None keeps every layer native (quantization off).
+        config: the model's.
+        capacity: tokens per row, padding included, to reserve at once; None grows as needed.
+        exact_chunk: attend the current chunk in full precision, and only the past packed; if False also the chunk
+            is attended as stored, and any size of chunk then gives the simulation's result.
+
+    Raises `UserError` when the quantizers belong to another model or to axes that only the simulation knows.
+    """
+
+    def __init__(
+        self,
+        quantizers: Quantizers | None,
+        config: PreTrainedConfig,
+        capacity: int | None = None,
+        exact_chunk: bool = True,
+    ) -> None:
+        layers = DynamicCache(config=decoder_config(config)).layers
+        if quantizers is not None:
+            quantizers.check_model(config)
+            for layer in cached_layers(config):
+                sides = quantizers.layers[layer]
+                _check_packable(layer, sides)
+                layers[layer] = PackedLayer(
+                    sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk
+                )
+        super().__init__(layers=layers)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor held for cached tokens, native layers included."""
+        held: list[Tensor] = []
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer):
+                held += layer.tensors()
+            elif layer.is_initialized:
+                held += [layer.keys, layer.values]
+        return held
+
+    def nbytes(self) -> int:
+        """Bytes of all these tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def fp16_nbytes(self) -> int:
+        """Bytes the same tokens would take in fp16; padding, which a stock cache stores too, is not counted."""
+        total = 0
+        for layer in self.layers:
+            if isinstance(layer, PackedLayer) and layer.is_initialized:
+                channels = layer.packed["key"].heads * layer.packed["key"].head_dim
+                total += 2 * sum(layer.lengths) * channels * FP16_BITS // 8
+            elif layer.is_initialized:
+                total += (layer.keys.numel() + layer.values.numel()) * FP16_BITS // 8
+        return total
+
+
+def _check_packable(layer: int, sides: dict[Kind, Quantizer]) -> None:
+    for kind, axis in (("key", "channel"), ("value", "token")):
+        found = axis_of(sides[kind].scheme, kind)
+        if found != axis:
+            raise UserError(
+                f"layer {layer}: {kind}s quantized per {found} can only be simulated; the packed cache stores keys per "
+                "channel and values per token: fit with the default axes"
+            )
+
+
+__all__ = ["PAGE_TOKENS", "PackedCache", "PackedLayer", "Stretch"]

@@ -1,0 +1,107 @@
+"""Perplexity through the packed cache: the text goes through the model chunk by chunk, the past is read packed.
+
+    python -m deployment.evaluate --model ./smollm2 --quantizers nuq3.safetensors --text notes.txt:50-100
+    python -m deployment.evaluate ... --no-exact-chunk --prefill-chunk 1       # equals `python -m quant.evaluate`
+
+By default a chunk sees itself in full precision and only the past packed, as generation does. With
+`--no-exact-chunk` it sees itself as stored, too; any size of chunk then reproduces the simulation, which proves
+that what was evaluated is what is deployed.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache
+from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from quant.artefact import Quantizers, load_quantizers
+from quant.evaluate import add_evaluation_arguments, append_result, evaluation_windows
+
+
+@torch.inference_mode()
+def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chunk: int) -> float:
+    """Summed negative log-likelihood in nats of `windows`, `[B, S]` int64, as one batch, `chunk` tokens at a time.
+
+    The cache must be empty; it holds all tokens afterwards. Raises `UserError` for logits that are not finite.
+    """
+    tokens = windows.to(model.get_input_embeddings().weight.device)
+    total = 0.0
+    with packed_attention(model):
+        for start in range(0, tokens.shape[1], chunk):
+            logits = model(input_ids=tokens[:, start : start + chunk], past_key_values=cache).logits
+            targets = tokens[:, start + 1 : start + 1 + chunk].to(logits.device)
+            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            total += float(torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="sum"))
+    if not math.isfinite(total):
+        raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
+    return total
+
+
+def evaluate_packed(
+    model: PreTrainedModel, windows: Tensor, quantizers: Quantizers, chunk: int, exact_chunk: bool, batch: int = 1
+) -> dict[str, Any]:
+    """Perplexity over `windows` `[n, S]`, and the bytes of the cache at the end of a window.
+
+    `batch` windows run side by side, which changes the speed and nothing else.
+    """
+    seqlen = windows.shape[1]
+    nll, nbytes, fp16_nbytes, started = 0.0, 0, 0, time.perf_counter()
+    for part in tqdm(windows.split(batch), desc="evaluating packed", unit="batch"):
+        cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
+        nll += packed_nll(model, part, cache, chunk)
+        nbytes += cache.nbytes()
+        fp16_nbytes += cache.fp16_nbytes()
+    tokens = len(windows) * (seqlen - 1)
+    return {
+        "perplexity": math.exp(nll / tokens),
+        "nll": nll / tokens,
+        "tokens": tokens,
+        "scheme": quantizers.scheme.describe(),
+        "prefill_chunk": chunk,
+        "exact_chunk": exact_chunk,
+        "bits_per_element": 16 * nbytes / fp16_nbytes,
+        "cache_bytes": nbytes // len(windows),
+        "fp16_bytes": fp16_nbytes // len(windows),
+        "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    parser = command_parser("deployment.evaluate", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
+    add_evaluation_arguments(parser)
+    parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens per forward")
+    parser.add_argument("--exact-chunk", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--batch", type=positive_int, default=1, help="windows side by side")
+    arguments = parser.parse_args(argv)
+
+    quantizers = load_quantizers(arguments.quantizers)
+    loaded = load_model_from(arguments)
+    quantizers.check_model(loaded.model.config)
+    result = evaluate_packed(
+        loaded.model,
+        evaluation_windows(loaded, arguments),
+        quantizers,
+        arguments.prefill_chunk,
+        arguments.exact_chunk,
+        arguments.batch,
+    )
+    shown = ("scheme", "prefill_chunk", "exact_chunk", "bits_per_element", "perplexity", "nll", "cache_bytes", "tokens_per_second")
+    print(format_table([{name: result[name] for name in shown}]))
+    append_result(arguments.results, result, loaded, arguments)
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,68 @@
+"""Rotary embedding of keys that were cached before it (KVQuant, section 3.2).
+
+Cached keys carry no position, so every read rotates them, at the position they have and with the frequencies
+the model's own rotary module uses now (default, linear, dynamic, yarn, longrope, llama3 ...). Types that change
+their frequencies with the length of the sequence are told the current length with every call.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_MEMO_TABLES = 64  # tables of one page each: 32K positions, 16 MB at a head dimension of 64
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+@dataclass
+class Rope:
+    """The rotary module of a model, for the layers of one type.
+
+    `module` must be called through `forward`: the model's own calls go through hooks that take its effect away.
+    `layer_type` is None, or Gemma's `full_attention` or `sliding_attention`.
+    """
+
+    module: nn.Module
+    layer_type: str | None = None
+    _memo: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+
+    @property
+    def length_dependent(self) -> bool:
+        """Whether frequencies depend on the length of the sequence."""
+        rope_type = self.module.rope_type
+        name = rope_type if isinstance(rope_type, str) else rope_type[self.layer_type]
+        return name.startswith(_LENGTH_DEPENDENT)
+
+    def tables(self, positions: Tensor, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(cos, sin) `[B, S, R]` of positions `[B, S]` in a sequence that has `length` tokens by now.
+
+        R, the rotary dimension, may be less than D; attention scaling (yarn, longrope) is included.
+        """
+        batch, tokens = positions.shape
+        last = positions.new_full((batch, 1), length - 1)
+        # `x` tells the module nothing but device and dtype
+        x = torch.empty(0, device=positions.device, dtype=dtype)
+        kind = {} if self.layer_type is None else {"layer_type": self.layer_type}
+        cos, sin = self.module.forward(x, torch.cat([positions, last], dim=1), **kind)
+        return cos[:, :tokens], sin[:, :tokens]
+
+    def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(cos, sin) `[1, n, R]` float32 of the positions of a page, remembered from layer to layer and step to step."""
+        key = (start, end, device, length if self.length_dependent else None)
+        if key not in self._memo:
+            self._memo[key] = self.tables(torch.arange(start, end, device=device)[None], length)
+            if len(self._memo) > _MEMO_TABLES:
+                self._memo.popitem(last=False)
+        self._memo.move_to_end(key)
+        return self._memo[key]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (d, d + R/2) of `x` `[B, heads, S, D]`; tables are `[B, S, R]`, channels from R on stay."""
+    rotary = cos.shape[-1]
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    first, second = turned.chunk(2, dim=-1)
+    rotated = turned * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    return rotated if rotary == x.shape[-1] else torch.cat([rotated, rest], dim=-1)
