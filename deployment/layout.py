@@ -143,13 +143,13 @@ class PackedTensor:
         first, filled = divmod(offset, BLOCK_TOKENS)
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)
         held = codes.new_zeros(
-            codes.shape[0], self.heads, (last - first) * BLOCK_TOKENS, self.head_dim, dtype=torch.int32
+            codes.shape[0], self.heads, (last - first) * BLOCK_TOKENS, self.head_dim
         )
         if filled:
             block = unpack(page.words[rows, :, first], self.bits)
             held[:, :, :BLOCK_TOKENS] = block.unflatten(-1, (BLOCK_TOKENS, self.head_dim))
         by_head = codes.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        held[:, :, filled : filled + codes.shape[1]] = by_head.int()
+        held[:, :, filled : filled + codes.shape[1]] = by_head
         blocks = held.unflatten(2, (last - first, BLOCK_TOKENS)).flatten(-2)
         page.words[rows, :, first:last] = pack(blocks, self.bits)
 

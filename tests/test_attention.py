@@ -1,0 +1,260 @@
+"""Attention over the packed cache against stock attention and against the simulation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deployment.attention import NAME, packed_attention
+from deployment.cache import PackedCache, PackedLayer
+from deployment.kernels.attend import Segment, attend_torch
+from gradients.models import kv_sites
+from quant.artefact import Quantizers
+from quant.scheme import Scheme
+from quant.simulate import simulated
+
+ROUNDING = 2e-4  # absolute, on logits of size 1 to 10 in float32
+
+
+def left_padded(tokens: Tensor, pads: int) -> Tensor:
+    mask = torch.ones_like(tokens)
+    mask[0, :pads] = 0
+    return mask
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_quantization_off_equals_stock_attention_exactly(
+    model: PreTrainedModel, make_tokens: Callable[..., Tensor], padded: bool
+) -> None:
+    tokens = make_tokens(2, 33)
+    mask = left_padded(tokens, 7 if padded else 0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    with packed_attention(model):
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(logits[mask.bool()], expected[mask.bool()])
+
+
+def test_identity_is_not_vacuous(make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor]) -> None:
+    """Control for the test above: without rotation the logits are far away."""
+    model, tokens = make_model("llama"), make_tokens(1, 33)
+    expected = model(input_ids=tokens).logits
+    rotary = model.model.rotary_emb
+    rotary.register_forward_hook(lambda _m, _i, out: (torch.ones_like(out[0]), torch.zeros_like(out[1])))
+    assert (model(input_ids=tokens).logits - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("chunk", [1, 7, 70])
+def test_a_cache_of_sinks_only_equals_stock_attention(
+    model: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    chunk: int,
+    padded: bool,
+) -> None:
+    """Everything exact: what is left to err is the online softmax, rotation, padding and bookkeeping."""
+    quantizers = fit_model(model, Scheme.parse("int4", sink_tokens=100))
+    tokens = make_tokens(2, 70)
+    mask = left_padded(tokens, 11 if padded else 0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    cache, parts = PackedCache(quantizers, model.config), []
+    with packed_attention(model):
+        for start in range(0, 70, chunk):
+            part = slice(start, start + chunk)
+            parts.append(
+                model(
+                    input_ids=tokens[:, part],
+                    attention_mask=mask[:, : start + chunk],
+                    position_ids=positions[:, part],
+                    past_key_values=cache,
+                ).logits
+            )
+    error = (torch.cat(parts, dim=1) - expected)[mask.bool()]
+    # sinks are fp16, hence not exactly equal
+    assert error.square().mean().sqrt() < 3e-3 * expected[mask.bool()].square().mean().sqrt()
+    assert cache.get_seq_length() == 70
+
+
+@pytest.mark.parametrize("scheme", ["nuq3-5%", "int2", "nf4-1%"])
+@pytest.mark.parametrize("chunk", [1, 33, 150])
+def test_deployed_equals_simulated_for_every_chunk(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    scheme: str,
+    chunk: int,
+) -> None:
+    model = make_model("qwen2")
+    quantizers = fit_model(model, Scheme.parse(scheme))
+    tokens = make_tokens(2, 150)
+    with simulated(model, quantizers):
+        expected = model(input_ids=tokens, use_cache=False).logits
+    cache, parts = PackedCache(quantizers, model.config, exact_chunk=False), []
+    with packed_attention(model):
+        for part in tokens.split(chunk, dim=1):
+            parts.append(model(input_ids=part, past_key_values=cache).logits)
+    assert_close_but_for_flipped_codes(torch.cat(parts, dim=1), expected)
+
+
+def assert_close_but_for_flipped_codes(logits: Tensor, expected: Tensor) -> None:
+    """A sum in another order may move a number across a boundary; such a token differs, nearly all must not."""
+    error = (logits - expected).abs().amax(-1)
+    assert error.median() < ROUNDING
+    assert (error < 100 * ROUNDING).float().mean() > 0.9
+
+
+def test_deployed_equals_simulated_on_every_architecture(
+    model: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    quantizers = fit_model(model, Scheme.parse("nuq3-5%"))
+    tokens = make_tokens(2, 90)
+    with simulated(model, quantizers):
+        expected = model(input_ids=tokens, use_cache=False).logits
+    cache = PackedCache(quantizers, model.config, exact_chunk=False)
+    with packed_attention(model):
+        logits = model(input_ids=tokens, past_key_values=cache).logits
+    assert_close_but_for_flipped_codes(logits, expected)
+
+
+def test_packed_codes_are_the_simulated_codes(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    captured_sites: Callable,
+) -> None:
+    """Token by token: the first layer's sites see the same input whatever the chunks, so its codes must agree exactly."""
+    model, tokens = make_model("qwen3"), make_tokens(1, 100)
+    quantizers = fit_model(model, Scheme.parse("nuq2-5%"))
+    with captured_sites(model) as seen:
+        model(input_ids=tokens, use_cache=False)
+    cache = PackedCache(quantizers, model.config)
+    with packed_attention(model):
+        for part in tokens.split(17, dim=1):
+            model(input_ids=part, past_key_values=cache)
+    layer = cache.layers[0]
+    assert isinstance(layer, PackedLayer)
+    for kind in ("key", "value"):
+        quantizer = quantizers.layers[0][kind]
+        expected = quantizer.decode(quantizer.encode(seen[0, kind][:, 1:]))
+        stored = torch.cat([getattr(s, kind) for s in layer.stretches() if s.start], dim=2)
+        same = (stored.transpose(1, 2).flatten(2)[:, :99] == expected).float().mean()
+        assert same > 0.999  # a projection of 17 rows may round differently from one of 100
+
+
+def test_exact_chunk_attends_the_chunk_unquantized(
+    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(1, 50)
+    quantizers = fit_model(model, Scheme.parse("int2"))
+    expected = model(input_ids=tokens).logits
+    logits = {}
+    for exact in (True, False):
+        with packed_attention(model):
+            cache = PackedCache(quantizers, model.config, exact_chunk=exact)
+            logits[exact] = model(input_ids=tokens, past_key_values=cache).logits
+    assert (logits[True] - expected).abs().max() < ROUNDING
+    assert (logits[False] - expected).abs().max() > 100 * ROUNDING
+
+
+def test_padded_row_equals_the_same_text_alone(
+    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(2, 140)
+    quantizers = fit_model(model, Scheme.parse("nuq4-5%"))
+    mask = left_padded(tokens, 75)
+    with packed_attention(model):
+        both, alone = PackedCache(quantizers, model.config), PackedCache(quantizers, model.config)
+        for start, end in ((0, 60), (60, 130), (130, 140)):
+            batched = model(input_ids=tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=both).logits
+            if end > 75:
+                part = tokens[:1, max(start, 75) : end]
+                single = model(input_ids=part, past_key_values=alone).logits
+    assert torch.allclose(batched[:1], single, atol=0.02)
+    assert both.layers[0].lengths == [65, 140] and alone.layers[0].lengths == [65]
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 1], [1, 1, 1, 0]], ids=["hole", "right padding"])
+def test_other_masks_are_refused(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    mask: list[int],
+) -> None:
+    model = make_model("llama")
+    quantizers = fit_model(model, Scheme.parse("int4"))
+    with packed_attention(model), pytest.raises(ValueError, match="left padding"):
+        model(
+            input_ids=make_tokens(1, 4),
+            attention_mask=torch.tensor([mask]),
+            past_key_values=PackedCache(quantizers, model.config),
+        )
+
+
+def test_model_is_as_it_was_afterwards(
+    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], hook_count: Callable
+) -> None:
+    model, tokens = make_model("gemma3"), make_tokens(1, 20)
+    expected, hooks = model(input_ids=tokens).logits, hook_count(model)
+    before = model.config._attn_implementation
+    keys = set(model.state_dict())
+    with pytest.raises(RuntimeError, match="on purpose"), packed_attention(model):
+        assert model.config._attn_implementation == NAME
+        assert set(model.state_dict()) == keys
+        raise RuntimeError("on purpose")
+    assert model.config._attn_implementation == before
+    assert hook_count(model) == hooks
+    assert not any(hasattr(module, "kvquant_context") for module in model.modules())
+    assert torch.equal(model(input_ids=tokens).logits, expected)
+
+
+def test_a_cache_outside_the_context_is_noticed(
+    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    model = make_model("llama")
+    cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
+    model(input_ids=make_tokens(1, 4), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="packed_attention"):
+        model(input_ids=make_tokens(1, 4), past_key_values=cache)
+
+
+def test_unknown_architecture_says_what_to_add() -> None:
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, num_attention_heads=2))
+    with pytest.raises(NotImplementedError, match=r"gpt_neox.*SITES in gradients/models\.py"), packed_attention(model):
+        pass
+
+
+@pytest.mark.parametrize("heads_per_kv_head", [1, 3])
+@pytest.mark.parametrize("pieces", [[1], [5, 1, 27], [33]])
+def test_online_softmax_equals_softmax(heads_per_kv_head: int, pieces: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    total, kv_heads, dim = sum(pieces), 2, 8
+    query = torch.randn(2, kv_heads * heads_per_kv_head, 4, dim, generator=generator) * 5
+    key, value = (torch.randn(2, kv_heads, total, dim, generator=generator) * 5 for _ in range(2))
+    visible = torch.rand(2, 4, total, generator=generator) < 0.7
+    visible[..., -1] = True
+    parts = zip(*(x.split(pieces, dim=d) for x, d in ((key, 2), (value, 2), (visible, 2))), strict=True)
+    output = attend_torch(query, [Segment(k, v, m) for k, v, m in parts], 0.3)
+    expanded = [x.repeat_interleave(heads_per_kv_head, dim=1) for x in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *expanded, attn_mask=visible[:, None], scale=0.3)
+    assert torch.allclose(output, expected, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_gets_zeros() -> None:
+    key = torch.full((1, 1, 3, 4), torch.nan).nan_to_num(1.0)
+    nothing = torch.zeros(1, 2, 3, dtype=torch.bool)
+    assert (attend_torch(torch.ones(1, 1, 2, 4), [Segment(key, key, nothing)], 1.0) == 0).all()
+
+
+def test_sites_and_packed_layers_are_the_same_layers(
+    model: PreTrainedModel, fit_model: Callable[..., Quantizers]
+) -> None:
+    cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
+    packed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)]
+    assert packed == sorted({site.layer for site in kv_sites(model)})

@@ -1,0 +1,206 @@
+"""`model.generate` on a packed cache, and the cache methods that transformers calls."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache
+from gradients.cli import UserError
+from quant.artefact import Quantizers
+from quant.scheme import Scheme
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def exact(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> Quantizers:
+    """8 bits: as good as unquantized for the choice of tokens, and yet packed."""
+    return fit_model(llama, Scheme.parse("int8-5%"))
+
+
+def generate(model: PreTrainedModel, tokens: Tensor, cache: PackedCache | None, **options: object) -> Tensor:
+    defaults = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 2}
+    options = {"attention_mask": torch.ones_like(tokens), **defaults, **options}
+    if cache is None:
+        return model.generate(tokens, **options)
+    with packed_attention(model):
+        return model.generate(tokens, past_key_values=cache, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"num_beams": 2, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "chunked prefill", "two beams returned"],
+)
+def test_generation_equals_the_unquantized_cache(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers, options: dict[str, object]
+) -> None:
+    tokens = make_tokens(2, 40)
+    cache = PackedCache(exact, llama.config)
+    assert torch.equal(generate(llama, tokens, cache, **options), generate(llama, tokens, None, **options))
+    assert cache.get_seq_length() == 40 + NEW - 1
+
+
+def test_sampling_follows_the_seed(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(generate(llama, make_tokens(1, 20), PackedCache(exact, llama.config), do_sample=True))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_left_padded_batch_equals_rows_alone(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    tokens = make_tokens(2, 40)
+    mask = torch.ones_like(tokens)
+    mask[0, :25] = 0
+    together = generate(llama, tokens, PackedCache(exact, llama.config), attention_mask=mask, prefill_chunk_size=9)
+    alone = generate(llama, tokens[:1, 25:], PackedCache(exact, llama.config))
+    assert torch.equal(together[0, -NEW:], alone[0, -NEW:])
+
+
+def test_a_conversation_continues_on_the_filled_cache(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    first = make_tokens(1, 30)
+    cache = PackedCache(exact, llama.config)
+    answered = generate(llama, first, cache)
+    turn = torch.cat([answered, make_tokens(1, 9, seed=5)], dim=1)
+    continued = generate(llama, turn, cache)
+    assert torch.equal(continued, generate(llama, turn, None))
+    assert cache.get_seq_length() == 30 + NEW + 9 + NEW - 1
+
+
+def test_cropping_takes_tokens_back(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    tokens = make_tokens(1, 90)
+    with packed_attention(llama):
+        cache = PackedCache(exact, llama.config)
+        llama(input_ids=tokens, past_key_values=cache)
+        cache.crop(0)
+        cache.crop(-50)
+        assert cache.get_seq_length() == 40
+        cropped = llama(input_ids=tokens[:, :3], past_key_values=cache).logits
+        straight = PackedCache(exact, llama.config)
+        llama(input_ids=tokens[:, :40], past_key_values=straight)
+        expected = llama(input_ids=tokens[:, :3], past_key_values=straight).logits
+    assert torch.allclose(cropped, expected, atol=1e-4)
+    assert cache.nbytes() == straight.nbytes()
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(3)
+
+
+def test_cropping_into_the_sinks(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
+    with packed_attention(llama):
+        cache = PackedCache(quantizers, llama.config)
+        llama(input_ids=make_tokens(1, 30), past_key_values=cache)
+        cache.crop(-27)
+        tokens = make_tokens(1, 20, seed=3)
+        cropped = llama(input_ids=tokens, past_key_values=cache).logits
+        straight = PackedCache(quantizers, llama.config)
+        llama(input_ids=make_tokens(1, 30)[:, :3], past_key_values=straight)
+        expected = llama(input_ids=tokens, past_key_values=straight).logits
+    assert torch.allclose(cropped, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
+def test_batch_operations(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers, padded: bool
+) -> None:
+    tokens = make_tokens(2, 80)
+    mask = torch.ones_like(tokens)
+    mask[0, : 70 * padded] = 0
+
+    def filled() -> PackedCache:
+        cache = PackedCache(exact, llama.config)
+        llama(input_ids=tokens, attention_mask=mask, past_key_values=cache)
+        return cache
+
+    def next_logits(cache: PackedCache, rows: list[int]) -> Tensor:
+        longer = torch.nn.functional.pad(mask[rows], (0, 1), value=1)
+        return llama(input_ids=tokens[rows, :1], attention_mask=longer, past_key_values=cache).logits
+
+    with packed_attention(llama):
+        expected = next_logits(filled(), [0, 1])
+        for operation, rows in (
+            (lambda c: c.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+            (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
+            (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+            (lambda c: c.batch_select_indices(torch.tensor([True, False])), [0]),
+        ):
+            cache = filled()
+            operation(cache)
+            assert torch.allclose(next_logits(cache, rows), expected[rows], atol=1e-4)
+
+
+def test_reset_cache_starts_anew(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    cache = PackedCache(exact, llama.config)
+    first = generate(llama, make_tokens(1, 20), cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+    assert torch.equal(generate(llama, make_tokens(1, 20), cache), first)
+
+
+def test_capacity_is_reserved_once_and_kept(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    cache = PackedCache(exact, llama.config, capacity=32)
+    with packed_attention(llama):
+        llama(input_ids=make_tokens(1, 30), past_key_values=cache)
+        words = cache.layers[0].packed["key"].pages[0].words
+        llama(input_ids=make_tokens(1, 2), past_key_values=cache)
+        assert cache.layers[0].packed["key"].pages[0].words is words and cache.get_max_length() == 32
+        with pytest.raises(UserError, match=r"capacity of 32 tokens.*needs 33.*shorten"):
+            llama(input_ids=make_tokens(1, 1), past_key_values=cache)
+
+
+def test_nothing_but_the_counted_tensors_grows_with_the_context(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    """No tensor of full precision as long as the context hides anywhere in the cache."""
+    cache = PackedCache(exact, llama.config)
+    with packed_attention(llama):
+        llama(input_ids=make_tokens(1, 200), past_key_values=cache)
+    counted = {id(tensor) for tensor in cache.tensors()}
+
+    def reachable(thing: object, depth: int = 0) -> list[Tensor]:
+        if isinstance(thing, Tensor):
+            return [thing]
+        if isinstance(thing, dict):
+            thing = list(thing.values())
+        if isinstance(thing, (list, tuple)):
+            return [tensor for item in thing for tensor in reachable(item, depth + 1)]
+        return reachable(vars(thing), depth + 1) if hasattr(thing, "__dict__") and depth < 12 else []
+
+    hidden = [tensor for tensor in reachable(cache) if id(tensor) not in counted]
+    tables = sum(table.nbytes for layer in exact.layers.values() for q in layer.values() for table in q.tables.values())
+    assert sum(tensor.nbytes for tensor in hidden) <= 2 * tables
+    assert cache.nbytes() == sum(tensor.nbytes for tensor in cache.tensors())
+
+
+def test_axes_that_cannot_be_packed_are_refused(
+    llama: PreTrainedModel, fit_model: Callable[..., Quantizers]
+) -> None:
+    quantizers = fit_model(llama, Scheme.parse("int4", key_axis="token"))
+    with pytest.raises(UserError, match="keys quantized per token can only be simulated"):
+        PackedCache(quantizers, llama.config)
+
+
+def test_quantizers_of_another_model_are_refused(
+    make_model: Callable[[str], PreTrainedModel], exact: Quantizers
+) -> None:
+    with pytest.raises(UserError, match="another model: architecture"):
+        PackedCache(exact, make_model("qwen2").config)

@@ -1,0 +1,141 @@
+"""`python -m deployment.evaluate` and `python -m deployment.generate`, through their `main`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from deployment.cache import PackedCache
+from deployment.evaluate import evaluate_packed, packed_nll
+from deployment.evaluate import main as evaluate_main
+from deployment.generate import main as generate_main
+from gradients.cli import UserError
+from gradients.models import LoadedModel
+from quant.artefact import Quantizers
+from quant.evaluate import evaluate
+from quant.evaluate import main as simulate_main
+
+
+@pytest.fixture(scope="module")
+def arguments(llama_folder: Path, quantizers_file: Path) -> list[str]:
+    """What both commands need first."""
+    return ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
+
+
+def window_arguments(text_file: Path) -> list[str]:
+    return ["--text", str(text_file), "--seqlen", "150", "--windows", "6"]
+
+
+@pytest.mark.parametrize("options", [["--prefill-chunk", "1"], ["--prefill-chunk", "64", "--batch", "4"]])
+def test_packed_and_simulated_evaluation_agree(
+    arguments: list[str], text_file: Path, options: list[str]
+) -> None:
+    simulated = simulate_main([*arguments, *window_arguments(text_file)])
+    packed = evaluate_main([*arguments, *window_arguments(text_file), "--no-exact-chunk", *options])
+    assert simulated is not None
+    assert packed["nll"] == pytest.approx(simulated["nll"], rel=1e-3)
+    assert packed["tokens"] == simulated["tokens"] == 6 * 149
+    # a few elements may land on the other side of an outlier threshold, nothing else can differ
+    assert packed["bits_per_element"] == pytest.approx(simulated["bits_per_element"], rel=1e-4)
+
+
+def test_exact_chunks_lose_less(arguments: list[str], text_file: Path) -> None:
+    exact = evaluate_main([*arguments, *window_arguments(text_file)])
+    plain = simulate_main([*arguments[:2], *arguments[4:], *window_arguments(text_file)])
+    assert plain is not None
+    assert exact["exact_chunk"] and exact["nll"] == pytest.approx(plain["nll"], rel=1e-5)  # one chunk: nothing is packed
+
+
+def test_batch_of_windows_changes_nothing(
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    windows = make_tokens(3, 70)
+    one = evaluate_packed(llama, windows, quantizers, chunk=16, exact_chunk=True)
+    three = evaluate_packed(llama, windows, quantizers, chunk=16, exact_chunk=True, batch=3)
+    assert one["nll"] == pytest.approx(three["nll"], rel=1e-4)
+    assert one["cache_bytes"] == pytest.approx(three["cache_bytes"], rel=1e-3)
+
+
+def test_reported_bytes_are_the_tensors_bytes(
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    windows = make_tokens(1, 400)
+    result = evaluate_packed(llama, windows, quantizers, chunk=400, exact_chunk=False)
+    cache = PackedCache(quantizers, llama.config, capacity=400, exact_chunk=False)
+    packed_nll(llama, windows, cache, chunk=400)
+    assert result["cache_bytes"] == sum(tensor.nbytes for tensor in cache.tensors())
+    simulated = evaluate(llama, windows, quantizers)
+    elements = 400 * 2 * 2 * 24  # layers, keys and values, C
+    assert result["cache_bytes"] * 8 / elements == pytest.approx(simulated["bits_per_element"], rel=1e-4)
+    assert result["fp16_bytes"] == elements * 2
+
+
+def test_generate_streams_text_and_ends_with_json(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = generate_main([*arguments, "--prompt", "of the key of", "--max-new-tokens", "9"])
+    printed = capsys.readouterr().out
+    assert result["text"].strip()[:4] in printed and "cache_bytes" in printed
+    assert json.loads(json.dumps(result)) == result
+    assert result["tokens"] == result["prompt_tokens"] + result["new_tokens"] - 1
+    assert result["ratio"] == round(result["fp16_bytes"] / result["cache_bytes"], 3)
+
+
+@pytest.mark.parametrize("options", [["--beams", "2"], ["--sample", "--temperature", "0.7", "--top-p", "0.9"]])
+def test_generate_other_ways(arguments: list[str], options: list[str]) -> None:
+    first = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
+    again = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
+    assert first["text"] == again["text"] and first["new_tokens"] <= 5
+
+
+def test_prompt_file_in_small_chunks_equals_one_chunk(arguments: list[str], tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the head of the token " * 8)
+    chunked = generate_main([*arguments, "--prompt-file", str(prompt), "--max-new-tokens", "3", "--prefill-chunk", "11"])
+    assert chunked["prompt_tokens"] == 22 * 8 and chunked["new_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", "  "], "prompt '  ' is empty"),
+        (["--prompt-file", "no-such-file"], "no-such-file"),
+        (["--prompt", "key", "--max-new-tokens", "600"], "model's positions are 512"),
+        (["--prompt", "key value", "--max-new-tokens", "20", "--capacity", "21"], "--capacity are 21"),
+    ],
+    ids=["empty", "missing file", "beyond the positions", "beyond the capacity"],
+)
+def test_bad_requests(arguments: list[str], options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate_main([*arguments, *options])
+
+
+def test_quantizers_of_another_model(
+    arguments: list[str],
+    make_model: Callable[[str], PreTrainedModel],
+    save_model: Callable[[PreTrainedModel, Path], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    other = save_model(make_model("qwen2"), tmp_path / "other")
+    swapped = ["--model", str(other), *arguments[2:]]
+    for main, rest in ((generate_main, ["--prompt", "key"]), (evaluate_main, window_arguments(text_file))):
+        with pytest.raises(UserError, match="another model"):
+            main([*swapped, *rest])
+
+
+def test_nan_weights_are_named(
+    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
+) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    with pytest.raises(UserError, match="logits are NaN"):
+        evaluate_packed(model, make_tokens(1, 20), quantizers, chunk=20, exact_chunk=True)
+
+
+def test_a_loaded_model_knows_its_device(llama: PreTrainedModel, tokenizer: object) -> None:
+    assert LoadedModel("tiny", llama, tokenizer).device == torch.device("cpu")  # type: ignore[arg-type]
