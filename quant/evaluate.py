@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from gradients.models import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.simulate import simulated
+from quant.storage import StoredSize
 
 _LOGIT_ROWS = 256  # positions whose logits are compared at a time: bounds the float32 copies
 
@@ -84,46 +85,71 @@ def compare_logits(logits: Tensor, baseline: Tensor, targets: Tensor) -> Totals:
     return totals
 
 
-@torch.inference_mode()
 def evaluate(model: PreTrainedModel, windows: Tensor, quantizers: Quantizers | None) -> dict[str, Any]:
     """Perplexity and distance from the unquantized model over `windows`, `[n, S]` int64.
 
     Under `accelerate launch` every process takes its share and all return the whole result.
     """
+    return evaluate_many(model, windows, [quantizers])[0]
+
+
+@torch.inference_mode()
+def evaluate_many(
+    model: PreTrainedModel, windows: Tensor, candidates: Sequence[Quantizers | None]
+) -> list[dict[str, Any]]:
+    """`evaluate` for several quantizers (None: unquantized), which share each window's unquantized logits."""
     state = PartialState()
     device = model.get_input_embeddings().weight.device
-    totals, size = Totals(), None
-    started = time.perf_counter()
+    scores = [_Score() for _ in candidates]
     mine = windows[state.process_index :: state.num_processes]
     for window in tqdm(mine, desc="evaluating", unit="window", disable=not state.is_main_process):
         tokens = window.to(device)[None]
+        started = time.perf_counter()
         baseline = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-        logits = baseline
-        if quantizers is not None:
-            with simulated(model, quantizers) as usage:
-                logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
-            size = usage.size if size is None else size + usage.size
-        totals += compare_logits(logits, baseline, tokens[0, 1:].to(logits.device))
-    stored = (size.bits, size.elements) if size else (0, 0)
-    totals, stored = _sum_over_processes(state, totals, stored)
-    return {
-        **totals.summary(),
-        "bits_per_element": stored[0] / stored[1] if stored[1] else torch.finfo(model.dtype).bits,
-        "scheme": quantizers.scheme.describe() if quantizers else "unquantized",
-        "tokens_per_second": round(totals.tokens / (time.perf_counter() - started), 1),
-    }
+        targets = tokens[0, 1:].to(baseline.device)
+        shared = time.perf_counter() - started
+        for quantizers, score in zip(candidates, scores, strict=True):
+            started = time.perf_counter()
+            logits, size = baseline, StoredSize()
+            if quantizers is not None:
+                with simulated(model, quantizers) as usage:
+                    logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+                size = usage.size
+            score.add(compare_logits(logits, baseline, targets), size, shared + time.perf_counter() - started)
+    return [
+        score.over_processes(state).summary(model, quantizers)
+        for quantizers, score in zip(candidates, scores, strict=True)
+    ]
 
 
-def _sum_over_processes(
-    state: PartialState, totals: Totals, stored: tuple[int, int]
-) -> tuple[Totals, tuple[int, int]]:
-    if state.num_processes == 1:
-        return totals, stored
-    sums = torch.tensor([*vars(totals).values(), *stored], dtype=torch.float64, device=state.device)
-    *scores, bits, elements = reduce(sums, "sum").tolist()
-    names = dict(zip(vars(totals), scores, strict=True))
-    counts = {name: int(names[name]) for name in ("tokens", "agreements")}
-    return Totals(**{**names, **counts}), (int(bits), int(elements))
+@dataclass
+class _Score:
+    """What adds up over windows for one set of quantizers; `seconds` include the unquantized pass."""
+
+    totals: Totals = field(default_factory=Totals)
+    size: StoredSize = field(default_factory=StoredSize)
+    seconds: float = 0.0
+
+    def add(self, totals: Totals, size: StoredSize, seconds: float) -> None:
+        self.totals, self.size, self.seconds = self.totals + totals, self.size + size, self.seconds + seconds
+
+    def over_processes(self, state: PartialState) -> "_Score":
+        if state.num_processes == 1:
+            return self
+        mine = [*vars(self.totals).values(), self.size.bits, self.size.elements]
+        sums = reduce(torch.tensor(mine, dtype=torch.float64, device=state.device), "sum").tolist()
+        totals = Totals(
+            **{name: type(value)(total) for (name, value), total in zip(vars(self.totals).items(), sums, strict=False)}
+        )
+        return _Score(totals, StoredSize(int(sums[-2]), int(sums[-1])), self.seconds)
+
+    def summary(self, model: PreTrainedModel, quantizers: Quantizers | None) -> dict[str, Any]:
+        return {
+            **self.totals.summary(),
+            "bits_per_element": self.size.bits_per_element if quantizers else float(torch.finfo(model.dtype).bits),
+            "scheme": quantizers.scheme.describe() if quantizers else "unquantized",
+            "tokens_per_second": round(self.totals.tokens / self.seconds, 1),
+        }
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:

@@ -146,10 +146,11 @@ def _weights(scheme: Scheme, fisher: Tensor, scale: Tensor) -> Tensor:
     return fisher * scale.square() if scheme.weights == "fisher*s^2" else fisher
 
 
-def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
-    """The fields of a `Scheme` as options."""
+def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    """The fields of a `Scheme` as options; `--scheme` itself unless told that it is not `named`."""
     default = Scheme(datatype="nuq", bits=4)
-    parser.add_argument("--scheme", required=True, help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%")
+    if named:
+        parser.add_argument("--scheme", required=True, help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%")
     parser.add_argument("--sink-tokens", type=non_negative_int, default=default.sink_tokens, help="first tokens kept in fp16")
     parser.add_argument("--q-norm", action=argparse.BooleanOptionalAction, default=default.q_norm)
     parser.add_argument("--weights", choices=["fisher*s^2", "fisher", "none"], default=default.weights)
@@ -158,10 +159,10 @@ def add_scheme_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--outlier-cap", type=non_negative_int, default=None, help="most outliers per token, channel-wise axes")
 
 
-def scheme_from(arguments: argparse.Namespace) -> Scheme:
-    """The scheme that `add_scheme_arguments` describes. Raises `UserError` for an unknown scheme string."""
+def scheme_from(name: str, arguments: argparse.Namespace) -> Scheme:
+    """The named scheme with the options of `add_scheme_arguments`. Raises `UserError` for an unknown name."""
     names = ("sink_tokens", "q_norm", "weights", "key_axis", "value_axis", "outlier_cap")
-    return Scheme.parse(arguments.scheme, **{name: getattr(arguments, name) for name in names})
+    return Scheme.parse(name, **{option: getattr(arguments, option) for option in names})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", required=True, help="the quantizers.safetensors to write")
     arguments = parser.parse_args(argv)
 
-    scheme = scheme_from(arguments)
+    scheme = scheme_from(arguments.scheme, arguments)
     records = Records.open(arguments.records)
     started = time.perf_counter()
     quantizers = fit(records, scheme, arguments.jobs)

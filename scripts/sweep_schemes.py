@@ -1,0 +1,67 @@
+"""Fit several schemes to the same records and evaluate them on the same windows, so that the rows can be compared.
+
+    python scripts/sweep_schemes.py --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \\
+        --windows 40 --schemes nuq4-1% nf4-1% int4-1% --results scripts/results/schemes.jsonl
+
+One JSONL row per scheme; schemes that the results file already holds for this model and text are not run again.
+The unquantized logits of a window are computed once for all schemes.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.cli import command_parser, format_table, run_command
+from gradients.records import Records
+from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
+from quant.fit import add_scheme_arguments, fit, scheme_from
+from quant.scheme import Scheme
+
+
+def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, Any]) -> list[Scheme]:
+    """The schemes without a row of this identity in the results file."""
+    rows = []
+    if results and Path(results).exists():
+        rows = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    done = {row["scheme"] for row in rows if identity.items() <= row.items()}
+    return [scheme for scheme in schemes if scheme.describe() not in done]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    parser = command_parser("scripts/sweep_schemes.py", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
+    parser.add_argument("--schemes", nargs="+", required=True, help="such as nuq3-1%% int4; the options below hold for all")
+    add_scheme_arguments(parser, named=False)
+    add_evaluation_arguments(parser)
+    arguments = parser.parse_args(argv)
+
+    records = Records.open(arguments.records)
+    wanted = [scheme_from(name, arguments) for name in arguments.schemes]
+    identity = {
+        "model": Path(arguments.model).name,
+        "text": Path(arguments.text).name,
+        "seqlen": arguments.seqlen,
+        "records": records.manifest.digest,
+    }
+    schemes = missing(wanted, arguments.results, identity)
+    if not schemes:
+        return {"results": arguments.results, "rows_added": 0}
+    loaded = load_model_from(arguments)
+    windows = evaluation_windows(loaded, arguments)
+    candidates = [fit(records, scheme) for scheme in schemes]
+    for quantizers in candidates:
+        quantizers.check_model(loaded.model.config)
+    rows = evaluate_many(loaded.model, windows, candidates)
+    for row in rows:
+        append_result(arguments.results, {**row, "records": records.manifest.digest}, loaded, arguments)
+    shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")
+    print(format_table([{name: row[name] for name in shown} for row in rows]))
+    return {"results": arguments.results, "rows_added": len(rows)}
+
+
+if __name__ == "__main__":
+    run_command(main)
