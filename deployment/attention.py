@@ -133,12 +133,16 @@ def _chunk_padding(mask: Tensor | None, layer: PackedLayer, new: int) -> list[in
     if mask is None:
         return [0] * batch
     if mask.shape[2] != 1:
-        raise ValueError("a packed cache takes causal attention with left padding, no other mask (packed sequences, say)")
+        raise ValueError(
+            "a packed cache takes causal attention with left padding, no other mask (packed sequences, say)"
+        )
     visible = mask[:, 0, 0].expand(batch, -1)
     padding = (~visible).sum(-1)
     past = layer.slots - torch.tensor(layer.lengths, device=mask.device)
     if (visible.int().diff(dim=-1) < 0).any() or (padding.clamp(max=layer.slots) != past).any():
-        raise ValueError("a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks")
+        raise ValueError(
+            "a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks"
+        )
     return (padding - layer.slots).clamp(min=0, max=new).tolist()
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from deployment.layout import PAGE_TOKENS, PackedTensor, Rows
+from deployment.layout import PackedTensor, Rows
 from gradients.cli import UserError
-from gradients.models import Kind, cached_layers, decoder_config
+from gradients.models import KINDS, Kind, cached_layers, decoder_config
 from quant.artefact import Quantizers, axis_of
 from quant.quantizer import Encoded, Quantizer, as_stored
 from quant.storage import FP16_BITS
@@ -65,16 +65,16 @@ class PackedLayer(CacheLayerMixin):
         self.device = key_states.device
         batch, heads, _, dim = key_states.shape
         for kind, quantizer in self.quantizers.items():
-            self.sinks[kind] = torch.zeros(
-                batch, heads, self.sink_tokens, dim, dtype=torch.float16, device=self.device
-            )
+            self.sinks[kind] = torch.zeros(batch, heads, self.sink_tokens, dim, dtype=torch.float16, device=self.device)
             self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device)
             if self.capacity is not None:
                 self.packed[kind].reserve(self.capacity - self.sink_tokens, exactly=True)
         self.lengths = [0] * batch
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
         if self._handed_on:
             raise RuntimeError("a PackedCache needs the model to run within `with packed_attention(model):`")
@@ -96,7 +96,7 @@ class PackedLayer(CacheLayerMixin):
         """Store a chunk `[B, G, S, D]` of which row b's first `padding[b]` tokens are left padding."""
         self._handed_on = False
         new = key.shape[2]
-        for kind, states in (("key", key), ("value", value)):
+        for kind, states in zip(KINDS, (key, value), strict=True):
             tokens = states.transpose(1, 2).flatten(2)  # [B, S, C]
             for rows, length, pad in self._aligned_rows(padding):
                 self._append_rows(kind, rows, length, tokens[rows, pad:])
@@ -129,8 +129,8 @@ class PackedLayer(CacheLayerMixin):
         """Everything stored, dequantized a page at a time, up to the longest sequence; shorter ones show zeros or waste."""
         longest = max(self.lengths, default=0)
         if sinks := min(self.sink_tokens, longest):
-            exact = [self.sinks[kind][:, :, :sinks].float() for kind in ("key", "value")]
-            yield Stretch(0, sinks, *exact)
+            key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
+            yield Stretch(0, sinks, key, value)
         start = self.sink_tokens
         for key_page, value_page in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
             if start >= longest:
@@ -254,13 +254,10 @@ class PackedCache(Cache):
 
 
 def _check_packable(layer: int, sides: dict[Kind, Quantizer]) -> None:
-    for kind, axis in (("key", "channel"), ("value", "token")):
+    for kind, axis in zip(KINDS, ("channel", "token"), strict=True):
         found = axis_of(sides[kind].scheme, kind)
         if found != axis:
             raise UserError(
                 f"layer {layer}: {kind}s quantized per {found} can only be simulated; the packed cache stores keys per "
                 "channel and values per token: fit with the default axes"
             )
-
-
-__all__ = ["PAGE_TOKENS", "PackedCache", "PackedLayer", "Stretch"]

@@ -97,9 +97,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arguments.exact_chunk,
         arguments.batch,
     )
-    shown = ("scheme", "prefill_chunk", "exact_chunk", "bits_per_element", "perplexity", "nll", "cache_bytes", "tokens_per_second")
+    shown = (
+        "scheme",
+        "prefill_chunk",
+        "exact_chunk",
+        "bits_per_element",
+        "perplexity",
+        "nll",
+        "cache_bytes",
+        "tokens_per_second",
+    )
     print(format_table([{name: result[name] for name in shown}]))
-    append_result(arguments.results, result, loaded, arguments)
+    append_result(result, loaded, arguments)
     return result
 
 

@@ -124,7 +124,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
     try:
         return Path(arguments.prompt_file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {arguments.prompt_file!r} cannot be read ({error}); give a UTF-8 text file") from error
+        raise UserError(
+            f"prompt file {arguments.prompt_file!r} cannot be read ({error}); give a UTF-8 text file"
+        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -111,14 +111,13 @@ class PackedTensor:
     def _new_page(self, blocks: int) -> Page:
         words = BLOCK_TOKENS * self.head_dim // GROUP * self.bits
         static = isinstance(self.quantizer, ChannelQuantizer)
-        make = {"device": self.device}
-        return Page(
-            words=torch.zeros(self.batch, self.heads, blocks, words, dtype=torch.int32, **make),
-            scales=None if static else torch.zeros(self.batch, blocks * BLOCK_TOKENS, 2, dtype=torch.float16, **make),
-            outliers=OutlierLists.empty(self.batch, blocks, self.heads, self.device)
-            if self.quantizer.scheme.outliers
-            else None,
-        )
+        scales = outliers = None
+        if not static:
+            scales = torch.zeros(self.batch, blocks * BLOCK_TOKENS, 2, dtype=torch.float16, device=self.device)
+        if self.quantizer.scheme.outliers:
+            outliers = OutlierLists.empty(self.batch, blocks, self.heads, self.device)
+        shape = (self.batch, self.heads, blocks, words)
+        return Page(torch.zeros(shape, dtype=torch.int32, device=self.device), scales, outliers)
 
     def write(self, rows: Rows, start: int, encoded: Encoded) -> None:
         """Append tokens `start`, `start + 1`, ... of the sequences `rows`; `encoded` holds `[R, n, C]` of them."""
@@ -142,9 +141,7 @@ class PackedTensor:
         """Put codes `[R, n, C]` at token `offset` of a page, keeping what the first block already holds."""
         first, filled = divmod(offset, BLOCK_TOKENS)
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)
-        held = codes.new_zeros(
-            codes.shape[0], self.heads, (last - first) * BLOCK_TOKENS, self.head_dim
-        )
+        held = codes.new_zeros(codes.shape[0], self.heads, (last - first) * BLOCK_TOKENS, self.head_dim)
         if filled:
             block = unpack(page.words[rows, :, first], self.bits)
             held[:, :, :BLOCK_TOKENS] = block.unflatten(-1, (BLOCK_TOKENS, self.head_dim))
@@ -185,7 +182,11 @@ class PackedTensor:
 
     def _put_outliers(self, page: Page, blocks: int, dense: Tensor) -> None:
         lists = page.outliers.lists()
-        head, block, sequence = lists % self.heads, lists // self.heads % page.blocks, lists // self.heads // page.blocks
+        head, block, sequence = (
+            lists % self.heads,
+            lists // self.heads % page.blocks,
+            lists // self.heads // page.blocks,
+        )
         per_block = BLOCK_TOKENS * self.head_dim
         place = ((sequence * self.heads + head) * blocks + block) * per_block + page.outliers.unsigned_index()
         value = page.outliers.value.float()

@@ -102,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if not state.is_main_process:
         return None
     size = sum(records.path(window).stat().st_size for window in range(arguments.windows))
-    print(f"{arguments.windows} windows of {arguments.seqlen} tokens, {len(sites)} sites, {size / 1e6:.0f} MB in {arguments.output}")
+    print(
+        f"{arguments.windows} windows of {arguments.seqlen} tokens, {len(sites)} sites, {size / 1e6:.0f} MB in {arguments.output}"
+    )
     return {
         "records": arguments.output,
         "windows": arguments.windows,

@@ -111,7 +111,7 @@ def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def decoder(model: PreTrainedModel) -> nn.Module:
+def decoder(model: PreTrainedModel) -> Any:
     """The module that owns `layers` and `rotary_emb`."""
     return model.get_decoder()
 

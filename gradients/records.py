@@ -47,7 +47,14 @@ class Manifest:
     @property
     def digest(self) -> str:
         """Hash of everything that decides a window's content; not of the number of windows, which may grow."""
-        decisive = [self.schema, self.fingerprint.to_json(), self.token_digest, self.seqlen, self.seed, self.model_dtype]
+        decisive = [
+            self.schema,
+            self.fingerprint.to_json(),
+            self.token_digest,
+            self.seqlen,
+            self.seed,
+            self.model_dtype,
+        ]
         return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
@@ -100,13 +107,17 @@ class Records:
                 f"records {str(folder)!r}: no manifest.json ({error.strerror}); run `python -m gradients --output {folder}` first"
             ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again") from error
+            raise UserError(
+                f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
+            ) from error
         if schema != SCHEMA:
             raise UserError(f"records {str(folder)!r} have schema {schema}, this version reads {SCHEMA}; record again")
         try:
             return cls(folder, Manifest.from_json(content))
         except (KeyError, TypeError) as error:
-            raise UserError(f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again") from error
+            raise UserError(
+                f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
+            ) from error
 
     def path(self, window: int) -> Path:
         """The file of window number `window`."""
@@ -141,14 +152,18 @@ class Records:
                 stamp = _read_stamp(file)
                 tensors = [file.get_tensor(name) for name in names]
         except FileNotFoundError as error:
-            raise UserError(f"records window {str(path)!r} is missing; run `python -m gradients` again to complete it") from error
+            raise UserError(
+                f"records window {str(path)!r} is missing; run `python -m gradients` again to complete it"
+            ) from error
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"records window {str(path)!r} is truncated or damaged ({error}); {remedy}") from error
         if stamp["manifest"] != self.manifest.digest or stamp["window"] != window:
             raise UserError(f"records window {str(path)!r} belongs to another run or window; {remedy}")
         for name, tensor in zip(names, tensors, strict=True):
             if checksum(tensor) != stamp["checksums"].get(name):
-                raise UserError(f"records window {str(path)!r}: tensor {name} was altered after it was written; {remedy}")
+                raise UserError(
+                    f"records window {str(path)!r}: tensor {name} was altered after it was written; {remedy}"
+                )
         return tensors[0], tensors[1]
 
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:

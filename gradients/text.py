@@ -101,7 +101,9 @@ def load_text(text: str, split: Split) -> str:
     if match and not Path(text).exists():
         path, start, end = match["path"], float(match["start"]), float(match["end"])
         if not 0 <= start < end <= 100:
-            raise UserError(f"text part {start:g}-{end:g} of {path!r} is not within 0-100; use FILE:START-END in percent")
+            raise UserError(
+                f"text part {start:g}-{end:g} of {path!r} is not within 0-100; use FILE:START-END in percent"
+            )
     try:
         content = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -135,7 +137,9 @@ def _ptb(split: Split) -> str:
 def _c4(split: Split) -> str:
     from datasets import load_dataset
 
-    shard = "en/c4-train.00000-of-01024.json.gz" if split == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
+    shard = (
+        "en/c4-train.00000-of-01024.json.gz" if split == "calibration" else "en/c4-validation.00000-of-00008.json.gz"
+    )
     rows = load_dataset("allenai/c4", data_files={"rows": shard}, split="rows")
     return " ".join(rows.select(range(_C4_DOCUMENTS))["text"])
 

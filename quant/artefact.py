@@ -81,17 +81,23 @@ def load_quantizers(path: str | Path) -> Quantizers:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except OSError as error:
-        raise UserError(f"quantizers {str(path)!r} cannot be read ({error}); make them with `python -m quant.fit`") from error
+        raise UserError(
+            f"quantizers {str(path)!r} cannot be read ({error}); make them with `python -m quant.fit`"
+        ) from error
     except SafetensorError as error:
         raise UserError(
             f"quantizers {str(path)!r} are not a complete safetensors file ({error}); pickles are never loaded: "
             "make them with `python -m quant.fit`"
         ) from error
     if "kvquant" not in metadata:
-        raise UserError(f"quantizers {str(path)!r} lack our metadata: some other safetensors file; use one that `python -m quant.fit` wrote")
+        raise UserError(
+            f"quantizers {str(path)!r} lack our metadata: some other safetensors file; use one that `python -m quant.fit` wrote"
+        )
     content = json.loads(metadata["kvquant"])
     if content.get("schema") != SCHEMA:
-        raise UserError(f"quantizers {str(path)!r} have schema {content.get('schema')}, this version reads {SCHEMA}; fit them again")
+        raise UserError(
+            f"quantizers {str(path)!r} have schema {content.get('schema')}, this version reads {SCHEMA}; fit them again"
+        )
     scheme, fingerprint = Scheme.from_json(content["scheme"]), Fingerprint.from_json(content["fingerprint"])
     layers: dict[int, dict[Kind, Quantizer]] = {}
     for layer in fingerprint.cached_layers:

@@ -9,13 +9,9 @@ KL divergence and agreement of the most likely token cost no second pass over th
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +27,7 @@ from gradients.cli import UserError, command_parser, format_table, positive_int,
 from gradients.models import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
+from quant.results import append_row
 from quant.simulate import simulated
 from quant.storage import StoredSize
 
@@ -167,29 +164,15 @@ def evaluation_windows(loaded: LoadedModel, arguments: argparse.Namespace) -> Te
     return corpus.evaluation_windows(arguments.seqlen, arguments.windows)
 
 
-def append_result(path: str | None, result: dict[str, Any], loaded: LoadedModel, arguments: argparse.Namespace) -> None:
-    """Append a result and where it came from to a JSONL file, if one is given."""
-    if path is None:
-        return
-    provenance = {
+def append_result(result: dict[str, Any], loaded: LoadedModel, arguments: argparse.Namespace) -> None:
+    """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to."""
+    identity = {
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
         "seqlen": arguments.seqlen,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name() if loaded.device.type == "cuda" else platform.machine() + " cpu",
-        "versions": {package: version(package) for package in ("torch", "transformers")},
-        "commit": _commit(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps({**result, **provenance}) + "\n")
-
-
-def _commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    append_row(arguments.results, {**result, **identity})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -207,9 +190,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     result = evaluate(loaded.model, evaluation_windows(loaded, arguments), quantizers)
     if not PartialState().is_main_process:
         return None
-    shown = ("scheme", "bits_per_element", "perplexity", "baseline_nll", "nll", "kl", "top1_agreement", "tokens_per_second")
+    shown = (
+        "scheme",
+        "bits_per_element",
+        "perplexity",
+        "baseline_nll",
+        "nll",
+        "kl",
+        "top1_agreement",
+        "tokens_per_second",
+    )
     print(format_table([{name: result[name] for name in shown}]))
-    append_result(arguments.results, result, loaded, arguments)
+    append_result(result, loaded, arguments)
     return result
 
 

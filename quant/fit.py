@@ -79,7 +79,9 @@ def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quant
     for kind in KINDS:
         side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
         if not len(side.activation):
-            raise UserError(f"--sink-tokens {scheme.sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens")
+            raise UserError(
+                f"--sink-tokens {scheme.sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens"
+            )
         if not side.activation.isfinite().all() or not side.fisher.isfinite().all():
             raise UserError(f"records: layer {layer} {kind} has NaN or infinite elements; record again")
         sides[kind] = fit_side(side, scheme, axis_of(scheme, kind) == "channel")
@@ -91,9 +93,9 @@ def fit_side(side: Side, scheme: Scheme, per_channel: bool) -> Quantizer:
     if per_channel:
         low, high = channel_quantiles(side.activation, scheme.outliers)
         scale, zero = (high - low) / 2, (high + low) / 2
-        codebook = _fit_codebook(side, scheme, partial(_normalise_channels, scale=scale, zero=zero))
+        codebook = _fit_codebook(side, scheme, partial(normalise_channels, scale=scale, zero=zero))
         return ChannelQuantizer(scheme, codebook, scale, zero)
-    return TokenQuantizer(scheme, _fit_codebook(side, scheme, partial(_normalise_tokens, share=scheme.outliers)))
+    return TokenQuantizer(scheme, _fit_codebook(side, scheme, partial(normalise_tokens, share=scheme.outliers)))
 
 
 def channel_quantiles(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -113,37 +115,44 @@ def channel_quantiles(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _normalise_channels(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalise_channels(x: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(x^, outlier mask, scale that broadcasts against x) of a channel-wise axis."""
     normalised = normalise(x, scale, zero)
-    return normalised, normalised.abs() <= 1, scale.expand_as(x)
+    return normalised, normalised.abs() > 1, scale
 
 
-def _normalise_tokens(x: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalise_tokens(x: Tensor, share: float) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(x^, outlier mask, scale that broadcasts against x) of a token-wise axis."""
     outliers, scale, zero = token_range(x, share)
-    inliers = torch.ones_like(x, dtype=torch.bool) if outliers is None else ~outliers
-    # the fp16 range may end a rounding error short of its extreme elements
-    return normalise(x, scale.float(), zero.float()).clamp(-1, 1), inliers, scale.float().expand_as(x)
+    return normalise(x, scale.float(), zero.float()), outliers, scale.float()
 
 
 def _fit_codebook(side: Side, scheme: Scheme, normalised: partial) -> Codebook:
     weighted, counted, squares = Histogram.empty(-1, 1), Histogram.empty(-1, 1), 0.0
     for activation, fisher in side.chunks():
-        x, inliers, scale = normalised(activation)
-        points = x[inliers].numpy()
+        x, outliers, scale = normalised(activation)
+        # outliers count for nothing; inliers end within the range, but for the rounding of an fp16 scale
+        points = x.clamp_(-1, 1).numpy().ravel()
         if scheme.datatype == "nuq":
-            weighted.add(points, _weights(scheme, fisher[inliers], scale[inliers]).numpy())
+            weighted.add(points, without(outliers, kmeans_weights(scheme, fisher, scale)).numpy().ravel())
         if scheme.q_norm:
-            counted.add(points, np.ones_like(points))
-            squares += float(np.square(points, dtype=np.float64).sum())
+            inliers = without(outliers, torch.ones_like(x)).numpy().ravel()
+            counted.add(points, inliers)
+            squares += float(np.sum(inliers * np.square(points, dtype=np.float64)))
     codebook = fit_codebook(scheme.datatype, scheme.levels, weighted)
     return match_moments(codebook, counted, squares) if scheme.q_norm else codebook
 
 
-def _weights(scheme: Scheme, fisher: Tensor, scale: Tensor) -> Tensor:
-    """Eq. 7: an error of the normalised x^ is an error s times as large of x, hence the s^2."""
+def without(outliers: Tensor | None, weights: Tensor) -> Tensor:
+    """The weights with those of outliers set to zero, in place."""
+    return weights if outliers is None else weights.masked_fill_(outliers, 0.0)
+
+
+def kmeans_weights(scheme: Scheme, fisher: Tensor, scale: Tensor) -> Tensor:
+    """Eq. 7: an error of the normalised x^ is an error s times as large of x, hence Fisher * s^2. A new tensor."""
     if scheme.weights == "none":
         return torch.ones_like(fisher)
-    return fisher * scale.square() if scheme.weights == "fisher*s^2" else fisher
+    return fisher * scale.square() if scheme.weights == "fisher*s^2" else fisher.clone()
 
 
 def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
@@ -151,12 +160,16 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     default = Scheme(datatype="nuq", bits=4)
     if named:
         parser.add_argument("--scheme", required=True, help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%")
-    parser.add_argument("--sink-tokens", type=non_negative_int, default=default.sink_tokens, help="first tokens kept in fp16")
+    parser.add_argument(
+        "--sink-tokens", type=non_negative_int, default=default.sink_tokens, help="first tokens kept in fp16"
+    )
     parser.add_argument("--q-norm", action=argparse.BooleanOptionalAction, default=default.q_norm)
     parser.add_argument("--weights", choices=["fisher*s^2", "fisher", "none"], default=default.weights)
     parser.add_argument("--key-axis", choices=["channel", "token"], default=default.key_axis)
     parser.add_argument("--value-axis", choices=["channel", "token"], default=default.value_axis)
-    parser.add_argument("--outlier-cap", type=non_negative_int, default=None, help="most outliers per token, channel-wise axes")
+    parser.add_argument(
+        "--outlier-cap", type=non_negative_int, default=None, help="most outliers per token, channel-wise axes"
+    )
 
 
 def scheme_from(name: str, arguments: argparse.Namespace) -> Scheme:

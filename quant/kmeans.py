@@ -37,7 +37,7 @@ class Histogram:
     def add(self, points: NDArray[np.floating], weights: NDArray[np.floating]) -> None:
         """Count points `[n]`, all within the range, with their weights `[n]`."""
         bins = len(self.mass)
-        index = ((points - self.low) * (bins / (self.high - self.low))).astype(np.int32)
+        index = ((points - self.low) * (bins / (self.high - self.low))).astype(np.int64)
         np.clip(index, 0, bins - 1, out=index)
         self.mass += np.bincount(index, weights, bins)
         self.moment += np.bincount(index, weights * points, bins)
@@ -81,7 +81,7 @@ def weighted_error(points: Floats, weights: Floats, centres: Floats) -> float:
 
 def _merge_equal(points: Floats, weights: Floats) -> tuple[Floats, Floats]:
     x, inverse = np.unique(points, return_inverse=True)
-    return x, np.bincount(inverse, weights, len(x))
+    return x, np.asarray(np.bincount(inverse, weights, len(x)), np.float64)
 
 
 def _optimal_cuts(x: Floats, w: Floats, clusters: int) -> NDArray[np.int64]:
@@ -122,11 +122,10 @@ def _next_round(best: Floats, cost) -> tuple[Floats, NDArray[np.int64]]:  # noqa
         owner = np.repeat(np.arange(len(middle)), lengths)
         candidates = np.arange(lengths.sum()) - offsets[owner] + split_low[owner]
         totals = best[candidates] + cost(candidates, middle[owner])
-        value[middle] = np.minimum.reduceat(totals, offsets)
-        hits = np.flatnonzero(totals == value[middle][owner])
-        _, first_hit = np.unique(owner[hits], return_index=True)
-        found = candidates[hits[first_hit]]
-        split[middle] = found
+        least = np.minimum.reduceat(totals, offsets)
+        # the first candidate that attains the least total
+        found = np.minimum.reduceat(np.where(totals == least[owner], candidates, n), offsets)
+        value[middle], split[middle] = least, found
         left, right = low < middle, middle < high
         low, high, split_low, split_high = (
             np.concatenate([low[left], middle[right] + 1]),

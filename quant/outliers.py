@@ -42,7 +42,10 @@ def cap_outliers(mask: Tensor, distance: Tensor, cap: int) -> Tensor:
 def _largest(x: Tensor, count: int) -> Tensor:
     """Mask of exactly `count` largest elements along the last axis; ties go to the lowest index."""
     threshold = x.topk(count, dim=-1).values[..., -1:]
+    at_least = x >= threshold
+    if at_least.sum() == count * threshold.numel():
+        return at_least
     above = x > threshold
-    tied = x == threshold
+    tied = at_least & ~above
     room = count - above.sum(-1, keepdim=True)
-    return above | (tied & (tied.cumsum(-1) <= room))
+    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))

@@ -64,9 +64,7 @@ class ChannelQuantizer:
 
     def to(self, device: torch.device | str) -> "ChannelQuantizer":
         """The same quantizer on a device."""
-        return replace(
-            self, codebook=self.codebook.to(device), scale=self.scale.to(device), zero=self.zero.to(device)
-        )
+        return replace(self, codebook=self.codebook.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
 
     @property
     def tables(self) -> dict[str, Tensor]:

@@ -52,7 +52,9 @@ class Scheme:
         allowed = {"datatype": Datatype, "weights": Weights, "key_axis": Axis, "value_axis": Axis, "key_rope": Rope}
         for name, literal in allowed.items():
             if getattr(self, name) not in get_args(literal):
-                raise UserError(f"scheme {name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(literal))}")
+                raise UserError(
+                    f"scheme {name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(literal))}"
+                )
         if not 1 <= self.bits <= MAX_BITS:
             raise UserError(f"scheme bits {self.bits} is not within 1-{MAX_BITS}")
         if not 0 <= self.outliers <= MAX_OUTLIER_SHARE:

@@ -1,13 +1,12 @@
-"""Fit several schemes to the same records and evaluate them on the same windows, so that the rows can be compared.
+r"""Fit several schemes to the same records and evaluate them on the same windows, so that the rows can be compared.
 
-    python scripts/sweep_schemes.py --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \\
+    python scripts/sweep_schemes.py --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \
         --windows 40 --schemes nuq4-1% nf4-1% int4-1% --results scripts/results/schemes.jsonl
 
 One JSONL row per scheme; schemes that the results file already holds for this model and text are not run again.
 The unquantized logits of a window are computed once for all schemes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,25 @@ from gradients.cli import command_parser, format_table, run_command
 from gradients.records import Records
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
 from quant.fit import add_scheme_arguments, fit, scheme_from
+from quant.results import read_rows
 from quant.scheme import Scheme
 
 
 def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, Any]) -> list[Scheme]:
     """The schemes without a row of this identity in the results file."""
-    rows = []
-    if results and Path(results).exists():
-        rows = [json.loads(line) for line in Path(results).read_text().splitlines()]
+    rows = read_rows(results) if results else []
     done = {row["scheme"] for row in rows if identity.items() <= row.items()}
     return [scheme for scheme in schemes if scheme.describe() not in done]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
-    parser = command_parser("scripts/sweep_schemes.py", __doc__)
+    parser = command_parser("scripts.sweep_schemes", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
-    parser.add_argument("--schemes", nargs="+", required=True, help="such as nuq3-1%% int4; the options below hold for all")
+    parser.add_argument(
+        "--schemes", nargs="+", required=True, help="such as nuq3-1%% int4; the options below hold for all"
+    )
     add_scheme_arguments(parser, named=False)
     add_evaluation_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         quantizers.check_model(loaded.model.config)
     rows = evaluate_many(loaded.model, windows, candidates)
     for row in rows:
-        append_result(arguments.results, {**row, "records": records.manifest.digest}, loaded, arguments)
+        append_result({**row, "records": records.manifest.digest}, loaded, arguments)
     shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")
     print(format_table([{name: row[name] for name in shown} for row in rows]))
     return {"results": arguments.results, "rows_added": len(rows)}

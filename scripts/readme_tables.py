@@ -1,0 +1,123 @@
+"""Write the README's result tables from the rows in `scripts/results/`.
+
+    python scripts/readme_tables.py            # rewrite README.md
+    python scripts/readme_tables.py --check    # exit with 2 if README.md differs from the rows
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a function below.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gradients.cli import UserError, command_parser, run_command
+from quant.results import read_rows
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of `scripts/results/{name}.jsonl`."""
+    return read_rows(REPOSITORY / "scripts" / "results" / f"{name}.jsonl")
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with its first column to the left and all others to the right."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def schemes() -> str:
+    """Simulated perplexity of every scheme, best first within a number of bits."""
+    rows = sorted(rows_of("schemes"), key=lambda row: (-int(row["scheme"].strip("intfuq")[0]), row["nll"]))
+    unquantized = math.exp(rows[0]["baseline_nll"])
+    cells = [["unquantized", "32", f"{unquantized:.2f}", "", "0", "100 %"]]
+    cells += [
+        [
+            row["scheme"],
+            f"{row['bits_per_element']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"+{row['perplexity'] / unquantized - 1:.1%}".replace("%", " %"),
+            f"{row['kl']:.4f}",
+            f"{row['top1_agreement']:.1%}".replace("%", " %"),
+        ]
+        for row in rows
+    ]
+    return markdown(["scheme", "bits/element", "perplexity", "change", "KL (nats)", "same top token"], cells)
+
+
+def packed() -> str:
+    """NLL through the packed cache beside the simulated one, and the bytes held."""
+    simulated = {(row["scheme"], row["tokens"]): row for row in rows_of("simulated") + rows_of("schemes")}
+    cells = []
+    for row in rows_of("packed"):
+        expected = simulated[row["scheme"], row["tokens"]]
+        cells.append(
+            [
+                row["scheme"],
+                str(row["seqlen"]),
+                str(row["prefill_chunk"]),
+                f"{expected['nll']:.4f}",
+                f"{row['nll']:.4f}",
+                f"{abs(row['nll'] / expected['nll'] - 1):.1e}",
+                f"{expected['bits_per_element']:.3f}",
+                f"{row['bits_per_element']:.3f}",
+                f"{row['fp16_bytes'] / row['cache_bytes']:.2f}x",
+            ]
+        )
+    header = ["scheme", "context", "chunk", "NLL simulated", "NLL packed", "relative difference"]
+    return markdown([*header, "bits simulated", "bits held", "smaller than fp16"], cells)
+
+
+def speed() -> str:
+    """The benchmarks of fitting and recording."""
+    fit, recording = rows_of("benchmark_fit")[-1], rows_of("benchmark_recording")[-1]
+    sides, worse = fit["layer_sides"], fit["larger_error_than_sklearn"]
+    baseline = "scikit-learn KMeans, same points and weights"
+    cells = [
+        [f"{fit['scheme']}: the search for {sides} codebooks", baseline, f"{fit['sklearn_over_search']:.0f}x faster"],
+        [
+            f"{fit['scheme']}: the whole fit, ranges and outliers too",
+            baseline,
+            f"{fit['sklearn_over_fit']:.0f}x faster",
+        ],
+        ["weighted error of these codebooks", baseline, f"larger in {worse} of {sides}"],
+        [
+            f"recording windows of {recording['seqlen']} tokens",
+            "forward + backward alone, parameters frozen",
+            f"{recording['median_ratio']:.2f}x its time",
+        ],
+    ]
+    return markdown(["what", "against", "result"], cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {"schemes": schemes, "packed": packed, "speed": speed}
+
+
+def with_tables(text: str) -> str:
+    """The text with every marked table made anew."""
+    return _MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], text)
+
+
+def main(argv: Sequence[str] | None = None) -> Row:
+    """The command; returns its JSON summary."""
+    parser = command_parser("scripts.readme_tables", __doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    arguments = parser.parse_args(argv)
+    readme = REPOSITORY / "README.md"
+    before = readme.read_text()
+    after = with_tables(before)
+    if arguments.check and after != before:
+        raise UserError("README.md differs from the rows in scripts/results; run `python scripts/readme_tables.py`")
+    if not arguments.check:
+        readme.write_text(after)
+    return {"readme": str(readme.name), "tables": len(_MARKED.findall(after)), "changed": after != before}
+
+
+if __name__ == "__main__":
+    run_command(main)

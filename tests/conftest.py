@@ -1,0 +1,287 @@
+"""Shared fixtures: tiny random models of every supported architecture, and one calibration of a tiny Llama.
+
+Nothing here needs a network or a file from outside the repository. Models are built from configs, with weights large
+enough that attention is far from uniform; norms and biases are random too, so that leaving one out shows.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from gradients.__main__ import main as record_main
+from gradients.fisher import record_window
+from gradients.models import KINDS, Fingerprint, Kind, KVSite, kv_sites
+from gradients.records import Records
+from quant.artefact import Quantizers, axis_of
+from quant.fit import Side, fit, fit_side
+from quant.scheme import Scheme
+
+torch.set_num_threads(1)
+settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("repository")
+
+VOCABULARY = 259  # the bytes, and three special tokens
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.3,
+    "pad_token_id": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+# C = G * D: 24 of llama and mistral, 40 of gemma3 are no multiples of 32
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "llama-yarn-mha": lambda: LlamaConfig(**_SIZES | {"num_key_value_heads": 4, "rope_parameters": dict(_YARN)}),
+    "mistral": lambda: MistralConfig(**_SIZES, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**_SIZES),
+    "qwen3": lambda: Qwen3Config(**_SIZES, head_dim=16),
+    "phi3": lambda: Phi3Config(**_SIZES | {"hidden_size": 64}),
+    "phi3-partial": lambda: Phi3Config(**_SIZES | {"hidden_size": 64, "rope_parameters": dict(_PARTIAL_ROPE)}),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_SIZES | {"num_hidden_layers": 4},
+        head_dim=20,
+        query_pre_attn_scalar=20,
+        sliding_window=16,
+        layer_types=list(_ALTERNATING),
+    ),
+}
+
+
+def build_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A frozen float32 model in evaluation mode with random weights, the same at every call."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # biases and the gains of norms start as constants
+                parameter.add_(torch.randn_like(parameter) * (0.3 if name.endswith("bias") else 0.1))
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[[str], PreTrainedModel]:
+    """Build a fresh tiny model by its name in `CONFIGS`, for tests that change it."""
+    return lambda name: build_model(CONFIGS[name]())
+
+
+@pytest.fixture(scope="session", params=list(CONFIGS))
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """A tiny model of every supported architecture in turn; leave it as it is."""
+    return build_model(CONFIGS[request.param]())
+
+
+@pytest.fixture(scope="session")
+def llama() -> PreTrainedModel:
+    """The tiny Llama whose folder is `llama_folder`; leave it as it is."""
+    return build_model(CONFIGS["llama"]())
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., Tensor]:
+    """Random token ids of any shape, without special tokens: `make_tokens(2, 33, seed=1)`."""
+
+    def make(*shape: int, seed: int = 0) -> Tensor:
+        return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
+    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[character] = len(vocabulary)
+    assert len(vocabulary) == VOCABULARY
+    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="session")
+def save_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[PreTrainedModel, Path], Path]:
+    """Save a model with the byte tokenizer as a folder that `--model` takes."""
+
+    def save(model: PreTrainedModel, folder: Path) -> Path:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def llama_folder(
+    llama: PreTrainedModel,
+    save_model: Callable[[PreTrainedModel, Path], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The tiny Llama as a local model folder."""
+    return save_model(llama, tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UTF-8 text of 6000 bytes, hence 6000 tokens."""
+    draw = random.Random(0)
+    words = ["key", "value", "caché", "token", "head", "of", "the", "a", "quantized", "outlier.\n", "naïve"]
+    text = " ".join(draw.choice(words) for _ in range(2000)).encode()[:5999].decode(errors="ignore")
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(text + "." * (6000 - len(text.encode())), encoding="utf-8")
+    return path
+
+
+RECORD_WINDOWS = 4
+RECORD_SEQLEN = 65
+
+
+@pytest.fixture(scope="session")
+def record_arguments(llama_folder: Path, text_file: Path) -> list[str]:
+    """What `python -m gradients` is given to make `records`, except --output."""
+    sizes = ["--windows", str(RECORD_WINDOWS), "--seqlen", str(RECORD_SEQLEN)]
+    return ["--model", str(llama_folder), "--text", str(text_file), "--device", "cpu", *sizes]
+
+
+@pytest.fixture(scope="session")
+def records(record_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """The calibration of the tiny Llama: 4 windows of 65 tokens, recorded without interruption; read only."""
+    folder = tmp_path_factory.mktemp("recorded") / "records"
+    record_main([*record_arguments, "--output", str(folder)])
+    return Records.open(folder)
+
+
+@pytest.fixture(scope="session")
+def quantizers(records: Records) -> Quantizers:
+    """nuq3-1% for the tiny Llama."""
+    return fit(records, Scheme.parse("nuq3-1%"))
+
+
+@pytest.fixture(scope="session")
+def quantizers_file(quantizers: Quantizers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`quantizers`, saved; read only."""
+    path = tmp_path_factory.mktemp("fitted") / "nuq3.safetensors"
+    quantizers.save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def fit_model(make_tokens: Callable[..., Tensor]) -> Callable[..., Quantizers]:
+    """Fit a model without a records folder: `fit_model(model, scheme)`; calibrates on 193 random tokens."""
+
+    def fit_on_random_tokens(model: PreTrainedModel, scheme: Scheme) -> Quantizers:
+        recorded = record_window(model, make_tokens(193, seed=17))
+        layers: dict[int, dict[Kind, Any]] = {}
+        for site in kv_sites(model):
+            activation, fisher = (
+                recorded[f"layers.{site.layer}.{site.kind}.{what}"][scheme.sink_tokens :]
+                for what in ("activation", "fisher")
+            )
+            per_channel = axis_of(scheme, site.kind) == "channel"
+            layers.setdefault(site.layer, {})[site.kind] = fit_side(Side(activation, fisher), scheme, per_channel)
+        fingerprint = Fingerprint.of(model.config)
+        return Quantizers(scheme=scheme, fingerprint=fingerprint, records_digest="none", layers=layers)
+
+    return fit_on_random_tokens
+
+
+@pytest.fixture(scope="session")
+def captured_sites() -> Callable[[PreTrainedModel], Any]:
+    """`with captured_sites(model) as seen:` collects what each site hands on, `seen[layer, kind]` = `[B, S, C]`."""
+
+    @contextmanager
+    def capture(model: PreTrainedModel) -> Iterator[dict[tuple[int, Kind], Tensor]]:
+        seen: dict[tuple[int, Kind], Tensor] = {}
+
+        def watch(site: KVSite) -> Callable[..., None]:
+            def hook(_module: object, _inputs: object, output: Tensor) -> None:
+                seen[site.layer, site.kind] = site.read(output).detach().clone()
+
+            return hook
+
+        with ExitStack() as stack:
+            for site in kv_sites(model):
+                stack.callback(site.module.register_forward_hook(watch(site)).remove)
+            yield seen
+
+    return capture
+
+
+@pytest.fixture(scope="session")
+def hook_count() -> Callable[[PreTrainedModel], int]:
+    """Hooks of any kind that a model's modules carry."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return lambda model: sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+@pytest.fixture(scope="session")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file under a folder, hidden ones included, with its bytes."""
+
+    def take(folder: Path) -> dict[str, bytes]:
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+    return take
+
+
+@pytest.fixture(scope="session")
+def make_records(records: Records) -> Callable[..., Records]:
+    """Write a records folder of the tiny Llama's shape from given windows.
+
+    `make_records(folder, windows)`, where a window maps (layer, kind) to (activation, fisher), each `[S, C]`.
+    """
+
+    def make(folder: Path, windows: list[dict[tuple[int, Kind], tuple[Tensor, Tensor]]]) -> Records:
+        seqlen = len(next(iter(windows[0].values()))[0])
+        created = Records.create(folder, replace(records.manifest, windows=len(windows), seqlen=seqlen))
+        for number, window in enumerate(windows):
+            tensors = {}
+            for layer in records.manifest.fingerprint.cached_layers:
+                for kind in KINDS:
+                    activation, fisher = window[layer, kind]
+                    tensors[f"layers.{layer}.{kind}.activation"] = activation.half()
+                    tensors[f"layers.{layer}.{kind}.fisher"] = fisher.bfloat16()
+            created.write(number, tensors)
+        return created
+
+    return make

@@ -1,0 +1,284 @@
+"""`quantizers.safetensors`: equality after loading, refusals, and writes that fail half way."""
+
+import errno
+import json
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import quant.artefact
+from gradients.cli import UserError
+from gradients.records import Records
+from quant.artefact import Quantizers, load_quantizers
+from quant.fit import fit
+from quant.scheme import Scheme
+
+SCHEMES = [
+    Scheme.parse("int4"),
+    Scheme.parse("nf3-1%"),
+    Scheme.parse("nuq2-1%", q_norm=True, sink_tokens=5),
+    Scheme.parse("nuq3-0.5%", key_axis="token", value_axis="channel", outlier_cap=3, weights="fisher"),
+]
+
+
+def assert_same(one: Quantizers, other: Quantizers) -> None:
+    assert (one.scheme, one.fingerprint, one.records_digest) == (other.scheme, other.fingerprint, other.records_digest)
+    assert one.layers.keys() == other.layers.keys()
+    for layer, sides in one.layers.items():
+        assert sides.keys() == other.layers[layer].keys()
+        for kind, quantizer in sides.items():
+            twin = other.layers[layer][kind]
+            assert type(twin) is type(quantizer)
+            assert twin.scheme == quantizer.scheme
+            assert twin.tables.keys() == quantizer.tables.keys()
+            for name, table in quantizer.tables.items():
+                assert torch.equal(twin.tables[name], table), (layer, kind, name)
+
+
+def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """Copy an artefact with `change` applied to its tensors and metadata."""
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        content = json.loads(file.metadata()["kvquant"])
+    change(tensors, content)
+    save_file(tensors, target, metadata={"kvquant": json.dumps(content)})
+    return target
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_load_gives_back_what_was_saved(scheme: Scheme, records: Records, tmp_path: Path) -> None:
+    fitted = fit(records, scheme)
+    fitted.save(tmp_path / "q.safetensors")
+    assert_same(load_quantizers(tmp_path / "q.safetensors"), fitted)
+
+
+def test_layers_and_sides_may_depart_from_the_scheme(records: Records, tmp_path: Path) -> None:
+    three, two, four = (fit(records, Scheme.parse(name)) for name in ("nuq3-1%", "nuq2", "int4-2%"))
+    mixed = Quantizers(
+        scheme=three.scheme,
+        fingerprint=three.fingerprint,
+        records_digest=three.records_digest,
+        layers={
+            0: {"key": four.layers[0]["key"], "value": three.layers[0]["value"]},
+            1: {"key": three.layers[1]["key"], "value": two.layers[1]["value"]},
+        },
+    )
+    mixed.save(tmp_path / "q.safetensors")
+    loaded = load_quantizers(tmp_path / "q.safetensors")
+    assert_same(loaded, mixed)
+    assert str(loaded.layers[0]["key"].scheme) == "int4-2%"
+    assert str(loaded.layers[1]["value"].scheme) == "nuq2"
+
+
+def test_equal_quantizers_make_equal_files(quantizers: Quantizers, quantizers_file: Path, tmp_path: Path) -> None:
+    quantizers.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == quantizers_file.read_bytes()
+
+
+def test_the_file_is_named_tensors_and_one_json_object(quantizers: Quantizers, quantizers_file: Path) -> None:
+    with safe_open(quantizers_file, framework="pt") as file:
+        names, metadata = set(file.keys()), file.metadata()
+    key, value = ["levels", "boundaries", "scale", "zero"], ["levels", "boundaries"]
+    assert names == {f"layers.{i}.key.{name}" for i in (0, 1) for name in key} | {
+        f"layers.{i}.value.{name}" for i in (0, 1) for name in value
+    }
+    content = json.loads(metadata["kvquant"])
+    assert content["schema"] == 1
+    assert content["scheme"] == quantizers.scheme.to_json()
+    assert content["records"] == quantizers.records_digest
+    assert content["fingerprint"]["architecture"] == "llama"
+    assert set(content["versions"]) >= {"torch", "transformers"}
+
+
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch.save"])
+def test_a_pickle_is_refused_and_never_unpickled(form: str, tmp_path: Path) -> None:
+    witness, path = tmp_path / "unpickled", tmp_path / "quantizers.pickle"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Payload(witness)))
+    else:
+        torch.save(Payload(witness), path)
+    with pytest.raises(UserError) as caught:
+        load_quantizers(path)
+    assert not witness.exists()
+    assert str(path) in str(caught.value)
+    assert "pickles are never loaded" in str(caught.value)
+    assert "python -m quant.fit" in str(caught.value)
+    # the payload is a real one
+    if form == "pickle":
+        pickle.loads(path.read_bytes()).close()
+    else:
+        torch.load(path, weights_only=False).close()
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 500, -1])
+def test_a_truncated_file_is_refused(keep: int, quantizers_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(quantizers_file.read_bytes()[:keep])
+    with pytest.raises(UserError) as caught:
+        load_quantizers(path)
+    assert str(path) in str(caught.value)
+    assert "python -m quant.fit" in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none.safetensors' cannot be read .*`python -m quant.fit`"):
+        load_quantizers(tmp_path / "none.safetensors")
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="python -m quant.fit"):
+        load_quantizers(tmp_path)
+
+
+def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.safetensors' lack our metadata"):
+        load_quantizers(tmp_path / "model.safetensors")
+
+
+def _spoil(tensors: dict[str, torch.Tensor], name: str, index: int, value: float) -> None:
+    tensors[name] = tensors[name].clone()
+    tensors[name][index] = value
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
+    "other schema": (lambda _t, m: m.update(schema=99), "schema 99, this version reads 1; fit them again"),
+    "no schema": (lambda _t, m: m.pop("schema"), "schema None"),
+    "missing tensor": (lambda t, _m: t.pop("layers.1.key.zero"), "lack tensor layers.1.key.zero; fit them again"),
+    "missing layer": (
+        lambda t, _m: [t.pop(n) for n in list(t) if n.startswith("layers.1.")],
+        "lack tensor layers.1.key",
+    ),
+    "wrong shape": (lambda t, _m: t.update({"layers.0.key.scale": torch.ones(7)}), "layers.0.key.scale is (7,)"),
+    "wrong dtype": (lambda t, _m: t.update({"layers.0.key.scale": torch.ones(24).half()}), "torch.float16"),
+    "NaN": (lambda t, _m: _spoil(t, "layers.0.key.zero", 3, float("nan")), "layers.0.key.zero"),
+    "other bits": (lambda _t, m: m["scheme"].update(bits=2), "levels is (8,)"),
+    "unknown field": (lambda _t, m: m["scheme"].update(rotation="hadamard"), "'rotation' is unknown"),
+    "levels not ascending": (lambda t, _m: _spoil(t, "layers.0.value.levels", 0, 9.0), "q.safetensors"),
+    "no scheme": (lambda _t, m: m.pop("scheme"), "q.safetensors"),
+    "fingerprint of another form": (lambda _t, m: m.update(fingerprint={"layers": 2}), "q.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_of_another_form_is_refused(damage: str, quantizers_file: Path, tmp_path: Path) -> None:
+    change, fragment = DAMAGES[damage]
+    path = rewrite(quantizers_file, tmp_path / "q.safetensors", change)
+    with pytest.raises(UserError) as caught:
+        load_quantizers(path)
+    assert fragment in str(caught.value)
+
+
+def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "q.safetensors", metadata={"kvquant": "{not json"})
+    with pytest.raises(UserError, match="q.safetensors"):
+        load_quantizers(tmp_path / "q.safetensors")
+
+
+def test_check_model_names_the_difference(quantizers: Quantizers, llama: Any, make_model: Callable[[str], Any]) -> None:
+    quantizers.check_model(llama.config)
+    with pytest.raises(UserError, match="fitted for another model: architecture 'llama' against 'qwen2'"):
+        quantizers.check_model(make_model("qwen2").config)
+    with pytest.raises(UserError, match="heads 2 against 4"):
+        quantizers.check_model(make_model("llama-yarn-mha").config)
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """No file of this process may grow beyond `limit` bytes: the operating system's refusal, as of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("earlier", [b"", b"an earlier artefact"], ids=["new", "replaced"])
+def test_a_write_the_system_refuses_leaves_what_was_there(
+    earlier: bytes, quantizers: Quantizers, snapshot: Callable[[Path], dict[str, bytes]], tmp_path: Path
+) -> None:
+    path = tmp_path / "q.safetensors"
+    if earlier:
+        path.write_bytes(earlier)
+    before = snapshot(tmp_path)
+    with file_size_limit(1000), pytest.raises(UserError, match=r"cannot write .*q.safetensors.*free or choose another"):
+        quantizers.save(path)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (OSError(errno.EDQUOT, "Quota exceeded"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (RuntimeError("a bug"), RuntimeError),
+    ],
+    ids=["disk full", "over quota", "interrupted", "a bug"],
+)
+def test_a_write_that_fails_half_way_leaves_what_was_there(
+    failure: BaseException,
+    raised: type[BaseException],
+    quantizers: Quantizers,
+    snapshot: Callable[[Path], dict[str, bytes]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "q.safetensors"
+    quantizers.save(path)
+    before = snapshot(tmp_path)
+
+    def half(_tensors: object, target: Path, **_options: object) -> None:
+        Path(target).write_bytes(b"half an artef")
+        raise failure
+
+    monkeypatch.setattr(quant.artefact, "save_file", half)
+    with pytest.raises(raised):
+        quantizers.save(path)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_earlier_artefact_is_replaced_in_one_step(quantizers: Quantizers, tmp_path: Path) -> None:
+    """A reader that has the old file open keeps it whole: the new one takes its name, not its bytes."""
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(b"an earlier artefact")
+    with open(path, "rb") as reader:
+        quantizers.save(path)
+        assert reader.read() == b"an earlier artefact"
+    assert load_quantizers(path).scheme == quantizers.scheme
+
+
+def test_saving_makes_missing_folders(quantizers: Quantizers, tmp_path: Path) -> None:
+    quantizers.save(tmp_path / "new" / "folder" / "q.safetensors")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["q.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["a folder", "below a file"])
+def test_a_place_that_cannot_be_written_is_refused(place: str, quantizers: Quantizers, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("earlier")
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" if place == "a folder" else tmp_path / "file" / "q.safetensors"
+    with pytest.raises(UserError, match="cannot write"):
+        quantizers.save(path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "earlier"

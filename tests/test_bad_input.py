@@ -1,0 +1,412 @@
+"""Every line of the issue's "Bad input" that concerns recording, fitting and simulated evaluation.
+
+Each command is called as `python -m` calls it, must refuse with a message that names the thing, the value and the
+remedy, and must leave every earlier file as it was.
+"""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import GPT2Config
+
+import gradients.__main__
+import quant.evaluate
+import quant.fit
+from gradients.cli import UserError
+from gradients.records import Records
+from quant.artefact import Quantizers
+
+Snapshot = Callable[[Path], dict[str, bytes]]
+MakeModel = Callable[[str], Any]
+SaveModel = Callable[[Any, Path], Path]
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with a complete run of stages 1 and 2, to which one thing is done."""
+
+    root: Path
+    model: Path
+    text: Path
+
+    @property
+    def records(self) -> Path:
+        return self.root / "records"
+
+    @property
+    def quantizers(self) -> Path:
+        return self.root / "q.safetensors"
+
+    def record(self, *options: str) -> Any:
+        """`python -m gradients`; later options win."""
+        arguments = ["--model", str(self.model), "--text", str(self.text), "--device", "cpu", "--windows", "2"]
+        return gradients.__main__.main([*arguments, "--seqlen", "65", "--output", str(self.root / "new"), *options])
+
+    def fit(self, *options: str) -> Any:
+        """`python -m quant.fit`."""
+        arguments = ["--records", str(self.records), "--scheme", "nuq3-1%", "--output", str(self.quantizers)]
+        return quant.fit.main([*arguments, *options])
+
+    def evaluate(self, *options: str) -> Any:
+        """`python -m quant.evaluate`."""
+        arguments = ["--model", str(self.model), "--text", str(self.text), "--device", "cpu", "--windows", "1"]
+        return quant.evaluate.main([*arguments, "--seqlen", "65", "--quantizers", str(self.quantizers), *options])
+
+
+@pytest.fixture
+def workspace(
+    records: Records, quantizers_file: Path, llama_folder: Path, text_file: Path, tmp_path: Path
+) -> Workspace:
+    shutil.copytree(records.folder, tmp_path / "records")
+    shutil.copy(quantizers_file, tmp_path / "q.safetensors")
+    return Workspace(tmp_path, llama_folder, text_file)
+
+
+@pytest.fixture
+def refuses(workspace: Workspace, snapshot: Snapshot) -> Callable[..., None]:
+    """Assert that a command refuses, with all `fragments` in one message, and changes no file."""
+
+    def check(command: Callable[..., Any], *options: str, fragments: list[str], error: type = UserError) -> None:
+        before = snapshot(workspace.root)
+        with pytest.raises(error) as caught:
+            command(*options)
+        message = str(caught.value)
+        assert [fragment for fragment in fragments if fragment not in message] == [], message
+        assert snapshot(workspace.root) == before
+
+    return check
+
+
+def commands_with_a_model(workspace: Workspace) -> list[Callable[..., Any]]:
+    return [workspace.record, workspace.evaluate]
+
+
+def test_the_workspace_is_sound(workspace: Workspace) -> None:
+    """What the other tests spoil works when it is left alone."""
+    assert workspace.record()["recorded_now"] == 2
+    assert workspace.evaluate()["tokens"] == 64
+    assert workspace.fit()["layers"] == 2
+
+
+def test_unsupported_architecture(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(workspace.root / "gpt2")
+    fragments = ["'gpt2'", "add a row for it to SITES in gradients/models.py", "llama", "phi3"]
+    for command in commands_with_a_model(workspace):
+        refuses(command, "--model", str(workspace.root / "gpt2"), fragments=fragments, error=NotImplementedError)
+
+
+def test_unknown_architecture(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    (workspace.root / "new-model").mkdir()
+    (workspace.root / "new-model" / "config.json").write_text('{"model_type": "nonesuch"}')
+    for command in commands_with_a_model(workspace):
+        refuses(
+            command,
+            "--model",
+            str(workspace.root / "new-model"),
+            fragments=["nonesuch", "gradients/models.py"],
+            error=(UserError, NotImplementedError),
+        )
+
+
+@pytest.mark.parametrize(
+    "damage", ["no such folder", "no such hub id", "empty folder", "no weights", "config not JSON"]
+)
+def test_missing_model(damage: str, workspace: Workspace, refuses: Callable[..., None]) -> None:
+    folder = workspace.root / "model"
+    name = "nobody/nothing-of-this-name" if damage == "no such hub id" else str(folder)
+    if damage == "empty folder":
+        folder.mkdir()
+    elif damage == "no weights":
+        shutil.copytree(workspace.model, folder)
+        (folder / "model.safetensors").unlink()
+    elif damage == "config not JSON":
+        folder.mkdir()
+        (folder / "config.json").write_text("{")
+    for command in commands_with_a_model(workspace):
+        refuses(command, "--model", name, fragments=[name, "give a hub id that is reachable, or a local folder"])
+
+
+def test_damaged_weights(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    folder = Path(shutil.copytree(workspace.model, workspace.root / "model"))
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refuses(workspace.record, "--model", str(folder), fragments=[str(folder)])
+
+
+def test_gguf_that_is_missing_or_ambiguous(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    folder = workspace.root / "gguf"
+    folder.mkdir()
+    missing = str(folder / "none.gguf")
+    refuses(workspace.record, "--model", missing, fragments=[missing, "does not exist", "give a hub id"])
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    refuses(workspace.record, "--model", str(folder), fragments=["holds 2 GGUF files", "name one of them", "a.gguf"])
+
+
+@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--dtype", "float99"], ["--dtype", "nn"]])
+def test_unknown_dtype(option: list[str], workspace: Workspace, refuses: Callable[..., None]) -> None:
+    refuses(workspace.record, *option, fragments=["dtype", repr(option[1]), "use auto, float32, bfloat16 or float16"])
+
+
+def test_unknown_device(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    refuses(workspace.record, "--device", "abacus", fragments=["device", "abacus"])
+
+
+def test_missing_text(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    for command in commands_with_a_model(workspace):
+        name = str(workspace.root / "none.txt")
+        refuses(
+            command, "--text", name, fragments=[name, "No such file", "UTF-8 text file", "wikitext2, c4, ptb, pydoc"]
+        )
+        refuses(command, "--text", str(workspace.root), fragments=[str(workspace.root), "directory", "text file"])
+        refuses(command, "--text", f"{workspace.text}:80-20", fragments=["80-20", "0-100", "FILE:START-END"])
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\t "], ids=["empty", "blank"])
+def test_empty_text(content: bytes, workspace: Workspace, refuses: Callable[..., None]) -> None:
+    (workspace.root / "empty.txt").write_bytes(content)
+    for command in commands_with_a_model(workspace):
+        refuses(
+            command, "--text", str(workspace.root / "empty.txt"), fragments=["empty.txt", "is empty", "give a text"]
+        )
+
+
+def test_text_of_another_encoding(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    (workspace.root / "latin.txt").write_bytes(b"abc \xe9t\xe9 " * 100)
+    refuses(
+        workspace.record,
+        "--text",
+        str(workspace.root / "latin.txt"),
+        fragments=["latin.txt", "not UTF-8", "byte 4", "convert"],
+    )
+
+
+@pytest.mark.parametrize("corpus", ["wikitext2", "c4", "ptb"])
+def test_unreachable_corpus(
+    corpus: str, workspace: Workspace, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def offline(*_args: object, **_options: object) -> None:
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    refuses(
+        workspace.record, "--text", corpus, fragments=[repr(corpus), "no route to host", "--text pydoc or a text file"]
+    )
+
+
+def test_text_shorter_than_a_window(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    path = workspace.root / "short.txt"
+    path.write_text("x" * 65)
+    fragments = ["short.txt", "has 65 tokens", "(66)", "lower --seqlen (now 65)"]
+    refuses(workspace.record, "--text", str(path), fragments=fragments)
+    path.write_text("x" * 64)
+    refuses(workspace.evaluate, "--text", str(path), fragments=["short.txt", "has 64 tokens", "(65)", "lower --seqlen"])
+    refuses(workspace.evaluate, "--windows", "99", fragments=["holds 92 windows", "99", "lower --windows to 92"])
+
+
+def test_seqlen_beyond_the_models_positions(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    for command in commands_with_a_model(workspace):
+        refuses(
+            command, "--seqlen", "513", fragments=["--seqlen 513", "512 positions", str(workspace.model), "lower it"]
+        )
+        refuses(command, "--seqlen", "1", fragments=["--seqlen 1", "at least 2"])
+
+
+def test_missing_records(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    missing = str(workspace.root / "none")
+    refuses(workspace.fit, "--records", missing, fragments=[missing, "no manifest.json", "run `python -m gradients"])
+
+
+def test_records_of_another_corpus_or_model(
+    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
+) -> None:
+    into = ["--output", str(workspace.records)]
+    part = ["--text", f"{workspace.text}:0-50"]
+    fragments = [str(workspace.records), "belongs to another run", "give another --output or delete the folder"]
+    refuses(workspace.record, *into, *part, fragments=[*fragments, "words.txt:0-50"])
+    other = save_model(make_model("llama-yarn-mha"), workspace.root / "mha")
+    refuses(workspace.record, *into, "--model", str(other), fragments=[*fragments, "heads 2 against 4"])
+
+
+def test_damaged_windows(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    path = workspace.records / "window-00002.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    remedy = f"delete it and run `python -m gradients --output {workspace.records}` again"
+    refuses(workspace.fit, fragments=[str(path), "truncated or damaged", remedy])
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 0xFF]) + whole[-99:])
+    refuses(workspace.fit, fragments=[str(path), "was altered after it was written", remedy])
+    path.unlink()
+    refuses(workspace.fit, fragments=[str(path), "is missing", "run `python -m gradients` again"])
+
+
+def test_quantizers_of_another_model(
+    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
+) -> None:
+    other = save_model(make_model("qwen2"), workspace.root / "qwen2")
+    fragments = [
+        "another model",
+        "architecture 'llama' against 'qwen2'",
+        "record and fit for this model, or give --model",
+    ]
+    refuses(workspace.evaluate, "--model", str(other), fragments=fragments)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
+    """Change an artefact's tensors or metadata in place."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        content = json.loads(file.metadata()["kvquant"])
+    change(tensors, content)
+    save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
+
+
+def test_quantizers_of_another_schema_or_without_a_layer(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    path = str(workspace.quantizers)
+    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=7))
+    refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 1", "fit them again"])
+    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=1))
+    rewrite(workspace.quantizers, lambda tensors, _content: tensors.pop("layers.1.value.levels"))
+    refuses(workspace.evaluate, fragments=[path, "layers.1.value.levels", "fit them again"])
+
+
+def test_missing_quantizers(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    missing = str(workspace.root / "none.safetensors")
+    refuses(workspace.evaluate, "--quantizers", missing, fragments=[missing, "make them with `python -m quant.fit`"])
+
+
+class Payload:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def test_pickled_quantizers(workspace: Workspace, refuses: Callable[..., None], tmp_path_factory: Any) -> None:
+    witness = tmp_path_factory.mktemp("witness") / "unpickled"
+    path = workspace.root / "quantizers.pickle"
+    path.write_bytes(pickle.dumps({"model.layers.0.self_attn.k_proj": Payload(witness)}))
+    fragments = [str(path), "pickles are never loaded", "make them with `python -m quant.fit`"]
+    refuses(workspace.evaluate, "--quantizers", str(path), fragments=fragments)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("kvquant", ["'kvquant'", "{int|nf|nuq}BITS[-P%]", "nuq3-1%"]),
+        ("nuq3-1", ["'nuq3-1'", "nuq3-1%"]),
+        ("fp3", ["'fp'", "int, nf, nuq"]),
+        ("nuq16", ["bits 16", "1-8"]),
+        ("nuq3-60%", ["60.00%", "0-10%"]),
+    ],
+)
+def test_unknown_scheme(name: str, fragments: list[str], workspace: Workspace, refuses: Callable[..., None]) -> None:
+    refuses(workspace.fit, "--scheme", name, fragments=["scheme", *fragments])
+
+
+def test_options_out_of_range(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    refuses(workspace.record, "--windows", "0", fragments=["--windows", "0 is not a positive integer", "--help"])
+    refuses(workspace.record, "--seed", "-1", fragments=["--seed", "-1 is negative", "--help"])
+    refuses(workspace.fit, "--jobs", "many", fragments=["--jobs", "'many'", "--help"])
+    refuses(workspace.fit, "--sink-tokens", "65", fragments=["--sink-tokens 65", "windows of 65 tokens"])
+    refuses(workspace.fit, "--weights", "hessian", fragments=["--weights", "'hessian'", "fisher*s^2"])
+    refuses(workspace.evaluate, "--bits", "3", fragments=["--bits 3", "python -m quant.evaluate --help"])
+    with pytest.raises(UserError, match="--scheme"):
+        quant.fit.main(["--records", str(workspace.records), "--output", "q"])
+
+
+@pytest.mark.parametrize("stage", ["record", "fit"])
+def test_full_disk(
+    stage: str, workspace: Workspace, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_tensors: object, path: Path, **_options: object) -> None:
+        Path(path).write_bytes(b"as much as fits")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gradients.records.save_file", full)
+    monkeypatch.setattr("quant.artefact.save_file", full)
+    if stage == "record":
+        (workspace.records / "window-00001.safetensors").unlink()
+        command, options = workspace.record, ["--output", str(workspace.records), "--windows", "4"]
+    else:
+        command, options = workspace.fit, []
+    refuses(
+        command, *options, fragments=["cannot write", "No space left on device", "free", "earlier files are untouched"]
+    )
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_output_that_cannot_be_a_folder(place: str, workspace: Workspace, refuses: Callable[..., None]) -> None:
+    output = workspace.quantizers if place == "a file" else workspace.quantizers / "records"
+    refuses(workspace.record, "--output", str(output), fragments=["cannot write", str(output)])
+
+
+def test_output_that_is_a_folder(workspace: Workspace, refuses: Callable[..., None]) -> None:
+    refuses(workspace.fit, "--output", str(workspace.records), fragments=["cannot write", str(workspace.records)])
+
+
+@pytest.fixture(params=[float("nan"), float("inf")], ids=str)
+def poisoned_model(
+    request: pytest.FixtureRequest, workspace: Workspace, make_model: MakeModel, save_model: SaveModel
+) -> str:
+    """A folder of the tiny Llama with one bad weight in the second layer's value projection."""
+    model = make_model("llama")
+    model.get_decoder().layers[1].self_attn.v_proj.weight[3, 5] = request.param
+    return str(save_model(model, workspace.root / "poisoned"))
+
+
+def test_recording_activations_that_are_not_finite(
+    poisoned_model: str, workspace: Workspace, snapshot: Snapshot
+) -> None:
+    before = snapshot(workspace.root)
+    with pytest.raises(UserError, match="layer 1 value .*NaN or infinite"):
+        workspace.record("--model", poisoned_model)
+    # what was complete stays; of the new run there is a manifest, but no window
+    after = snapshot(workspace.root)
+    assert before.items() <= after.items()
+    assert after.keys() - before.keys() <= {"new/manifest.json"}
+
+
+def test_evaluating_activations_that_are_not_finite(
+    poisoned_model: str, refuses: Callable[..., None], workspace: Workspace
+) -> None:
+    refuses(workspace.evaluate, "--model", poisoned_model, fragments=["layer 1 value", "NaN or infinite"])
+
+
+def test_records_that_are_not_finite(
+    workspace: Workspace, quantizers: Quantizers, refuses: Callable[..., None]
+) -> None:
+    opened = Records.open(workspace.records)
+    tensors = {}
+    for layer in quantizers.layers:
+        for kind in ("key", "value"):
+            activation, fisher = opened.read(3, layer, kind)
+            tensors |= {f"layers.{layer}.{kind}.activation": activation, f"layers.{layer}.{kind}.fisher": fisher}
+    tensors["layers.1.key.fisher"][40, 7] = torch.inf
+    opened.write(3, tensors)
+    refuses(workspace.fit, fragments=["layer 1 key", "NaN or infinite", "record again"])
+
+
+def test_a_model_with_sliding_windows_only(
+    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
+) -> None:
+    model = make_model("mistral")
+    model.config.sliding_window = 32
+    folder = str(save_model(model, workspace.root / "sliding"))
+    for command in commands_with_a_model(workspace):
+        refuses(command, "--model", folder, fragments=["sliding window of 32 tokens", "--full-attention"])

@@ -1,0 +1,129 @@
+"""What every command shares: the JSON line, exit codes, one line for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY
+
+import gradients.__main__
+import quant.evaluate
+import quant.fit
+from gradients.cli import UserError, format_table, run_command
+
+Main = Callable[[Sequence[str] | None], Mapping[str, Any] | None]
+
+
+def run(main: Main, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run a command on process arguments as `python -m` would; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    try:
+        run_command(main)
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0
+
+
+def test_three_commands_in_a_row_each_end_in_one_json_line(
+    record_arguments: list[str],
+    llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    records, quantizers = str(tmp_path / "records"), str(tmp_path / "q.safetensors")
+    evaluated = ["--model", str(llama_folder), "--text", f"{text_file}:50-100", "--seqlen", "65", "--windows", "2"]
+    commands: list[tuple[Main, list[str], dict[str, Any]]] = [
+        (
+            gradients.__main__.main,
+            [*record_arguments, "--output", records],
+            {"records": records, "windows": 4, "seqlen": 65, "recorded_now": 4},
+        ),
+        (
+            quant.fit.main,
+            ["--records", records, "--scheme", "nuq4-1%", "--sink-tokens", "3", "--q-norm", "--output", quantizers],
+            {"quantizers": quantizers, "scheme": "nuq4-1% sink_tokens=3 q_norm=True", "layers": 2},
+        ),
+        (
+            quant.evaluate.main,
+            [*evaluated, "--device", "cpu", "--quantizers", quantizers],
+            {"scheme": "nuq4-1% sink_tokens=3 q_norm=True", "tokens": 128},
+        ),
+    ]
+    for main, arguments, expected in commands:
+        assert run(main, arguments, monkeypatch) == 0
+        printed = capsys.readouterr()
+        *summary, last = printed.out.splitlines()
+        assert json.loads(last).items() >= expected.items()
+        assert summary, "a person gets a summary too"
+        assert not any(line.startswith("{") for line in summary)
+        assert "error" not in printed.err
+
+
+@pytest.mark.parametrize("error", [UserError, NotImplementedError])
+def test_bad_input_is_one_line_and_exit_code_2(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_argv: object) -> None:
+        raise error("text 'x' has\n  3 tokens;\nlower --seqlen")
+
+    assert run(main, [], monkeypatch) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: text 'x' has 3 tokens; lower --seqlen\n"
+    assert printed.out == ""
+
+
+def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(_argv: object) -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        run(main, [], monkeypatch)
+
+
+def test_other_processes_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda _argv: None, [], monkeypatch) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("main", [gradients.__main__.main, quant.fit.main, quant.evaluate.main])
+def test_help_shows_the_examples(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "\n    python -m " in capsys.readouterr().out
+
+
+def test_a_process_given_bad_input(tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "quant.fit", "--records", "none", "--scheme", "nuq3-1%", "--output", "q.safetensors"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert "Traceback" not in finished.stderr
+    last = finished.stderr.splitlines()[-1]
+    assert last.startswith("error: records 'none': no manifest.json")
+    assert finished.stderr.count("error:") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_align() -> None:
+    rows = [{"scheme": "nuq3-1%", "perplexity": 12.34567}, {"scheme": "int4", "perplexity": 9.0}]
+    assert format_table(rows).splitlines() == [
+        " scheme  perplexity",
+        "-------  ----------",
+        "nuq3-1%       12.35",
+        "   int4           9",
+    ]

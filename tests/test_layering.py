@@ -1,0 +1,81 @@
+"""Imports point back along the data flow: gradients <- quant <- deployment."""
+
+import ast
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+STAGES = ["gradients", "quant", "deployment"]
+
+
+def imported_names(source: str) -> Iterator[str]:
+    """Every absolute module name that a file imports, at the top or inside a function."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module or ""
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if called in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+                yield str(node.args[0].value)
+
+
+def violations(root: Path) -> list[str]:
+    """Imports under `root` of a later stage, of tests or scripts, or by a relative path out of a stage."""
+    found = []
+    for position, stage in enumerate(STAGES):
+        forbidden = {*STAGES[position + 1 :], "tests", "scripts", "conftest"}
+        for path in sorted((root / stage).rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            found += [
+                f"{path.relative_to(root)} imports {name}"
+                for name in imported_names(source)
+                if name.split(".")[0] in forbidden
+            ]
+            depth = len(path.relative_to(root).parts) - 1
+            found += [
+                f"{path.relative_to(root)} imports out of its stage"
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.ImportFrom) and node.level > depth
+            ]
+    return found
+
+
+def test_imports_point_back() -> None:
+    assert all(list((REPOSITORY / stage).glob("*.py")) for stage in STAGES[:2])
+    assert violations(REPOSITORY) == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "line", "caught"),
+    [
+        ("gradients", "import quant", True),
+        ("gradients", "import torch, quant.scheme as scheme", True),
+        ("gradients", "from deployment.cache import PackedCache", True),
+        ("quant", "def late():\n    from deployment import layout", True),
+        ("quant", "import importlib\nimportlib.import_module('deployment.cache')", True),
+        ("quant", "from ..deployment import cache", True),
+        ("deployment", "from tests.conftest import model", True),
+        ("gradients", "from gradients.cli import UserError", False),
+        ("quant", "from gradients.models import kv_sites", False),
+        ("deployment", "import quant.scheme\nfrom gradients import cli", False),
+        ("gradients", "import quantities", False),
+    ],
+)
+def test_a_planted_violation_is_caught(stage: str, line: str, caught: bool, tmp_path: Path) -> None:
+    for folder in STAGES[:2]:
+        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / stage).mkdir(exist_ok=True)
+    (tmp_path / stage / "planted.py").write_text(line + "\n")
+    found = violations(tmp_path)
+    assert len(found) == int(caught)
+    assert all(entry.startswith(f"{stage}/planted.py imports") for entry in found)
+
+
+def test_there_is_no_drawer_for_everything() -> None:
+    names = {path.name for stage in STAGES for path in (REPOSITORY / stage).rglob("*.py")}
+    assert names.isdisjoint({"utils.py", "common.py", "helpers.py", "misc.py"})

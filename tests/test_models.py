@@ -1,0 +1,178 @@
+"""Sites of every architecture: what they read, what they write; loading; refusals of what has no site."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import MistralConfig, PreTrainedModel
+
+from gradients.cli import UserError
+from gradients.models import KINDS, SITES, Fingerprint, kv_shape, kv_sites, load_model
+
+Capture = Callable[[PreTrainedModel], Any]
+MakeModel = Callable[[str], PreTrainedModel]
+
+
+def rms_normalised(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon) * gain
+
+
+def keys_and_values_by_hand(attention: nn.Module, hidden: Tensor, config: Any) -> dict[str, Tensor]:
+    """Pre-RoPE keys and values `[B, S, C]` of one layer, from its weights and its input alone."""
+    heads, head_dim = kv_shape(config)
+    channels = heads * head_dim
+    if config.model_type == "phi3":
+        queries = config.num_attention_heads * head_dim
+        weight = attention.qkv_proj.weight
+        return {
+            "key": hidden @ weight[queries : queries + channels].T,
+            "value": hidden @ weight[queries + channels :].T,
+        }
+    keys, values = hidden @ attention.k_proj.weight.T, hidden @ attention.v_proj.weight.T
+    if config.model_type == "qwen2":
+        keys, values = keys + attention.k_proj.bias, values + attention.v_proj.bias
+    if config.model_type in ("qwen3", "gemma3_text"):
+        gain = attention.k_norm.weight + (1 if config.model_type == "gemma3_text" else 0)
+        keys = rms_normalised(keys.unflatten(-1, (heads, head_dim)), gain, config.rms_norm_eps).flatten(2)
+    return {"key": keys, "value": values}
+
+
+def test_every_supported_architecture_has_a_tiny_model(make_model: MakeModel) -> None:
+    from conftest import CONFIGS
+
+    assert {make_model(name).config.model_type for name in CONFIGS} == set(SITES)
+
+
+def test_sites_are_pre_rope_keys_and_values(
+    model: PreTrainedModel, captured_sites: Capture, make_tokens: Callable[..., Tensor]
+) -> None:
+    inputs: dict[int, Tensor] = {}
+    layers = model.get_decoder().layers
+    handles = [
+        layers[site.layer].self_attn.register_forward_pre_hook(
+            lambda _m, args, kwargs, i=site.layer: inputs.update({i: kwargs["hidden_states"] if not args else args[0]}),
+            with_kwargs=True,
+        )
+        for site in kv_sites(model)
+    ]
+    with captured_sites(model) as seen:
+        model(input_ids=make_tokens(2, 33), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert len(seen) == 2 * len(inputs)
+    for (layer, kind), x in seen.items():
+        expected = keys_and_values_by_hand(layers[layer].self_attn, inputs[layer], model.config)[kind]
+        assert x.shape == (2, 33, expected.shape[-1])
+        assert torch.allclose(x, expected, rtol=1e-4, atol=1e-5), (layer, kind)
+
+
+def test_sites_cover_the_fully_cached_layers_in_order(make_model: MakeModel) -> None:
+    found = [(site.layer, site.kind) for site in kv_sites(make_model("gemma3"))]
+    assert found == [(1, "key"), (1, "value"), (3, "key"), (3, "value")]
+    found = [(site.layer, site.kind) for site in kv_sites(make_model("llama"))]
+    assert found == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
+
+
+def test_write_is_the_inverse_of_read(
+    model: PreTrainedModel, make_tokens: Callable[..., Tensor], subtests: pytest.Subtests
+) -> None:
+    for site in kv_sites(model):
+        outputs: list[Tensor] = []
+        handle = site.module.register_forward_hook(lambda _m, _i, output, kept=outputs: kept.append(output))
+        model(input_ids=make_tokens(2, 5), use_cache=False)
+        handle.remove()
+        with subtests.test(layer=site.layer, kind=site.kind):
+            (output,) = outputs
+            original = output.clone()
+            x = site.read(output)
+            assert x.shape == (2, 5, site.channels)
+            replacement = torch.arange(x.numel(), dtype=torch.float32).view(x.shape)
+            written = site.write(output, replacement)
+            assert torch.equal(site.read(written), replacement)
+            assert torch.equal(site.write(written, x), original)
+            assert torch.equal(output, original)
+
+
+def test_rewriting_reaches_the_model_and_ends_with_the_block(
+    model: PreTrainedModel, make_tokens: Callable[..., Tensor], hook_count: Callable[[PreTrainedModel], int]
+) -> None:
+    tokens, hooks = make_tokens(1, 31), hook_count(model)
+
+    def logits() -> Tensor:
+        return model(input_ids=tokens, use_cache=False).logits
+
+    plain = logits()
+    for site in kv_sites(model):
+        with site.rewriting(lambda x: x.clone()):
+            assert torch.equal(logits(), plain)
+        with site.rewriting(lambda x: x.roll(1, -1)):
+            assert not torch.allclose(logits(), plain, atol=1e-3), (site.layer, site.kind)
+    assert torch.equal(logits(), plain)
+    with pytest.raises(ZeroDivisionError), kv_sites(model)[0].rewriting(lambda x: x / (1 // 0)):
+        logits()
+    assert hook_count(model) == hooks
+
+
+def test_an_unlisted_architecture_is_refused(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    model.config.model_type = "dbrx"
+    with pytest.raises(
+        NotImplementedError, match=r"'dbrx' is not supported; add a row for it to SITES in gradients/models.py"
+    ):
+        kv_sites(model)
+
+
+def test_a_model_of_sliding_windows_only_is_refused(
+    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
+) -> None:
+    model = make_model("mistral")
+    assert isinstance(model.config, MistralConfig)
+    model.config.sliding_window = 32
+    with pytest.raises(UserError, match="sliding window of 32 tokens.*--full-attention"):
+        kv_sites(model)
+    folder = save_model(model, tmp_path / "sliding")
+    with pytest.raises(UserError, match="sliding window of 32 tokens.*--full-attention"):
+        load_model(str(folder), device="cpu")
+    loaded = load_model(str(folder), device="cpu", full_attention=True)
+    assert [site.layer for site in kv_sites(loaded.model)] == [0, 0, 1, 1]
+
+
+def test_full_attention_opens_every_layer_of_a_mixed_model(
+    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
+) -> None:
+    folder = save_model(make_model("gemma3"), tmp_path / "gemma3")
+    assert Fingerprint.of(load_model(str(folder), device="cpu").model.config).cached_layers == (1, 3)
+    opened = load_model(str(folder), device="cpu", full_attention=True)
+    assert Fingerprint.of(opened.model.config).cached_layers == (0, 1, 2, 3)
+
+
+def test_a_loaded_model_is_the_saved_one_frozen(
+    llama: PreTrainedModel, llama_folder: Path, make_tokens: Callable[..., Tensor]
+) -> None:
+    loaded = load_model(str(llama_folder), device="cpu")
+    assert loaded.name == str(llama_folder)
+    assert loaded.model.dtype == torch.float32
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    tokens = make_tokens(1, 33)
+    assert torch.equal(loaded.model(tokens).logits, llama(tokens).logits)
+    assert loaded.tokenizer.decode(loaded.tokenizer("naïve caché").input_ids) == "naïve caché"
+    assert Fingerprint.of(loaded.model.config) == Fingerprint.of(llama.config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_obeyed(dtype: str, llama_folder: Path) -> None:
+    assert load_model(str(llama_folder), dtype=dtype, device="cpu").model.dtype == getattr(torch, dtype)
+
+
+def test_fingerprint_json_round_trip(model: PreTrainedModel) -> None:
+    fingerprint = Fingerprint.of(model.config)
+    assert Fingerprint.from_json(json.loads(json.dumps(fingerprint.to_json()))) == fingerprint
+    sites = kv_sites(model)
+    assert fingerprint.cached_layers == tuple(sorted({site.layer for site in sites}))
+    assert {(fingerprint.heads, fingerprint.head_dim)} == {(site.heads, site.head_dim) for site in sites}
+    assert {site.kind for site in sites} == set(KINDS)

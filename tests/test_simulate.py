@@ -1,0 +1,185 @@
+"""The simulation: `decode(encode(x))` at every site and nowhere else, sinks apart, its bytes counted by hand."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradients.cli import UserError
+from gradients.models import kv_sites
+from quant.artefact import Quantizers
+from quant.quantizer import normalise
+from quant.scheme import Scheme
+from quant.simulate import simulated
+from quant.storage import StoredSize, exact_size, packed_size
+
+MakeTokens = Callable[..., Tensor]
+Capture = Callable[[PreTrainedModel], Any]
+FitModel = Callable[..., Quantizers]
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 257])
+def test_all_sinks_change_nothing_but_to_fp16(
+    tokens: int, llama: PreTrainedModel, quantizers: Quantizers, make_tokens: MakeTokens
+) -> None:
+    exact = Quantizers(**vars(quantizers) | {"scheme": quantizers.scheme.with_changes(sink_tokens=257)})
+    ids = make_tokens(1, tokens)
+    with simulated(llama, exact) as usage:
+        got = logits_of(llama, ids)
+    assert usage.size.bits_per_element == 16
+    with ExitStack() as stack:
+        for site in kv_sites(llama):
+            stack.enter_context(site.rewriting(lambda x: x.half().float()))
+        assert torch.equal(got, logits_of(llama, ids))
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 257])
+def test_every_site_hands_on_its_own_round_trip(
+    tokens: int, model: PreTrainedModel, fit_model: FitModel, captured_sites: Capture, make_tokens: MakeTokens
+) -> None:
+    """Layers and sides differ in scheme, so that a quantizer at the wrong site shows."""
+    fitted = [fit_model(model, Scheme.parse(name, sink_tokens=3)) for name in ("nuq4-1%", "int3", "nuq2-2%", "nf3-1%")]
+    quantizers = Quantizers(
+        **vars(fitted[0])
+        | {
+            "layers": {
+                layer: {
+                    kind: fitted[(2 * order + side) % 4].layers[layer][kind]
+                    for side, kind in enumerate(("key", "value"))
+                }
+                for order, layer in enumerate(fitted[0].layers)
+            }
+        }
+    )
+    with captured_sites(model) as before, simulated(model, quantizers), captured_sites(model) as after:
+        logits_of(model, make_tokens(2, tokens, seed=5))
+    assert before.keys() == after.keys() == {(site.layer, site.kind) for site in kv_sites(model)}
+    for (layer, kind), x in before.items():
+        quantizer = quantizers.layers[layer][kind]
+        expected = torch.cat([x[:, :3].half().float(), quantizer.decode(quantizer.encode(x[:, 3:]))], dim=1)
+        assert torch.equal(after[layer, kind], expected), (layer, kind)
+        assert tokens <= 3 or not torch.equal(expected, x)
+
+
+def test_sliding_layers_are_left_alone(
+    model: PreTrainedModel, fit_model: FitModel, hook_count: Callable[..., int]
+) -> None:
+    hooks = hook_count(model)
+    with simulated(model, fit_model(model, Scheme.parse("nuq3"))):
+        hooked = [
+            layer
+            for layer, module in enumerate(model.get_decoder().layers)
+            if any(part._forward_hooks for part in module.modules())
+        ]
+    assert hooked == sorted({site.layer for site in kv_sites(model)})
+    assert hook_count(model) == hooks
+
+
+def test_batch_rows_are_independent(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+    quantizers, ids = fit_model(model, Scheme.parse("nuq4-1%")), make_tokens(3, 33)
+    changed = ids.clone()
+    changed[1] = make_tokens(33, seed=9)
+    with simulated(model, quantizers):
+        one, other = logits_of(model, ids), logits_of(model, changed)
+    assert torch.equal(one[[0, 2]], other[[0, 2]])
+    assert not torch.allclose(one[1], other[1], atol=1e-2)
+
+
+def test_the_model_is_itself_again_afterwards(
+    model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, hook_count: Callable[..., int]
+) -> None:
+    quantizers, ids, hooks = fit_model(model, Scheme.parse("nuq2")), make_tokens(1, 33), hook_count(model)
+    plain = logits_of(model, ids)
+    with simulated(model, quantizers):
+        assert not torch.allclose(logits_of(model, ids), plain, atol=1e-2)
+    assert torch.equal(logits_of(model, ids), plain)
+    with pytest.raises(RuntimeError, match="stop"), simulated(model, quantizers):
+        raise RuntimeError("stop")
+    with pytest.raises(IndexError), simulated(model, quantizers):
+        logits_of(model, torch.tensor([[10**6]]))
+    assert hook_count(model) == hooks
+    assert torch.equal(logits_of(model, ids), plain)
+
+
+def test_more_bits_stay_closer_to_the_model(
+    model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
+) -> None:
+    ids = make_tokens(1, 193, seed=17)  # the calibration tokens
+    plain = logits_of(model, ids).log_softmax(-1)
+    distances = []
+    for bits in (2, 3, 4):
+        with simulated(model, fit_model(model, Scheme.parse(f"nuq{bits}-1%"))):
+            quantized = logits_of(model, ids).log_softmax(-1)
+        distances.append(float((plain.exp() * (plain - quantized)).sum(-1).mean()))
+    assert distances == sorted(distances, reverse=True)
+    assert 0 < distances[-1] < 0.5 * distances[0]
+
+
+def test_another_models_quantizers_are_refused(
+    quantizers: Quantizers, make_model: Callable[[str], PreTrainedModel], hook_count: Callable[..., int]
+) -> None:
+    model = make_model("qwen2")
+    with pytest.raises(UserError, match="another model"), simulated(model, quantizers):
+        pytest.fail("the block was entered")
+    assert hook_count(model) == 0
+
+
+def test_bits_per_element_by_hand(
+    llama: PreTrainedModel, quantizers: Quantizers, captured_sites: Capture, make_tokens: MakeTokens
+) -> None:
+    """Two rows of 70 tokens: 1 sink and 69 packed ones in 2 blocks of 64 slots; C = 24, G = 2, nuq3-1%."""
+    ids = make_tokens(2, 70, seed=3)
+    with captured_sites(llama) as before, simulated(llama, quantizers) as usage:
+        logits_of(llama, ids)
+    key_outliers = 0
+    for layer in (0, 1):
+        quantizer = quantizers.layers[layer]["key"]
+        key_outliers += int((normalise(before[layer, "key"][:, 1:], quantizer.scale, quantizer.zero).abs() > 1).sum())
+    assert key_outliers > 0
+
+    sides = 2 * 2 * 2  # rows, layers, keys and values
+    sinks = sides * 24 * 16
+    codes = sides * 2 * 64 * 24 * 3
+    token_scales = (sides // 2) * 2 * 64 * (16 + 16)
+    value_outliers = (sides // 2) * 69 * 2  # ceil(24 * 1% / 2) = 1 at each end
+    outliers = (key_outliers + value_outliers) * (16 + 16)
+    lists = sides * 2 * 2 * 32  # blocks, heads
+    bits, elements = sinks + codes + token_scales + outliers + lists, sides * 70 * 24
+    assert usage.size == StoredSize(bits, elements)
+    assert usage.size.bits_per_element == bits / elements
+
+
+def test_usage_adds_up_over_forwards(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: MakeTokens) -> None:
+    sizes = []
+    for ids in (make_tokens(1, 33), make_tokens(1, 65, seed=1)):
+        with simulated(llama, quantizers) as usage:
+            logits_of(llama, ids)
+        sizes.append(usage.size)
+    with simulated(llama, quantizers) as usage:
+        logits_of(llama, make_tokens(1, 33))
+        logits_of(llama, make_tokens(1, 65, seed=1))
+    assert usage.size == sizes[0] + sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "outliers", "has_outliers", "token_scales", "bits"),
+    [
+        pytest.param(0, 0, True, True, 0, id="nothing"),
+        pytest.param(1, 0, False, False, 64 * 24 * 3, id="one token takes a block"),
+        pytest.param(64, 0, False, True, 64 * 24 * 3 + 64 * 32, id="a full block"),
+        pytest.param(65, 5, True, False, 128 * 24 * 3 + 5 * 32 + 2 * 2 * 32, id="one token more, with outliers"),
+    ],
+)
+def test_packed_size(tokens: int, outliers: int, has_outliers: bool, token_scales: bool, bits: int) -> None:
+    size = packed_size(tokens, 2, 24, 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
+    assert size == StoredSize(bits, tokens * 24)
+    assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)
