@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
-from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.finite import require_finite
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_windows
 
@@ -31,7 +32,7 @@ from quant.evaluate import add_evaluation_arguments, append_result, evaluation_w
 def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chunk: int) -> float:
     """Summed negative log-likelihood in nats of `windows`, `[B, S]` int64, as one batch, `chunk` tokens at a time.
 
-    The cache must be empty; it holds all tokens afterwards. Raises `UserError` for logits that are not finite.
+    The cache must be empty; it holds all tokens afterwards. Raises `UserError` for logits that are NaN.
     """
     tokens = windows.to(model.get_input_embeddings().weight.device)
     total = 0.0
@@ -41,8 +42,7 @@ def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chun
             targets = tokens[:, start + 1 : start + 1 + chunk].to(logits.device)
             predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
             total += float(torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="sum"))
-    if not math.isfinite(total):
-        raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
+            require_finite(logits, model, tokens[:, : start + chunk])
     return total
 
 

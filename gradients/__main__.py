@@ -3,6 +3,7 @@
     python -m gradients --model meta-llama/Llama-2-7b-hf --text wikitext2 --output records/
     python -m gradients --model ./smollm2 --text notes.txt:0-50 --windows 16 --seqlen 512 --output records/
     accelerate launch -m gradients --model ... --text c4 --output records/     # the windows split over processes
+    torchrun --nproc-per-node 2 -m gradients ...                               # the same without a GPU
 
 An interrupted run continues where it stopped. The folder is all that `python -m quant.fit` needs.
 """
@@ -13,12 +14,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-from accelerate import PartialState
 from tqdm import tqdm
 
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.fisher import record_window
 from gradients.models import Fingerprint, LoadedModel, decoder_config, kv_sites, load_model
+from gradients.processes import process_state
 from gradients.records import Manifest, Records
 from gradients.text import Corpus, load_corpus
 
@@ -51,7 +52,7 @@ def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
 
 def record(loaded: LoadedModel, corpus: Corpus, records: Records, windows: int, checkpointing: bool = False) -> int:
     """Record this process's share of the missing windows; returns how many it recorded."""
-    state = PartialState()
+    state = process_state()
     manifest = records.manifest
     drawn = corpus.calibration_windows(manifest.seqlen, windows, manifest.seed)
     mine = range(state.process_index, windows, state.num_processes)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     started = time.perf_counter()
     recorded = record(loaded, corpus, records, arguments.windows, arguments.checkpointing)
     seconds = time.perf_counter() - started
-    state = PartialState()
+    state = process_state()
     state.wait_for_everyone()
     if not state.is_main_process:
         return None

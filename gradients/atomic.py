@@ -7,10 +7,16 @@ process or a full disk leaves the earlier file, or none.
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gradients.cli import UserError
+
+_WRITE_FAILURES = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # no room
+    *(errno.EACCES, errno.EPERM, errno.EROFS),  # not allowed
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),  # something else is there
+}
 
 
 @contextmanager
@@ -35,12 +41,12 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _is_write_failure(error: Exception) -> bool:
-    codes = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
     if isinstance(error, OSError):
-        return error.errno in codes
+        return error.errno in _WRITE_FAILURES
     # safetensors wraps the operating system's error in one of its own
     return type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()

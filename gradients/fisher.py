@@ -85,8 +85,10 @@ class _Recorder:
 
     def tensors(self, sites: Sequence[KVSite]) -> dict[str, Tensor]:
         tensors = {}
-        for site in sites:
-            for what, recorded in (("activation", self._activations[site]), ("fisher", self._fisher[site])):
+        # activations first: a bad one spoils every gradient, and the first layer that has one is to blame
+        for what, of_site in (("activation", self._activations), ("fisher", self._fisher)):
+            for site in sites:
+                recorded = of_site[site]
                 if not recorded.isfinite().all():
                     raise UserError(
                         f"layer {site.layer} {site.kind} {what}: {int((~recorded.isfinite()).sum())} of "
@@ -121,3 +123,4 @@ def _gradient_checkpointing(model: PreTrainedModel) -> Iterator[None]:
         for layer in layers:
             layer.training = False
         model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()  # which enabling had switched on

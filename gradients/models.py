@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gradients.cli import UserError
+from gradients.processes import process_state
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -263,12 +265,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", full_attent
 def resolve_device(device: str) -> str:
     """`auto` becomes `cpu` without an accelerator, this process's own device under `accelerate launch`."""
     if device != "auto":
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"device {device!r} is unknown; use auto, cpu, or a device such as cuda:1") from error
         return device
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     if state.num_processes > 1:
-        return str(state.device)
+        return state.device.type if state.device.type == "cpu" else str(state.device)
     return "auto" if torch.accelerator.is_available() else "cpu"
 
 
@@ -297,7 +301,13 @@ def _resolve_source(name: str) -> dict[str, str]:
 def _load_or_explain(auto: Any, name: str, source: dict[str, str], **kwargs: Any) -> Any:
     try:
         loaded = auto.from_pretrained(**source, **kwargs)
-    except (OSError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError, SafetensorError) as error:
+        if "does not recognize this architecture" in str(error):
+            reason = str(error).splitlines()[0]
+            raise NotImplementedError(
+                f"model {name!r}: {reason} Update transformers, then add a row for it to SITES in gradients/models.py "
+                f"(supported: {', '.join(SITES)})"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"cannot load {auto.__name__} of model {name!r}: {reason}; give a hub id that is reachable, or a local folder"

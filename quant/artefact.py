@@ -93,18 +93,27 @@ def load_quantizers(path: str | Path) -> Quantizers:
         raise UserError(
             f"quantizers {str(path)!r} lack our metadata: some other safetensors file; use one that `python -m quant.fit` wrote"
         )
-    content = json.loads(metadata["kvquant"])
+    try:
+        return _parse(path, json.loads(metadata["kvquant"]), tensors)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"quantizers {str(path)!r} are damaged ({error!r}); fit them again") from error
+
+
+def _parse(path: str | Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> Quantizers:
     if content.get("schema") != SCHEMA:
         raise UserError(
             f"quantizers {str(path)!r} have schema {content.get('schema')}, this version reads {SCHEMA}; fit them again"
         )
     scheme, fingerprint = Scheme.from_json(content["scheme"]), Fingerprint.from_json(content["fingerprint"])
-    layers: dict[int, dict[Kind, Quantizer]] = {}
-    for layer in fingerprint.cached_layers:
-        layers[layer] = {
+    layers: dict[int, dict[Kind, Quantizer]] = {
+        layer: {
             kind: _assemble(path, layer, kind, _scheme_of(content, scheme, layer, kind), tensors, fingerprint)
             for kind in KINDS
         }
+        for layer in fingerprint.cached_layers
+    }
     return Quantizers(scheme=scheme, fingerprint=fingerprint, records_digest=content["records"], layers=layers)
 
 

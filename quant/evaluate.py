@@ -2,7 +2,7 @@
 
     python -m quant.evaluate --model meta-llama/Llama-2-7b-hf --text wikitext2                      # unquantized
     python -m quant.evaluate --model meta-llama/Llama-2-7b-hf --text wikitext2 --quantizers nuq3.safetensors
-    accelerate launch -m quant.evaluate ...                            # the windows split over processes
+    accelerate launch -m quant.evaluate ...                            # the windows split over processes (torchrun on CPUs)
 
 The quantizer file says everything about the quantization. Each window runs twice, without and with it, so that
 KL divergence and agreement of the most likely token cost no second pass over the text.
@@ -24,7 +24,9 @@ from transformers import PreTrainedModel
 
 from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from gradients.finite import require_finite
 from gradients.models import LoadedModel
+from gradients.processes import process_state
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.results import append_row
@@ -95,7 +97,7 @@ def evaluate_many(
     model: PreTrainedModel, windows: Tensor, candidates: Sequence[Quantizers | None]
 ) -> list[dict[str, Any]]:
     """`evaluate` for several quantizers (None: unquantized), which share each window's unquantized logits."""
-    state = PartialState()
+    state = process_state()
     device = model.get_input_embeddings().weight.device
     scores = [_Score() for _ in candidates]
     mine = windows[state.process_index :: state.num_processes]
@@ -103,6 +105,7 @@ def evaluate_many(
         tokens = window.to(device)[None]
         started = time.perf_counter()
         baseline = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        require_finite(baseline, model, tokens)
         targets = tokens[0, 1:].to(baseline.device)
         shared = time.perf_counter() - started
         for quantizers, score in zip(candidates, scores, strict=True):
@@ -112,6 +115,7 @@ def evaluate_many(
                 with simulated(model, quantizers) as usage:
                     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
                 size = usage.size
+                require_finite(logits, model, tokens)
             score.add(compare_logits(logits, baseline, targets), size, shared + time.perf_counter() - started)
     return [
         score.over_processes(state).summary(model, quantizers)
@@ -188,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if quantizers is not None:
         quantizers.check_model(loaded.model.config)
     result = evaluate(loaded.model, evaluation_windows(loaded, arguments), quantizers)
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return None
     shown = (
         "scheme",

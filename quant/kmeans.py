@@ -40,7 +40,7 @@ class Histogram:
         index = ((points - self.low) * (bins / (self.high - self.low))).astype(np.int64)
         np.clip(index, 0, bins - 1, out=index)
         self.mass += np.bincount(index, weights, bins)
-        self.moment += np.bincount(index, weights * points, bins)
+        self.moment += np.bincount(index, np.multiply(weights, points, dtype=np.float64), bins)
 
     def points(self) -> tuple[Floats, Floats]:
         """(means, masses) of the bins that hold weight, ascending."""
@@ -70,7 +70,9 @@ def weighted_kmeans(points: Floats, weights: Floats, clusters: int) -> Floats:
         return np.concatenate([x, np.full(clusters - len(x), x[-1])])
     cuts = _optimal_cuts(x, w, clusters)
     mass = np.add.reduceat(w, cuts)
-    return np.add.reduceat(w * x, cuts) / mass
+    centres = np.add.reduceat(w * x, cuts) / mass
+    # where one more cluster gains less than rounding, the search may leave it empty
+    return np.concatenate([centres, np.full(clusters - len(centres), centres[-1])])
 
 
 def weighted_error(points: Floats, weights: Floats, centres: Floats) -> float:

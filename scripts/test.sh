@@ -10,5 +10,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment test
 cd "$repository"
 "$python" -m ruff check .
+"$python" -m ruff format --check --quiet .
 "$python" -m mypy
 "$python" -m pytest -q -n 2 "$@"

@@ -37,7 +37,9 @@ def test_quantization_off_equals_stock_attention_exactly(
     assert torch.equal(logits[mask.bool()], expected[mask.bool()])
 
 
-def test_identity_is_not_vacuous(make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor]) -> None:
+def test_identity_is_not_vacuous(
+    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor]
+) -> None:
     """Control for the test above: without rotation the logits are far away."""
     model, tokens = make_model("llama"), make_tokens(1, 33)
     expected = model(input_ids=tokens).logits
@@ -93,10 +95,9 @@ def test_deployed_equals_simulated_for_every_chunk(
     tokens = make_tokens(2, 150)
     with simulated(model, quantizers):
         expected = model(input_ids=tokens, use_cache=False).logits
-    cache, parts = PackedCache(quantizers, model.config, exact_chunk=False), []
+    cache = PackedCache(quantizers, model.config, exact_chunk=False)
     with packed_attention(model):
-        for part in tokens.split(chunk, dim=1):
-            parts.append(model(input_ids=part, past_key_values=cache).logits)
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split(chunk, dim=1)]
     assert_close_but_for_flipped_codes(torch.cat(parts, dim=1), expected)
 
 
@@ -146,7 +147,9 @@ def test_packed_codes_are_the_simulated_codes(
 
 
 def test_exact_chunk_attends_the_chunk_unquantized(
-    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
 ) -> None:
     model, tokens = make_model("llama"), make_tokens(1, 50)
     quantizers = fit_model(model, Scheme.parse("int2"))
@@ -161,7 +164,9 @@ def test_exact_chunk_attends_the_chunk_unquantized(
 
 
 def test_padded_row_equals_the_same_text_alone(
-    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
 ) -> None:
     model, tokens = make_model("llama"), make_tokens(2, 140)
     quantizers = fit_model(model, Scheme.parse("nuq4-5%"))
@@ -212,7 +217,9 @@ def test_model_is_as_it_was_afterwards(
 
 
 def test_a_cache_outside_the_context_is_noticed(
-    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
 ) -> None:
     model = make_model("llama")
     cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)

@@ -144,9 +144,7 @@ def test_batch_operations(
             assert torch.allclose(next_logits(cache, rows), expected[rows], atol=1e-4)
 
 
-def test_reset_cache_starts_anew(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_reset_cache_starts_anew(llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers) -> None:
     cache = PackedCache(exact, llama.config)
     first = generate(llama, make_tokens(1, 20), cache)
     cache.reset()
@@ -191,9 +189,7 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(
     assert cache.nbytes() == sum(tensor.nbytes for tensor in cache.tensors())
 
 
-def test_axes_that_cannot_be_packed_are_refused(
-    llama: PreTrainedModel, fit_model: Callable[..., Quantizers]
-) -> None:
+def test_axes_that_cannot_be_packed_are_refused(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> None:
     quantizers = fit_model(llama, Scheme.parse("int4", key_axis="token"))
     with pytest.raises(UserError, match="keys quantized per token can only be simulated"):
         PackedCache(quantizers, llama.config)

@@ -30,9 +30,7 @@ def window_arguments(text_file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [["--prefill-chunk", "1"], ["--prefill-chunk", "64", "--batch", "4"]])
-def test_packed_and_simulated_evaluation_agree(
-    arguments: list[str], text_file: Path, options: list[str]
-) -> None:
+def test_packed_and_simulated_evaluation_agree(arguments: list[str], text_file: Path, options: list[str]) -> None:
     simulated = simulate_main([*arguments, *window_arguments(text_file)])
     packed = evaluate_main([*arguments, *window_arguments(text_file), "--no-exact-chunk", *options])
     assert simulated is not None
@@ -46,7 +44,9 @@ def test_exact_chunks_lose_less(arguments: list[str], text_file: Path) -> None:
     exact = evaluate_main([*arguments, *window_arguments(text_file)])
     plain = simulate_main([*arguments[:2], *arguments[4:], *window_arguments(text_file)])
     assert plain is not None
-    assert exact["exact_chunk"] and exact["nll"] == pytest.approx(plain["nll"], rel=1e-5)  # one chunk: nothing is packed
+    assert exact["exact_chunk"] and exact["nll"] == pytest.approx(
+        plain["nll"], rel=1e-5
+    )  # one chunk: nothing is packed
 
 
 def test_batch_of_windows_changes_nothing(
@@ -73,9 +73,7 @@ def test_reported_bytes_are_the_tensors_bytes(
     assert result["fp16_bytes"] == elements * 2
 
 
-def test_generate_streams_text_and_ends_with_json(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_streams_text_and_ends_with_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     result = generate_main([*arguments, "--prompt", "of the key of", "--max-new-tokens", "9"])
     printed = capsys.readouterr().out
     assert result["text"].strip()[:4] in printed and "cache_bytes" in printed
@@ -94,7 +92,9 @@ def test_generate_other_ways(arguments: list[str], options: list[str]) -> None:
 def test_prompt_file_in_small_chunks_equals_one_chunk(arguments: list[str], tmp_path: Path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("the head of the token " * 8)
-    chunked = generate_main([*arguments, "--prompt-file", str(prompt), "--max-new-tokens", "3", "--prefill-chunk", "11"])
+    chunked = generate_main(
+        [*arguments, "--prompt-file", str(prompt), "--max-new-tokens", "3", "--prefill-chunk", "11"]
+    )
     assert chunked["prompt_tokens"] == 22 * 8 and chunked["new_tokens"] == 3
 
 
