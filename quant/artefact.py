@@ -36,6 +36,12 @@ class Quantizers:
     records_digest: str
     layers: dict[int, dict[Kind, Quantizer]]
 
+    def __post_init__(self) -> None:
+        for layer, sides in self.layers.items():
+            for kind, quantizer in sides.items():
+                if quantizer.scheme.sink_tokens != self.scheme.sink_tokens:
+                    raise ValueError(f"layer {layer} {kind}: sink_tokens is one number for a model, not one per layer")
+
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `UserError` unless they were fitted for a model of this config."""
         difference = self.fingerprint.difference(Fingerprint.of(config))

@@ -9,6 +9,7 @@ KL divergence and agreement of the most likely token cost no second pass over th
 """
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Totals:
         """Means per token, as reported."""
         nll = self.nll / self.tokens
         return {
-            "perplexity": float(torch.tensor(nll, dtype=torch.float64).exp()),
+            "perplexity": math.exp(nll),
             "nll": nll,
             "baseline_nll": self.baseline_nll / self.tokens,
             "tokens": self.tokens,
@@ -68,19 +69,19 @@ def compare_logits(logits: Tensor, baseline: Tensor, targets: Tensor) -> Totals:
     Raises `UserError` when either holds NaN.
     """
     totals = Totals()
-    for chunk in torch.arange(len(targets), device=logits.device).split(_LOGIT_ROWS):
-        log_p = logits[chunk].float().log_softmax(-1)
-        log_q = baseline[chunk].float().log_softmax(-1)
-        wanted = targets[chunk, None]
-        if log_p.isnan().any() or log_q.isnan().any():
-            raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
+    for rows in torch.arange(len(targets), device=logits.device).split(_LOGIT_ROWS):
+        log_p = logits[rows].float().log_softmax(-1)
+        log_q = baseline[rows].float().log_softmax(-1)
+        wanted = targets[rows, None]
         totals += Totals(
-            tokens=len(chunk),
+            tokens=len(rows),
             nll=-float(log_p.gather(1, wanted).double().sum()),
             baseline_nll=-float(log_q.gather(1, wanted).double().sum()),
-            kl=float((log_q.exp() * (log_q - log_p)).sum(-1).double().sum()),
+            kl=float(torch.linalg.vecdot(log_q.exp(), log_q - log_p).double().sum()),
             agreements=int((log_p.argmax(-1) == log_q.argmax(-1)).sum()),
         )
+    if math.isnan(totals.nll + totals.kl):
+        raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
     return totals
 
 

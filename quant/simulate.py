@@ -60,7 +60,9 @@ def _round_trip(site: KVSite, quantizer: Quantizer, sink_tokens: int, usage: Usa
     on_device: dict[torch.device, Quantizer] = {}
 
     def change(x: Tensor) -> Tensor:
-        bound = on_device.setdefault(x.device, quantizer.to(x.device))
+        if x.device not in on_device:
+            on_device[x.device] = quantizer.to(x.device)
+        bound = on_device[x.device]
         sinks, rest = as_stored(x[:, :sink_tokens]).to(x.dtype), x[:, sink_tokens:]
         encoded = bound.encode(rest)
         usage.add(site, bound, encoded, sinks.shape[1])
