@@ -36,12 +36,6 @@ class Quantizers:
     records_digest: str
     layers: dict[int, dict[Kind, Quantizer]]
 
-    def __post_init__(self) -> None:
-        for layer, sides in self.layers.items():
-            for kind, quantizer in sides.items():
-                if quantizer.scheme.sink_tokens != self.scheme.sink_tokens:
-                    raise ValueError(f"layer {layer} {kind}: sink_tokens is one number for a model, not one per layer")
-
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `UserError` unless they were fitted for a model of this config."""
         difference = self.fingerprint.difference(Fingerprint.of(config))
@@ -130,7 +124,10 @@ def axis_of(scheme: Scheme, kind: Kind) -> Axis:
 
 def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind) -> Scheme:
     departure = content["layer_schemes"].get(f"{layer}.{kind}")
-    return Scheme.from_json(departure) if departure else default
+    scheme = Scheme.from_json(departure) if departure else default
+    if scheme.sink_tokens != default.sink_tokens:
+        raise ValueError(f"layer {layer} {kind} has {scheme.sink_tokens} sink tokens, the model {default.sink_tokens}")
+    return scheme
 
 
 def _assemble(
