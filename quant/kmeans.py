@@ -5,7 +5,7 @@ Sorted, the optimal clusters are intervals, so dynamic programming finds the glo
     best[k](j) = min_{i <= j}  best[k-1](i) + cost(i, j),    cost(i, j) = weighted variance of points i..j-1
 
 Prefix sums give cost(i, j) in constant time, and the best i grows with j, so each of the k rounds is solved by
-divide and conquer in O(n log n), all intervals of one depth at once. Many points are first merged into a
+divide and conquer in O(n log n), all spans of one depth at once. Many points are first merged into a
 fine histogram whose bins keep their exact mean; a bin is the only thing the search cannot split.
 """
 
@@ -88,45 +88,43 @@ def _merge_equal(points: Floats, weights: Floats) -> tuple[Floats, Floats]:
 
 def _optimal_cuts(x: Floats, w: Floats, clusters: int) -> NDArray[np.int64]:
     """First index of each cluster of the optimal partition of ascending points."""
-    # centred points keep the prefix sums of squares from cancelling
+    # centred points keep the differences of prefix sums from cancelling
     x = x - np.average(x, weights=w)
-    mass, first, second = (np.concatenate([[0.0], np.cumsum(w * x**power)]) for power in (0, 1, 2))
-
-    def cost(start: NDArray[np.int64], end: NDArray[np.int64]) -> Floats:
-        m, s = mass[end] - mass[start], first[end] - first[start]
-        return (second[end] - second[start]) - np.divide(s * s, m, out=np.zeros_like(m), where=m > 0)
-
-    n = len(x)
-    ends = np.arange(n + 1)
-    best = cost(np.zeros_like(ends), ends)
+    mass, first = (np.concatenate([[0.0], np.cumsum(w * x**power)]) for power in (0, 1))
+    # cost(i, j) is what one cluster at zero would cost less gain(i, j), so that the gains are all that matters
+    lowered = -np.divide(first**2, mass, out=np.zeros_like(mass), where=mass > 0)
     split_of: list[NDArray[np.int64]] = []
     for _ in range(1, clusters):
-        best, split = _next_round(best, cost)
+        lowered, split = _next_round(lowered, mass, first)
         split_of.append(split)
-    cuts = [n]
+    cuts = [len(x)]
     for split in reversed(split_of):
         cuts.append(int(split[cuts[-1]]))
-    return np.array(sorted(set([*cuts[1:], 0])), dtype=np.int64)
+    return np.array(sorted({0, *cuts[1:]}), dtype=np.int64)
 
 
-def _next_round(best: Floats, cost) -> tuple[Floats, NDArray[np.int64]]:  # noqa: ANN001  (a local closure)
-    """One more cluster: for every end j the least `best[i] + cost(i, j)` and the i that attains it."""
-    n = len(best) - 1
+def _next_round(lowered: Floats, mass: Floats, first: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """One more cluster, for every end j at once.
+
+    Returns the least `lowered[i] - gain(i, j)` with `gain(i, j) = (first[j] - first[i])^2 / (mass[j] - mass[i])`, and the
+    least i that attains it, both `[n + 1]`.
+    """
+    n = len(lowered) - 1
     value, split = np.empty(n + 1), np.zeros(n + 1, np.int64)
     # spans of ends still to solve, each with the range in which its splits must lie
     low, high = np.array([0]), np.array([n])
     split_low, split_high = np.array([0]), np.array([n])
     while len(low):
         middle = (low + high) // 2
-        last = np.minimum(split_high, middle)
-        lengths = last - split_low + 1
-        offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        owner = np.repeat(np.arange(len(middle)), lengths)
-        candidates = np.arange(lengths.sum()) - offsets[owner] + split_low[owner]
-        totals = best[candidates] + cost(candidates, middle[owner])
+        lengths = np.minimum(split_high, middle) - split_low + 1
+        offsets = np.cumsum(lengths) - lengths
+        candidates = np.arange(offsets[-1] + lengths[-1]) + np.repeat(split_low - offsets, lengths)
+        moment = np.repeat(first[middle], lengths) - first[candidates]
+        weight = np.repeat(mass[middle], lengths) - mass[candidates]
+        gain = np.divide(moment * moment, weight, out=np.zeros_like(weight), where=weight > 0)
+        totals = lowered[candidates] - gain
         least = np.minimum.reduceat(totals, offsets)
-        # the first candidate that attains the least total
-        found = np.minimum.reduceat(np.where(totals == least[owner], candidates, n), offsets)
+        found = np.minimum.reduceat(np.where(totals == np.repeat(least, lengths), candidates, n), offsets)
         value[middle], split[middle] = least, found
         left, right = low < middle, middle < high
         low, high, split_low, split_high = (
