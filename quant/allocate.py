@@ -1,0 +1,143 @@
+"""Rate-distortion allocation: every channel gets the bits and the outliers that pay most.
+
+The paper gives all channels equally many bits. Their errors differ widely, though: what an error costs (Fisher
+information times squared range) varies tenfold within a layer and more between layers. Minimising
+
+    sum_c E_c(b_c, p_c)    subject to    sum_c R_c(b_c, p_c) <= budget
+
+over the bits b and the outlier share p of every channel c of every layer, keys and values alike, is a Lagrangian
+problem: for a price `lambda` per bit each channel takes the option of least E + lambda * R, on its own, and the price
+is raised or lowered until the budget is met. E is the Fisher-weighted squared error of the calibration tokens under
+the layer's codebook for b bits, R the bits stored: codes, and 32 per outlier.
+
+All options are priced from one weighted histogram per channel, so the data is read once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quant.codebook import Codebook
+from quant.kmeans import Histogram, weighted_kmeans
+from quant.storage import OUTLIER_BITS
+
+Floats = NDArray[np.float64]
+
+WIDTHS = (0, 1, 2, 3, 4, 5, 6)
+SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
+BINS = 512
+_ROUNDS = 2  # of fitting codebooks to an allocation and allocating anew; a third changes nothing that matters
+
+
+@dataclass(frozen=True)
+class ChannelHistograms:
+    """Calibration data of one layer's keys or values: a histogram for each channel, `[C, bins]` each.
+
+    `mass`, `moment` and `second` are sums of w, w x and w x^2 with w the Fisher information; `count` counts tokens.
+    """
+
+    mass: Floats
+    moment: Floats
+    second: Floats
+    count: Floats
+    low: Floats  # [C] lower end of the first bin
+    width: Floats  # [C] of a bin
+
+    @classmethod
+    def of(cls, activation: Tensor, fisher: Tensor, bins: int = BINS) -> "ChannelHistograms":
+        """Histograms of `activation` `[N, C]` weighted by `fisher` `[N, C]`."""
+        channels = activation.shape[1]
+        low, high = activation.amin(0).double().numpy(), activation.amax(0).double().numpy()
+        width = np.maximum((high - low) / bins, np.finfo(np.float32).tiny)
+        sums = np.zeros((4, channels * bins))
+        offsets = np.arange(channels) * bins
+        for x_part, f_part in zip(activation.split(4096), fisher.split(4096), strict=True):
+            x, w = x_part.double().numpy(), f_part.double().numpy()
+            index = np.clip((x - low) / width, 0, bins - 1).astype(np.int64) + offsets
+            for total, weights in zip(sums, (w, w * x, w * x * x, None), strict=True):
+                total += np.bincount(index.ravel(), None if weights is None else weights.ravel(), channels * bins)
+        return cls(*sums.reshape(4, channels, bins), low, width)
+
+    @property
+    def centres(self) -> Floats:
+        """Mid-points of the bins, `[C, bins]`."""
+        return self.low[:, None] + (np.arange(self.mass.shape[1]) + 0.5) * self.width[:, None]
+
+    def ranges(self, share: float) -> tuple[Floats, Floats]:
+        """(scale, zero) `[C]` of the share's quantiles, to the accuracy of a bin."""
+        cumulated = self.count.cumsum(1)
+        total = cumulated[:, -1:]
+        first = (cumulated > share / 2 * total).argmax(1)
+        last = (cumulated >= (1 - share / 2) * total).argmax(1)
+        low = self.low + first * self.width
+        high = self.low + (last + 1) * self.width
+        return (high - low) / 2, (high + low) / 2
+
+    def errors(self, codebook: Codebook, scale: Floats, zero: Floats) -> tuple[Floats, Floats]:
+        """(weighted squared error of the inliers, number of outliers) of each channel, `[C]`."""
+        normalised = (self.centres - zero[:, None]) / np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
+        inside = np.abs(normalised) <= 1
+        codes = np.searchsorted(codebook.boundaries.numpy(), normalised)
+        level = codebook.levels.double().numpy()[codes] * scale[:, None] + zero[:, None]
+        error = self.second - 2 * level * self.moment + level**2 * self.mass
+        return np.where(inside, error, 0.0).sum(1).clip(min=0), np.where(inside, 0.0, self.count).sum(1)
+
+    def pooled(self, channels: NDArray[np.bool_], scale: Floats, zero: Floats) -> tuple[Floats, Floats]:
+        """(normalised points, weights) of some channels' inliers, for a codebook they share."""
+        mass = self.mass[channels]
+        mean = np.divide(self.moment[channels], mass, out=np.zeros_like(mass), where=mass > 0)
+        points = (mean - zero[channels, None]) / np.maximum(scale[channels], np.finfo(np.float64).tiny)[:, None]
+        weights = mass * np.square(scale[channels])[:, None]
+        kept = (weights > 0) & (np.abs(points) <= 1)
+        return points[kept], weights[kept]
+
+
+def shared_codebook(points: Floats, weights: Floats, width: int) -> Codebook:
+    """The best codebook of 2^width levels for normalised points."""
+    histogram = Histogram.empty(-1, 1, 2048)
+    histogram.add(points, weights)
+    means, masses = histogram.points()
+    if not len(means):
+        return Codebook.from_levels(torch.linspace(-1, 1, 2**width) if width else torch.zeros(1))
+    return Codebook.from_levels(torch.from_numpy(weighted_kmeans(means, masses, 2**width)))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What each choice of (width, share) would cost each channel: `error` and `bits`, `[widths, shares, C]`."""
+
+    error: Floats
+    bits: Floats
+
+
+def price(histograms: ChannelHistograms, codebooks: dict[int, Codebook]) -> Options:
+    """All options of one layer's keys or values; bits are per token."""
+    tokens = histograms.count[0].sum()
+    ranges = [histograms.ranges(share) for share in SHARES]
+    error, bits = [], []
+    for width in WIDTHS:
+        both = [histograms.errors(codebooks[width], scale, zero) for scale, zero in ranges]
+        error.append([weighted for weighted, _ in both])
+        bits.append([width + OUTLIER_BITS * outliers / tokens for _, outliers in both])
+    return Options(np.array(error), np.array(bits))
+
+
+def allocate(options: Sequence[Options], budget: float) -> list[NDArray[np.int64]]:
+    """For each of several tensors the index of every channel's option in the flattened (width, share) grid.
+
+    `budget` is the mean of bits per element over all of them.
+    """
+    errors = np.concatenate([option.error.reshape(-1, option.error.shape[-1]) for option in options], axis=1)
+    bits = np.concatenate([option.bits.reshape(-1, option.bits.shape[-1]) for option in options], axis=1)
+    low, high = -60.0, 20.0  # logarithm of the price of a bit
+    for _ in range(60):
+        middle = (low + high) / 2
+        chosen = (errors + np.exp(middle) * bits).argmin(0)
+        spent = np.take_along_axis(bits, chosen[None], 0).mean()
+        low, high = (middle, high) if spent > budget else (low, middle)
+    chosen = (errors + np.exp(high) * bits).argmin(0)
+    return np.split(chosen, np.cumsum([option.error.shape[-1] for option in options])[:-1])
