@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from deployment.layout import PackedTensor, Rows
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
-from quant.artefact import Quantizers, axis_of
+from quant.artefact import Quantizers
 from quant.quantizer import Encoded, Quantizer, as_stored
 from quant.storage import FP16_BITS
 
@@ -206,7 +206,7 @@ class PackedCache(Cache):
         exact_chunk: attend the current chunk in full precision, and only the past packed; if False also the chunk
             is attended as stored, and any size of chunk then gives the simulation's result.
 
-    Raises `UserError` when the quantizers belong to another model or to axes that only the simulation knows.
+    Raises `UserError` when the quantizers belong to another model.
     """
 
     def __init__(
@@ -221,7 +221,6 @@ class PackedCache(Cache):
             quantizers.check_model(config)
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]
-                _check_packable(layer, sides)
                 layers[layer] = PackedLayer(
                     sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk
                 )
@@ -251,13 +250,3 @@ class PackedCache(Cache):
             elif layer.is_initialized:
                 total += (layer.keys.numel() + layer.values.numel()) * FP16_BITS // 8
         return total
-
-
-def _check_packable(layer: int, sides: dict[Kind, Quantizer]) -> None:
-    for kind, axis in zip(KINDS, ("channel", "token"), strict=True):
-        found = axis_of(sides[kind].scheme, kind)
-        if found != axis:
-            raise UserError(
-                f"layer {layer}: {kind}s quantized per {found} can only be simulated; the packed cache stores keys per "
-                "channel and values per token: fit with the default axes"
-            )

@@ -2,13 +2,14 @@
 
 One layer's keys, or its values, of B sequences are a `PackedTensor`: pages of up to 8 blocks of 64 tokens.
 
-    words     :: [B, G, blocks, 64 * D / 32 * bits] int32    codes of a block and head, token after token (packing.py)
-    scales    :: [B, blocks * 64, 2]                fp16     scale and zero of a token, where the range is dynamic
-    index     :: [N]                                int16    outlier: token * D + channel within its block and head, unsigned
-    value     :: [N]                                fp16     outlier: the element itself
-    ends      :: [B, blocks, G]                     int32    end of the outlier list of (sequence, block, head) in index, value
+    words[w]  :: [B, blocks, C_w, 2 * w]   int32    64 codes of w bits of a channel (packing.py), for the C_w channels of that width
+    scales    :: [B, blocks * 64, 2]       fp16     scale and zero of a token, where the range is dynamic
+    index     :: [N]                       int16    outlier: token * D + channel within its block and head, unsigned
+    value     :: [N]                       fp16     outlier: the element itself
+    ends      :: [B, blocks, G]            int32    end of the outlier list of (sequence, block, head) in index, value
 
-Lists follow one another in the order of `ends`, so a list starts where the one before it ends, and whoever works
+Channels ascend within `words[w]`, so those of a head are contiguous; the paper's schemes know one width, and C_w = C. Lists
+of outliers follow one another in the order of `ends`, so a list starts where the one before it ends, and whoever works
 on one block and head reads only its own. A token is packed as soon as it arrives, also into a block that is not
 full yet; since scales are static (keys) or the token's own (values), its codes never change afterwards. Pages are
 allocated as the sequences grow, or at once when the length is known; growing copies nothing.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from deployment.packing import GROUP, pack, unpack
-from quant.quantizer import ChannelQuantizer, Encoded, Quantizer, dequantize
+from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
 PAGE_BLOCKS = 8
@@ -74,14 +75,10 @@ class OutlierLists:
 class Page:
     """Some consecutive blocks of every sequence."""
 
-    words: Tensor
+    blocks: int
+    words: dict[int, Tensor]
     scales: Tensor | None
     outliers: OutlierLists | None
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of each sequence."""
-        return self.words.shape[2]
 
 
 class PackedTensor:
@@ -90,12 +87,9 @@ class PackedTensor:
     def __init__(self, quantizer: Quantizer, batch: int, heads: int, head_dim: int, device: torch.device) -> None:
         self.quantizer = quantizer.to(device)
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
+        # a width of 0 has no codes to store
+        self.channels = {width: chosen for width, chosen in self.quantizer.channels.items() if width}
         self.pages: list[Page] = []
-
-    @property
-    def bits(self) -> int:
-        """Bits per code."""
-        return self.quantizer.scheme.bits
 
     @property
     def tokens_reserved(self) -> int:
@@ -109,15 +103,22 @@ class PackedTensor:
             self.pages.append(self._new_page(blocks))
 
     def _new_page(self, blocks: int) -> Page:
-        words = BLOCK_TOKENS * self.head_dim // GROUP * self.bits
-        static = isinstance(self.quantizer, ChannelQuantizer)
         scales = outliers = None
-        if not static:
+        if isinstance(self.quantizer, TokenQuantizer):
             scales = torch.zeros(self.batch, blocks * BLOCK_TOKENS, 2, dtype=torch.float16, device=self.device)
-        if self.quantizer.scheme.outliers:
+        if keeps_outliers(self.quantizer):
             outliers = OutlierLists.empty(self.batch, blocks, self.heads, self.device)
-        shape = (self.batch, self.heads, blocks, words)
-        return Page(torch.zeros(shape, dtype=torch.int32, device=self.device), scales, outliers)
+        words = {
+            width: torch.zeros(
+                (self.batch, blocks, count, BLOCK_TOKENS // GROUP * width), dtype=torch.int32, device=self.device
+            )
+            for width, count in self._channel_counts().items()
+        }
+        return Page(blocks, words, scales, outliers)
+
+    def _channel_counts(self) -> dict[int, int]:
+        channels = torch.arange(self.heads * self.head_dim, device=self.device)
+        return {width: len(channels[chosen]) for width, chosen in self.channels.items()}
 
     def write(self, rows: Rows, start: int, encoded: Encoded) -> None:
         """Append tokens `start`, `start + 1`, ... of the sequences `rows`; `encoded` holds `[R, n, C]` of them."""
@@ -141,14 +142,15 @@ class PackedTensor:
         """Put codes `[R, n, C]` at token `offset` of a page, keeping what the first block already holds."""
         first, filled = divmod(offset, BLOCK_TOKENS)
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)
-        held = codes.new_zeros(codes.shape[0], self.heads, (last - first) * BLOCK_TOKENS, self.head_dim)
-        if filled:
-            block = unpack(page.words[rows, :, first], self.bits)
-            held[:, :, :BLOCK_TOKENS] = block.unflatten(-1, (BLOCK_TOKENS, self.head_dim))
-        by_head = codes.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
-        held[:, :, filled : filled + codes.shape[1]] = by_head
-        blocks = held.unflatten(2, (last - first, BLOCK_TOKENS)).flatten(-2)
-        page.words[rows, :, first:last] = pack(blocks, self.bits)
+        held = codes.new_zeros(codes.shape[0], (last - first) * BLOCK_TOKENS, codes.shape[2])
+        held[:, filled : filled + codes.shape[1]] = codes
+        by_block = held.unflatten(1, (last - first, BLOCK_TOKENS))
+        for width, chosen in self.channels.items():
+            words = page.words[width]
+            by_channel = by_block[..., chosen].transpose(2, 3).contiguous()  # [R, blocks, C_w, 64]
+            if filled:
+                by_channel[:, 0, :, :filled] = unpack(words[rows, first], width)[..., :filled]
+            words[rows, first:last] = pack(by_channel, width)
 
     def _write_outliers(self, rows: Rows, start: int, encoded: Encoded) -> None:
         row, token, channel = encoded.outliers.nonzero(as_tuple=True)
@@ -168,27 +170,34 @@ class PackedTensor:
     def read(self, page: Page, tokens: int) -> Tensor:
         """Dequantized first `tokens` tokens of a page, `[B, G, tokens, D]` float32, blocks rounded up."""
         blocks = min(page.blocks, -(-tokens // BLOCK_TOKENS))
-        codes = unpack(page.words[:, :, :blocks], self.bits).view(self.batch, self.heads, -1, self.head_dim)
-        if isinstance(self.quantizer, ChannelQuantizer):
-            scale, zero = (
-                table.view(self.heads, 1, self.head_dim) for table in (self.quantizer.scale, self.quantizer.zero)
-            )
-        else:
-            scale, zero = page.scales[:, None, : blocks * BLOCK_TOKENS].float().split(1, dim=-1)
-        dense = dequantize(self.quantizer.codebook, codes, scale, zero)
+        codes = self._read_codes(page, blocks)
+        scale = zero = None
+        if page.scales is not None:
+            scale, zero = page.scales[:, : codes.shape[1]].split(1, dim=-1)
+        dense = self.quantizer.dense(Encoded(codes, None, None, scale, zero))
         if page.outliers is not None:
             self._put_outliers(page, blocks, dense)
-        return dense
+        return dense.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+
+    def _read_codes(self, page: Page, blocks: int) -> Tensor:
+        """Codes `[B, n, C]` uint8 of the first blocks of a page."""
+        shape = (self.batch, blocks, BLOCK_TOKENS, self.heads * self.head_dim)
+        codes = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        for width, chosen in self.channels.items():
+            codes[..., chosen] = unpack(page.words[width][:, :blocks], width).transpose(2, 3)
+        return codes.flatten(1, 2)
 
     def _put_outliers(self, page: Page, blocks: int, dense: Tensor) -> None:
-        lists = page.outliers.lists()
+        """Overwrite elements of `dense`, `[B, n, C]`."""
+        assert page.outliers is not None
+        lists, index = page.outliers.lists(), page.outliers.unsigned_index()
         head, block, sequence = (
             lists % self.heads,
             lists // self.heads % page.blocks,
             lists // self.heads // page.blocks,
         )
-        per_block = BLOCK_TOKENS * self.head_dim
-        place = ((sequence * self.heads + head) * blocks + block) * per_block + page.outliers.unsigned_index()
+        token = (sequence * blocks + block) * BLOCK_TOKENS + index // self.head_dim
+        place = (token * self.heads + head) * self.head_dim + index % self.head_dim
         value = page.outliers.value.float()
         if blocks < page.blocks:
             inside = block < blocks
@@ -211,7 +220,7 @@ class PackedTensor:
     def select(self, sequences: Tensor) -> None:
         """Keep the given sequences `[B']` int64, in this order; one may appear more than once."""
         for page in self.pages:
-            page.words = page.words[sequences]
+            page.words = {width: words[sequences] for width, words in page.words.items()}
             page.scales = None if page.scales is None else page.scales[sequences]
             if page.outliers is not None:
                 page.outliers = _select_lists(page.outliers, sequences)
@@ -221,7 +230,7 @@ class PackedTensor:
         """Every tensor that exists per cached token; the quantizer's tables are the model's, not the cache's."""
         held: list[Tensor] = []
         for page in self.pages:
-            held += [page.words, *([] if page.scales is None else [page.scales])]
+            held += [*page.words.values(), *([] if page.scales is None else [page.scales])]
             if page.outliers is not None:
                 held += [getattr(page.outliers, field.name) for field in fields(page.outliers)]
         return held

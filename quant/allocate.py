@@ -23,6 +23,8 @@ from torch import Tensor
 
 from quant.codebook import Codebook
 from quant.kmeans import Histogram, weighted_kmeans
+from quant.mixed import MixedQuantizer
+from quant.scheme import Scheme
 from quant.storage import OUTLIER_BITS
 
 Floats = NDArray[np.float64]
@@ -30,7 +32,9 @@ Floats = NDArray[np.float64]
 WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 BINS = 512
-_ROUNDS = 2  # of fitting codebooks to an allocation and allocating anew; a third changes nothing that matters
+_PRICING_SHARE = 0.01  # of the ranges behind the codebooks that options are priced with
+_LOG_PRICES = (-60.0, 20.0)  # of a bit, in units of the error; Fisher information of mean losses lies around e^-25
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ class ChannelHistograms:
             index = np.clip((x - low) / width, 0, bins - 1).astype(np.int64) + offsets
             for total, weights in zip(sums, (w, w * x, w * x * x, None), strict=True):
                 total += np.bincount(index.ravel(), None if weights is None else weights.ravel(), channels * bins)
-        return cls(*sums.reshape(4, channels, bins), low, width)
+        mass, moment, second, count = sums.reshape(4, channels, bins)
+        return cls(mass, moment, second, count, low, width)
 
     @property
     def centres(self) -> Floats:
@@ -114,30 +119,49 @@ class Options:
     bits: Floats
 
 
-def price(histograms: ChannelHistograms, codebooks: dict[int, Codebook]) -> Options:
-    """All options of one layer's keys or values; bits are per token."""
+def price(histograms: ChannelHistograms) -> Options:
+    """All options of one layer's keys or values, each width with one codebook for all channels; bits are per token."""
     tokens = histograms.count[0].sum()
     ranges = [histograms.ranges(share) for share in SHARES]
+    scale, zero = ranges[SHARES.index(_PRICING_SHARE)]
+    points, weights = histograms.pooled(np.ones(len(scale), dtype=bool), scale, zero)
     error, bits = [], []
     for width in WIDTHS:
-        both = [histograms.errors(codebooks[width], scale, zero) for scale, zero in ranges]
+        codebook = shared_codebook(points, weights, width)
+        both = [histograms.errors(codebook, *one) for one in ranges]
         error.append([weighted for weighted, _ in both])
         bits.append([width + OUTLIER_BITS * outliers / tokens for _, outliers in both])
     return Options(np.array(error), np.array(bits))
 
 
 def allocate(options: Sequence[Options], budget: float) -> list[NDArray[np.int64]]:
-    """For each of several tensors the index of every channel's option in the flattened (width, share) grid.
+    """For each of several tensors, every channel's choice as an index into the flattened (width, share) grid.
 
     `budget` is the mean of bits per element over all of them.
     """
-    errors = np.concatenate([option.error.reshape(-1, option.error.shape[-1]) for option in options], axis=1)
-    bits = np.concatenate([option.bits.reshape(-1, option.bits.shape[-1]) for option in options], axis=1)
-    low, high = -60.0, 20.0  # logarithm of the price of a bit
-    for _ in range(60):
+    errors, bits = (
+        np.concatenate([getattr(option, name).reshape(-1, option.error.shape[-1]) for option in options], axis=1)
+        for name in ("error", "bits")
+    )
+    low, high = _LOG_PRICES
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         chosen = (errors + np.exp(middle) * bits).argmin(0)
         spent = np.take_along_axis(bits, chosen[None], 0).mean()
         low, high = (middle, high) if spent > budget else (low, middle)
     chosen = (errors + np.exp(high) * bits).argmin(0)
     return np.split(chosen, np.cumsum([option.error.shape[-1] for option in options])[:-1])
+
+
+def bind(histograms: ChannelHistograms, chosen: NDArray[np.int64], scheme: Scheme) -> MixedQuantizer:
+    """The quantizer of one layer's keys or values with the chosen options, codebooks fitted to the channels that share them."""
+    width_index, share_index = np.divmod(chosen, len(SHARES))
+    widths = np.array(WIDTHS)[width_index]
+    ranges = np.array([histograms.ranges(share) for share in SHARES])  # [shares, 2, C]
+    scale, zero = ranges[share_index, :, np.arange(len(chosen))].T
+    codebooks = {
+        int(width): shared_codebook(*histograms.pooled(widths == width, scale, zero), int(width))
+        for width in np.unique(widths)
+    }
+    tables = (torch.from_numpy(np.ascontiguousarray(table)).float() for table in (scale, zero))
+    return MixedQuantizer(scheme, codebooks, torch.from_numpy(widths).to(torch.uint8), *tables)

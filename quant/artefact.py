@@ -21,6 +21,7 @@ from gradients.atomic import atomic_write
 from gradients.cli import UserError
 from gradients.models import KINDS, Fingerprint, Kind, canonical_json
 from quant.codebook import Codebook
+from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import Axis, Scheme
 
@@ -134,7 +135,9 @@ def _assemble(
     path: str | Path, layer: int, kind: Kind, scheme: Scheme, tensors: dict[str, Tensor], fingerprint: Fingerprint
 ) -> Quantizer:
     channels = fingerprint.heads * fingerprint.head_dim
-    shapes = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
+    if scheme.allocated:
+        return _assemble_mixed(f"layers.{layer}.{kind}.", scheme, tensors, channels)
+    shapes: dict[str, tuple[int, ...]] = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
     if axis_of(scheme, kind) == "channel":
         shapes |= {"scale": (channels,), "zero": (channels,)}
     tables = {}
@@ -153,3 +156,17 @@ def _assemble(
     if tables:
         return ChannelQuantizer(scheme, codebook, **tables)
     return TokenQuantizer(scheme, codebook)
+
+
+def _assemble_mixed(prefix: str, scheme: Scheme, tensors: dict[str, Tensor], channels: int) -> MixedQuantizer:
+    """Raises KeyError for a missing tensor, ValueError for one that does not fit."""
+    widths, scale, zero = (tensors[prefix + name] for name in ("widths", "scale", "zero"))
+    codebooks = {}
+    for width in sorted(set(widths.tolist())):
+        codebooks[width] = Codebook(tensors[f"{prefix}levels.{width}"], tensors[f"{prefix}boundaries.{width}"])
+        if len(codebooks[width].levels) != 2**width:
+            raise ValueError(f"{prefix}levels.{width} has {len(codebooks[width].levels)} levels")
+    for name, table in (("widths", widths), ("scale", scale), ("zero", zero)):
+        if table.shape != (channels,) or not table.isfinite().all():
+            raise ValueError(f"{prefix}{name} is not {channels} finite numbers")
+    return MixedQuantizer(scheme, codebooks, widths, scale, zero)

@@ -12,8 +12,9 @@ Needs no model: activations and Fisher information come from the records, one la
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,11 +27,16 @@ from tqdm import tqdm
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import KINDS, Kind
 from gradients.records import Records
+from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import Quantizers, axis_of
 from quant.codebook import Codebook, fit_codebook, match_moments
 from quant.kmeans import Histogram
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer, normalise, token_range
 from quant.scheme import Scheme
+from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
+
+Layers = dict[int, dict[Kind, Quantizer]]
+Mapper = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
 
 _CHUNK_ELEMENTS = 1 << 22  # elements handled at a time: 16 MB of float32 for each intermediate
 
@@ -51,13 +57,8 @@ class Side:
 
 def fit(records: Records, scheme: Scheme, jobs: int = 1) -> Quantizers:
     """Fit every cached layer; `jobs` > 1 spreads the layers over processes. Raises `UserError` for unusable records."""
-    layers = records.manifest.fingerprint.cached_layers
-    task = partial(_fit_layer, records, scheme)
-    fitted: dict[int, dict[Kind, Quantizer]] = {}
-    with tqdm(total=len(layers), desc=f"fitting {scheme}", unit="layer") as progress:
-        for layer, sides in zip(layers, _map(task, layers, jobs), strict=True):
-            fitted[layer] = sides
-            progress.update()
+    with _mapper(jobs) as spread:
+        fitted = _fit_allocated(records, scheme, spread) if scheme.allocated else _fit_uniform(records, scheme, spread)
     return Quantizers(
         scheme=scheme,
         fingerprint=records.manifest.fingerprint,
@@ -66,26 +67,77 @@ def fit(records: Records, scheme: Scheme, jobs: int = 1) -> Quantizers:
     )
 
 
-def _map(task: partial, layers: Sequence[int], jobs: int) -> Iterable[dict[Kind, Quantizer]]:
-    if jobs == 1:
-        yield from map(task, layers)
-        return
-    with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        yield from pool.map(task, layers)
+def _fit_uniform(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
+    layers = records.manifest.fingerprint.cached_layers
+    return dict(zip(layers, spread(f"fitting {scheme}", partial(_fit_layer, records, scheme), layers), strict=True))
+
+
+def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
+    """Price all options of all layers, allocate the budget among them, and fit what was chosen."""
+    fingerprint = records.manifest.fingerprint
+    layers = fingerprint.cached_layers
+    options = spread(f"pricing {scheme}", partial(_price_layer, records, scheme), layers)
+    # every block of every head has a list of outliers, with or without entries
+    budget = scheme.bits - OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim)
+    chosen = allocate([side for layer in options for side in layer], budget)
+    work = list(zip(layers, batched_pairs(chosen), strict=True))
+    fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
+    return dict(zip(layers, fitted, strict=True))
+
+
+def batched_pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """`[a, b, c, d]` as `[(a, b), (c, d)]`."""
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+@contextmanager
+def _mapper(jobs: int) -> Iterator[Mapper]:
+    """A map with a progress bar, in this process or in several."""
+
+    def spread(what: str, task: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
+        results = pool.map(task, work) if pool else map(task, work)
+        return list(tqdm(results, desc=what, unit="layer", total=len(work)))
+
+    pool = ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
+    try:
+        yield spread
+    finally:
+        if pool:
+            pool.shutdown()
+
+
+def _read_side(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Side:
+    side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
+    if not len(side.activation):
+        raise UserError(
+            f"--sink-tokens {scheme.sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens"
+        )
+    if not side.activation.isfinite().all() or not side.fisher.isfinite().all():
+        raise UserError(f"records: layer {layer} {kind} has NaN or infinite elements; record again")
+    return side
 
 
 def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quantizer]:
-    sides: dict[Kind, Quantizer] = {}
+    return {
+        kind: fit_side(_read_side(records, scheme, layer, kind), scheme, axis_of(scheme, kind) == "channel")
+        for kind in KINDS
+    }
+
+
+def _histograms(records: Records, scheme: Scheme, layer: int) -> Iterator[ChannelHistograms]:
     for kind in KINDS:
-        side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
-        if not len(side.activation):
-            raise UserError(
-                f"--sink-tokens {scheme.sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens"
-            )
-        if not side.activation.isfinite().all() or not side.fisher.isfinite().all():
-            raise UserError(f"records: layer {layer} {kind} has NaN or infinite elements; record again")
-        sides[kind] = fit_side(side, scheme, axis_of(scheme, kind) == "channel")
-    return sides
+        side = _read_side(records, scheme, layer, kind)
+        yield ChannelHistograms.of(side.activation, side.fisher)
+
+
+def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
+    return [price(histograms) for histograms in _histograms(records, scheme, layer)]
+
+
+def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> dict[Kind, Quantizer]:
+    layer, chosen = work
+    both = zip(KINDS, _histograms(records, scheme, layer), chosen, strict=True)
+    return {kind: bind(histograms, choice, scheme) for kind, histograms, choice in both}
 
 
 def fit_side(side: Side, scheme: Scheme, per_channel: bool) -> Quantizer:
@@ -159,7 +211,9 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     """The fields of a `Scheme` as options; `--scheme` itself unless told that it is not `named`."""
     default = Scheme(datatype="nuq", bits=4)
     if named:
-        parser.add_argument("--scheme", required=True, help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%")
+        parser.add_argument(
+            "--scheme", required=True, help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%, or rdnuqBUDGET, such as rdnuq2.4"
+        )
     parser.add_argument(
         "--sink-tokens", type=non_negative_int, default=default.sink_tokens, help="first tokens kept in fp16"
     )

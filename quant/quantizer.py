@@ -7,7 +7,9 @@ their range comes from: a `ChannelQuantizer` calibrated one range per channel (t
     x^ = (x - z) / s        code = bucketize(x^)        x' = s * q[code] + z,  or x itself (fp16) for an outlier
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +39,21 @@ class Encoded:
         return 0 if self.exact is None else self.exact.numel()
 
 
+class Quantizer(Protocol):
+    """What every quantizer can do; `channels` says which channels have codes of how many bits."""
+
+    @property
+    def scheme(self) -> Scheme: ...  # noqa: D102
+    @property
+    def channels(self) -> Mapping[int, slice | Tensor]: ...  # noqa: D102
+    @property
+    def tables(self) -> dict[str, Tensor]: ...  # noqa: D102
+    def encode(self, x: Tensor) -> Encoded: ...  # noqa: D102
+    def dense(self, encoded: Encoded) -> Tensor: ...  # noqa: D102
+    def decode(self, encoded: Encoded) -> Tensor: ...  # noqa: D102
+    def to(self, device: torch.device | str) -> "Quantizer": ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class ChannelQuantizer:
     """Static ranges, one per channel: `scale` and `zero`, `[C]` float32; beyond them lie the outliers."""
@@ -58,9 +75,18 @@ class ChannelQuantizer:
             outliers = cap_outliers(outliers, distance, self.scheme.outlier_cap)
         return Encoded(codes, outliers, as_stored(x[outliers]))
 
+    @property
+    def channels(self) -> Mapping[int, slice | Tensor]:
+        """The channels of each width: all have the same."""
+        return {int(self.scheme.bits): slice(None)}
+
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+        return dequantize(self.codebook, encoded.codes, self.scale, self.zero)
+
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
-        return _put_exact(dequantize(self.codebook, encoded.codes, self.scale, self.zero), encoded)
+        return put_exact(self.dense(encoded), encoded)
 
     def to(self, device: torch.device | str) -> "ChannelQuantizer":
         """The same quantizer on a device."""
@@ -87,11 +113,20 @@ class TokenQuantizer:
         codes = self.codebook.encode(normalise(x, scale.float(), zero.float()))
         return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
+    @property
+    def channels(self) -> Mapping[int, slice | Tensor]:
+        """The channels of each width: all have the same."""
+        return {int(self.scheme.bits): slice(None)}
+
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
         assert encoded.scale is not None and encoded.zero is not None
         scale, zero = encoded.scale.float(), encoded.zero.float()
-        return _put_exact(dequantize(self.codebook, encoded.codes, scale, zero), encoded)
+        return dequantize(self.codebook, encoded.codes, scale, zero)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        return put_exact(self.dense(encoded), encoded)
 
     def to(self, device: torch.device | str) -> "TokenQuantizer":
         """The same quantizer on a device."""
@@ -103,7 +138,16 @@ class TokenQuantizer:
         return _codebook_tables(self.codebook)
 
 
-Quantizer = ChannelQuantizer | TokenQuantizer
+def keeps_outliers(quantizer: Quantizer) -> bool:
+    """Whether lists of outliers exist at all."""
+    return bool(quantizer.scheme.outliers) or quantizer.scheme.allocated
+
+
+def code_bits(quantizer: Quantizer, channels: int) -> int:
+    """Bits of the codes of one token of C channels."""
+    return sum(
+        width * (channels if isinstance(chosen, slice) else len(chosen)) for width, chosen in quantizer.channels.items()
+    )
 
 
 def normalise(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -136,7 +180,8 @@ def token_range(x: Tensor, share: float) -> tuple[Tensor | None, Tensor, Tensor]
     return outliers, as_stored((high - low) / 2), as_stored((high + low) / 2)
 
 
-def _put_exact(dense: Tensor, encoded: Encoded) -> Tensor:
+def put_exact(dense: Tensor, encoded: Encoded) -> Tensor:
+    """`dense` with the outliers put in their place, in place."""
     if encoded.outliers is not None:
         assert encoded.exact is not None
         dense[encoded.outliers] = encoded.exact.float()

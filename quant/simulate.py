@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from gradients.models import KVSite, kv_sites
 from quant.artefact import Quantizers
-from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored
+from quant.quantizer import Encoded, Quantizer, as_stored, code_bits
 from quant.storage import OUTLIER_BITS, StoredSize, exact_size, packed_size
 
 
@@ -31,10 +31,10 @@ class Usage:
             tokens,
             site.heads,
             channels,
-            quantizer.scheme.bits,
+            code_bits(quantizer, channels),
             outliers=0,
             has_outliers=encoded.outliers is not None,
-            token_scales=isinstance(quantizer, TokenQuantizer),
+            token_scales=encoded.scale is not None,
         )
         for _ in range(batch):
             self.size += per_sequence

@@ -34,18 +34,19 @@ def exact_size(tokens: int, channels: int) -> StoredSize:
 
 
 def packed_size(
-    tokens: int, heads: int, channels: int, bits: int, outliers: int, has_outliers: bool, token_scales: bool
+    tokens: int, heads: int, channels: int, code_bits: int, outliers: int, has_outliers: bool, token_scales: bool
 ) -> StoredSize:
     """One sequence of packed tokens, the unused slots of its last block included.
 
     Args:
         heads, channels: G and C of the layer.
+        code_bits: bits of a token's codes, all channels together.
         outliers: number of elements kept exactly; `has_outliers` is whether lists exist at all.
         token_scales: whether every token stores a scale and a zero.
     """
     blocks = -(-tokens // BLOCK_TOKENS)
     slots = blocks * BLOCK_TOKENS
-    total = slots * channels * bits
+    total = slots * code_bits
     if token_scales:
         total += slots * TOKEN_SCALE_BITS
     if has_outliers:

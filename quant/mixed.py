@@ -1,0 +1,71 @@
+"""Channels of different widths: what rate-distortion allocation (`quant/allocate.py`) leaves behind.
+
+Ranges are static, as for the paper's keys, and everything outside its channel's range is kept exactly. Each channel
+has its own number of bits; channels of one width share a codebook. A width of 0 stores nothing but outliers: all
+other elements decode to the channel's one level.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quant.codebook import Codebook
+from quant.quantizer import Encoded, as_stored, dequantize, normalise, put_exact
+from quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class MixedQuantizer:
+    """`widths` `[C]` uint8, `scale` and `zero` `[C]` float32, and a codebook for every width that occurs."""
+
+    scheme: Scheme
+    codebooks: dict[int, Codebook]
+    widths: Tensor
+    scale: Tensor
+    zero: Tensor
+
+    @cached_property
+    def channels(self) -> Mapping[int, Tensor]:
+        """The channels of each width, `[n]` int64 ascending."""
+        return {width: (self.widths == width).nonzero()[:, 0] for width in self.codebooks}
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Quantize `x`, `[..., T, C]`, in float32."""
+        normalised = normalise(x.float(), self.scale, self.zero)
+        codes = torch.zeros_like(x, dtype=torch.uint8)
+        for width, channels in self.channels.items():
+            codes[..., channels] = self.codebooks[width].encode(normalised[..., channels])
+        outliers = normalised.abs() > 1
+        return Encoded(codes, outliers, as_stored(x[outliers]))
+
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+        values = torch.empty(encoded.codes.shape, device=encoded.codes.device)
+        for width, channels in self.channels.items():
+            values[..., channels] = dequantize(
+                self.codebooks[width], encoded.codes[..., channels], self.scale[channels], self.zero[channels]
+            )
+        return values
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        return put_exact(self.dense(encoded), encoded)
+
+    def to(self, device: torch.device | str) -> "MixedQuantizer":
+        """The same quantizer on a device."""
+        return replace(
+            self,
+            codebooks={width: codebook.to(device) for width, codebook in self.codebooks.items()},
+            **{name: getattr(self, name).to(device) for name in ("widths", "scale", "zero")},
+        )
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The fitted tensors, by the name they have in the artefact."""
+        tables = {"widths": self.widths, "scale": self.scale, "zero": self.zero}
+        for width, codebook in self.codebooks.items():
+            tables |= {f"levels.{width}": codebook.levels, f"boundaries.{width}": codebook.boundaries}
+        return tables
