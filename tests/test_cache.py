@@ -12,6 +12,7 @@ from deployment.cache import PackedCache
 from gradients.cli import UserError
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
+from quant.simulate import simulated
 
 NEW = 12
 
@@ -158,9 +159,9 @@ def test_capacity_is_reserved_once_and_kept(
     cache = PackedCache(exact, llama.config, capacity=32)
     with packed_attention(llama):
         llama(input_ids=make_tokens(1, 30), past_key_values=cache)
-        words = cache.layers[0].packed["key"].pages[0].words
+        words = cache.layers[0].packed["key"].pages[0].words[8]
         llama(input_ids=make_tokens(1, 2), past_key_values=cache)
-        assert cache.layers[0].packed["key"].pages[0].words is words and cache.get_max_length() == 32
+        assert cache.layers[0].packed["key"].pages[0].words[8] is words and cache.get_max_length() == 32
         with pytest.raises(UserError, match=r"capacity of 32 tokens.*needs 33.*shorten"):
             llama(input_ids=make_tokens(1, 1), past_key_values=cache)
 
@@ -189,10 +190,22 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(
     assert cache.nbytes() == sum(tensor.nbytes for tensor in cache.tensors())
 
 
-def test_axes_that_cannot_be_packed_are_refused(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> None:
-    quantizers = fit_model(llama, Scheme.parse("int4", key_axis="token"))
-    with pytest.raises(UserError, match="keys quantized per token can only be simulated"):
-        PackedCache(quantizers, llama.config)
+@pytest.mark.parametrize("axes", [("token", "token"), ("channel", "channel"), ("token", "channel")])
+def test_every_axis_can_be_packed(
+    llama: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    axes: tuple[str, str],
+) -> None:
+    quantizers = fit_model(llama, Scheme.parse("nuq4-5%", key_axis=axes[0], value_axis=axes[1]))
+    tokens = make_tokens(2, 100)
+    with simulated(llama, quantizers):
+        expected = llama(input_ids=tokens, use_cache=False).logits
+    with packed_attention(llama):
+        cache = PackedCache(quantizers, llama.config, exact_chunk=False)
+        parts = [llama(input_ids=part, past_key_values=cache).logits for part in tokens.split(30, dim=1)]
+    error = (torch.cat(parts, dim=1) - expected).abs().amax(-1)
+    assert error.median() < 2e-4
 
 
 def test_quantizers_of_another_model_are_refused(

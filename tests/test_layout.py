@@ -72,7 +72,13 @@ def test_bytes_held_are_the_bytes_that_evaluation_counts(kind: str, bits: int, s
     packed.reserve(tokens, exactly=True)
     packed.write(slice(None), 0, encoded)
     counted = packed_size(
-        tokens, HEADS, HEADS * HEAD_DIM, bits, encoded.outlier_count, share > 0, token_scales=kind == "value"
+        tokens,
+        HEADS,
+        HEADS * HEAD_DIM,
+        bits * HEADS * HEAD_DIM,
+        encoded.outlier_count,
+        share > 0,
+        token_scales=kind == "value",
     )
     assert sum(tensor.nbytes for tensor in packed.tensors()) * 8 == counted.bits
 
@@ -140,6 +146,6 @@ def test_selecting_sequences(kind: str, order: list[int]) -> None:
 def test_growing_keeps_earlier_pages_where_they_are() -> None:
     quantizer = make_quantizer("key", 4)
     packed = write_in_pieces(quantizer, torch.randn(1, PAGE_TOKENS, HEADS * HEAD_DIM), [PAGE_TOKENS])
-    address = packed.pages[0].words.data_ptr()
+    address = packed.pages[0].words[4].data_ptr()
     packed.write(slice(None), PAGE_TOKENS, quantizer.encode(torch.randn(1, 1, HEADS * HEAD_DIM)))
-    assert len(packed.pages) == 2 and packed.pages[0].words.data_ptr() == address
+    assert len(packed.pages) == 2 and packed.pages[0].words[4].data_ptr() == address

@@ -180,6 +180,6 @@ def test_usage_adds_up_over_forwards(llama: PreTrainedModel, quantizers: Quantiz
     ],
 )
 def test_packed_size(tokens: int, outliers: int, has_outliers: bool, token_scales: bool, bits: int) -> None:
-    size = packed_size(tokens, 2, 24, 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
+    size = packed_size(tokens, 2, 24, 24 * 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
     assert size == StoredSize(bits, tokens * 24)
     assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)
