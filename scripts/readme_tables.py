@@ -14,6 +14,7 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
+from quant.scheme import Scheme
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -34,7 +35,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def schemes() -> str:
     """Simulated perplexity of every scheme, best first within a number of bits."""
-    rows = sorted(rows_of("schemes"), key=lambda row: (-int(row["scheme"].strip("intfuq")[0]), row["nll"]))
+    rows = sorted(rows_of("schemes"), key=lambda row: (-int(Scheme.parse(row["scheme"]).bits), row["nll"]))
     unquantized = math.exp(rows[0]["baseline_nll"])
     cells = [["unquantized", "32", f"{unquantized:.2f}", "", "0", "100 %"]]
     cells += [

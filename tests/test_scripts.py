@@ -1,0 +1,87 @@
+"""What the scripts compute: README tables, the quickstart's table, resumed sweeps, result rows."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from gradients.records import Records
+from quant.results import append_row, read_rows
+from quant.scheme import Scheme
+from scripts.quickstart_table import table_rows
+from scripts.readme_tables import TABLES, with_tables
+from scripts.sweep_schemes import main as sweep_main
+
+
+def test_the_readme_shows_the_rows() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    assert with_tables(text) == text, "run `python scripts/readme_tables.py`"
+    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
+
+
+def test_an_outdated_table_is_noticed() -> None:
+    text = "before\n<!-- table: schemes -->\n| old |\n<!-- end -->\nafter\n"
+    renewed = with_tables(text)
+    assert "old" not in renewed and "nuq3-1%" in renewed
+    assert renewed.startswith("before\n<!-- table: schemes -->\n| scheme |") and renewed.endswith(
+        "<!-- end -->\nafter\n"
+    )
+
+
+def test_files_that_the_readme_lists_exist() -> None:
+    tree = (REPOSITORY / "README.md").read_text().split("```\ngradients/")[1].split("```")[0].splitlines()
+    folder, listed = "gradients/", set()
+    for line in tree[1:]:
+        if not line.startswith(" "):
+            folder = line.split()[0]
+            continue
+        listed |= {folder + name.strip(",") for name in line.split() if name.strip(",").endswith(".py")}
+    for path in listed:
+        assert (REPOSITORY / path).exists(), path
+    stages = ("gradients", "quant", "deployment")
+    present = {f"{stage}/{p.name}" for stage in stages for p in (REPOSITORY / stage).glob("*.py")}
+    assert present - listed == {f"{stage}/__init__.py" for stage in stages}
+
+
+def test_quickstart_table(records: Records) -> None:
+    result = {"scheme": "nuq3-1%", "bits_per_element": 3.5, "perplexity": 11.0, "baseline_nll": math.log(10), "kl": 0.1}
+    plain, quantized = table_rows([result], records.manifest.fingerprint)
+    elements = 2 * 2 * 24  # keys and values, layers, C
+    assert plain["kilobytes_per_token"] == elements * 2 / 1000 and plain["change_percent"] == pytest.approx(0)
+    assert quantized["kilobytes_per_token"] == elements * 3.5 / 8 / 1000
+    assert quantized["change_percent"] == pytest.approx(10)
+
+
+def test_a_sweep_runs_only_what_is_missing(
+    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
+    arguments += [str(text_file), "--seqlen", "65", "--windows", "2", "--results", str(results), "--schemes"]
+    assert sweep_main([*arguments, "int4"])["rows_added"] == 1
+    first = results.read_text()
+    assert sweep_main([*arguments, "int4", "nuq3-1%"])["rows_added"] == 1
+    assert sweep_main([*arguments, "int4", "nuq3-1%"])["rows_added"] == 0
+    assert results.read_text().startswith(first)
+    assert [row["scheme"] for row in read_rows(results)] == ["int4", "nuq3-1%"]
+    # another option is another scheme
+    assert sweep_main([*arguments, "int4", "--sink-tokens", "0"])["rows_added"] == 1
+
+
+def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
+    append_row(tmp_path / "deep" / "rows.jsonl", {"figure": 1.5})
+    append_row(None, {"figure": 2.5})
+    row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())
+    assert row["figure"] == 1.5 and {"device", "versions", "commit", "threads"} <= row.keys()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "scripts" / "results").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_committed_rows_carry_their_commit(path: Path) -> None:
+    for row in read_rows(path):
+        assert row["commit"] not in ("", "unknown") and row["versions"]["torch"]
+        if "scheme" in row:
+            assert Scheme.parse(row["scheme"].split()[0])
