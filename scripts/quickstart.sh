@@ -7,7 +7,7 @@
 #
 #     --text     pydoc (default), wikitext2, c4, ptb, or a UTF-8 text file
 #     --seqlen   tokens per window (512)
-#     --windows  windows to record and windows to evaluate (16 and 20)
+#     --windows  windows to record and windows to evaluate (16 and 10)
 #     --output   folder for records, quantizers and results (.quickstart/MODEL-TEXT-SEQLEN)
 #
 # A second run reuses the virtual environment (.venv, or VENV), the model, and the windows already recorded.
@@ -64,7 +64,7 @@ main() {
 }
 
 read_options() {
-    model='' text=pydoc seqlen=512 recorded_windows=16 evaluated_windows=20 output='' work=$repository/.quickstart
+    model='' text=pydoc seqlen=512 recorded_windows=16 evaluated_windows=10 output='' work=$repository/.quickstart
     while [ $# -gt 0 ]; do
         case $1 in
             -h | --help)
