@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.codebook import Codebook
-from quant.quantizer import Encoded, as_stored, dequantize, normalise, put_exact
+from quant.quantizer import Encoded, as_stored, denormalise, normalise, put_exact
 from quant.scheme import Scheme
 
 
@@ -32,23 +32,35 @@ class MixedQuantizer:
         """The channels of each width, `[n]` int64 ascending."""
         return {width: (self.widths == width).nonzero()[:, 0] for width in self.codebooks}
 
+    @cached_property
+    def _by_width(self) -> Tensor:
+        return torch.cat(list(self.channels.values()))
+
+    @cached_property
+    def _back(self) -> Tensor:
+        return self._by_width.argsort()
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(channels) for channels in self.channels.values()]
+
+    @property
+    def _codebooks(self) -> list[Codebook]:
+        return list(self.codebooks.values())
+
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
         normalised = normalise(x.float(), self.scale, self.zero)
-        codes = torch.zeros_like(x, dtype=torch.uint8)
-        for width, channels in self.channels.items():
-            codes[..., channels] = self.codebooks[width].encode(normalised[..., channels])
         outliers = normalised.abs() > 1
-        return Encoded(codes, outliers, as_stored(x[outliers]))
+        sides = normalised.index_select(-1, self._by_width).split(self._counts, dim=-1)
+        codes = [codebook.encode(side.contiguous()) for codebook, side in zip(self._codebooks, sides, strict=True)]
+        return Encoded(torch.cat(codes, dim=-1).index_select(-1, self._back), outliers, as_stored(x[outliers]))
 
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        values = torch.empty(encoded.codes.shape, device=encoded.codes.device)
-        for width, channels in self.channels.items():
-            values[..., channels] = dequantize(
-                self.codebooks[width], encoded.codes[..., channels], self.scale[channels], self.zero[channels]
-            )
-        return values
+        sides = encoded.codes.index_select(-1, self._by_width).split(self._counts, dim=-1)
+        levels = [codebook.decode(side) for codebook, side in zip(self._codebooks, sides, strict=True)]
+        return denormalise(torch.cat(levels, dim=-1).index_select(-1, self._back), self.scale, self.zero)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""

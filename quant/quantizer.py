@@ -82,7 +82,7 @@ class ChannelQuantizer:
 
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return dequantize(self.codebook, encoded.codes, self.scale, self.zero)
+        return denormalise(self.codebook.decode(encoded.codes), self.scale, self.zero)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
@@ -122,7 +122,7 @@ class TokenQuantizer:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
         assert encoded.scale is not None and encoded.zero is not None
         scale, zero = encoded.scale.float(), encoded.zero.float()
-        return dequantize(self.codebook, encoded.codes, scale, zero)
+        return denormalise(self.codebook.decode(encoded.codes), scale, zero)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
@@ -155,9 +155,9 @@ def normalise(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (x - zero) / scale.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def dequantize(codebook: Codebook, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x' = s * q[code] + z in float32; scale and zero broadcast against the codes, whatever their layout."""
-    return codebook.decode(codes) * scale + zero
+def denormalise(levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """x' = s * q[code] + z, of levels that were looked up; inverse of `normalise`."""
+    return levels * scale + zero
 
 
 def as_stored(x: Tensor) -> Tensor:
