@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
+from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
-from gradients.models import Fingerprint, LoadedModel, decoder_config, kv_sites, load_model
+from gradients.models import LoadedModel, decoder_config, kv_sites, load_model
 from gradients.processes import process_state
 from gradients.records import Manifest, Records
 from gradients.text import Corpus, load_corpus

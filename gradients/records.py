@@ -22,7 +22,8 @@ from torch import Tensor
 
 from gradients.atomic import atomic_write
 from gradients.cli import UserError
-from gradients.models import Fingerprint, Kind, canonical_json
+from gradients.fingerprint import Fingerprint, canonical_json
+from gradients.models import Kind
 
 SCHEMA = 1
 ACTIVATION_DTYPE = torch.float16

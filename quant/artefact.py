@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 
 from gradients.atomic import atomic_write
 from gradients.cli import UserError
-from gradients.models import KINDS, Fingerprint, Kind, canonical_json
+from gradients.fingerprint import Fingerprint, canonical_json
+from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer

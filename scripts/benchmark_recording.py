@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 
 from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import command_parser, format_table, non_negative_int, positive_int, run_command
+from gradients.fingerprint import Fingerprint
 from gradients.fisher import next_token_loss, record_window
-from gradients.models import Fingerprint, LoadedModel
+from gradients.models import LoadedModel
 from gradients.records import Manifest, Records
 from gradients.text import Corpus, load_corpus
 from quant.evaluate import append_result

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradients.cli import UserError, command_parser, format_table, run_command
-from gradients.models import Fingerprint
+from gradients.fingerprint import Fingerprint
 from gradients.records import Records
 from quant.storage import FP16_BITS
 

@@ -1,7 +1,7 @@
-"""Write the README's result tables from the rows in `scripts/results/`.
+"""Write the result tables of the READMEs from the rows in `scripts/results/`.
 
-    python scripts/readme_tables.py            # rewrite README.md
-    python scripts/readme_tables.py --check    # exit with 2 if README.md differs from the rows
+    python scripts/readme_tables.py            # rewrite README.md and quant/README.md
+    python scripts/readme_tables.py --check    # exit with 2 if one of them differs from the rows
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a function below.
 """
@@ -17,6 +17,7 @@ from quant.results import read_rows
 from quant.scheme import Scheme
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+DOCUMENTS = ("README.md", "quant/README.md")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -97,7 +98,23 @@ def speed() -> str:
     return markdown(["what", "against", "result"], cells)
 
 
-TABLES: dict[str, Callable[[], str]] = {"schemes": schemes, "packed": packed, "speed": speed}
+def allocation() -> str:
+    """Held-out error of ways to spend bits, a column for each width of the paper's scheme."""
+    rows = {(row["idea"], row["bits"]): row for row in rows_of("allocation")}
+    widths = sorted({bits for _, bits in rows})
+    cells = []
+    for idea in dict.fromkeys(idea for idea, _ in rows):
+        of_idea = [rows[idea, bits] for bits in widths]
+        cells.append([idea, *(f"{row['error_ratio']:.2f} ({row['bits_per_element']:.2f})" for row in of_idea)])
+    return markdown(["error (bits per element)", *(f"{bits} bits" for bits in widths)], cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "schemes": schemes,
+    "packed": packed,
+    "speed": speed,
+    "allocation": allocation,
+}
 
 
 def with_tables(text: str) -> str:
@@ -110,14 +127,17 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser = command_parser("scripts.readme_tables", __doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
     arguments = parser.parse_args(argv)
-    readme = REPOSITORY / "README.md"
-    before = readme.read_text()
-    after = with_tables(before)
-    if arguments.check and after != before:
-        raise UserError("README.md differs from the rows in scripts/results; run `python scripts/readme_tables.py`")
-    if not arguments.check:
-        readme.write_text(after)
-    return {"readme": str(readme.name), "tables": len(_MARKED.findall(after)), "changed": after != before}
+    changed = []
+    for name in DOCUMENTS:
+        before = (REPOSITORY / name).read_text()
+        after = with_tables(before)
+        if after != before:
+            changed.append(name)
+        if not arguments.check:
+            (REPOSITORY / name).write_text(after)
+    if arguments.check and changed:
+        raise UserError(f"{changed[0]} differs from the rows in scripts/results; run `python scripts/readme_tables.py`")
+    return {"documents": list(DOCUMENTS), "changed": changed}
 
 
 if __name__ == "__main__":

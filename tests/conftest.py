@@ -36,8 +36,9 @@ from transformers import (
 )
 
 from gradients.__main__ import main as record_main
+from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
-from gradients.models import KINDS, Fingerprint, Kind, KVSite, kv_sites
+from gradients.models import KINDS, Kind, KVSite, kv_sites
 from gradients.records import Records
 from quant.artefact import Quantizers, axis_of
 from quant.fit import Side, fit, fit_side

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import MistralConfig, PreTrainedModel
 
 from gradients.cli import UserError
-from gradients.models import KINDS, SITES, Fingerprint, kv_shape, kv_sites, load_model
+from gradients.fingerprint import Fingerprint
+from gradients.models import KINDS, SITES, kv_shape, kv_sites, load_model
 
 Capture = Callable[[PreTrainedModel], Any]
 MakeModel = Callable[[str], PreTrainedModel]

@@ -21,7 +21,8 @@ from safetensors import safe_open
 import gradients.records
 from gradients.__main__ import main
 from gradients.cli import UserError
-from gradients.models import KINDS, Fingerprint
+from gradients.fingerprint import Fingerprint
+from gradients.models import KINDS
 from gradients.records import Manifest, Records
 
 Snapshot = Callable[[Path], dict[str, bytes]]

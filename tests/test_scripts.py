@@ -11,12 +11,12 @@ from gradients.records import Records
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
 from scripts.quickstart_table import table_rows
-from scripts.readme_tables import TABLES, with_tables
+from scripts.readme_tables import DOCUMENTS, TABLES, with_tables
 from scripts.sweep_schemes import main as sweep_main
 
 
 def test_the_readme_shows_the_rows() -> None:
-    text = (REPOSITORY / "README.md").read_text()
+    text = "".join((REPOSITORY / name).read_text() for name in DOCUMENTS)
     assert with_tables(text) == text, "run `python scripts/readme_tables.py`"
     assert all(f"<!-- table: {name} -->" in text for name in TABLES)
 
