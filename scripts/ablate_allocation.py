@@ -80,7 +80,7 @@ def ideas(halves: Halves, bits: int) -> Iterator[tuple[str, Callable[[float], Fi
     """(name, fit at a budget) of everything compared; the first is the paper's scheme, which sets the budget."""
     histograms = {place: ChannelHistograms.of(first.activation, first.fisher) for place, (first, _) in halves.items()}
     name = f"nuq{bits}-1%"
-    yield name, lambda _: uniform(halves, Scheme.parse(name))
+    yield "paper (nuq, 1 %)", lambda _: uniform(halves, Scheme.parse(name))
     yield "fisher without s^2", lambda _: uniform(halves, Scheme.parse(name, weights="fisher"))
     yield "values per channel, static", lambda _: uniform(halves, Scheme.parse(name, value_axis="channel"))
     yield "allocated to layers", lambda budget: allocated(histograms, budget, per_channel=False)

@@ -1,7 +1,7 @@
 """Write the result tables of the READMEs from the rows in `scripts/results/`.
 
-    python scripts/readme_tables.py            # rewrite README.md and quant/README.md
-    python scripts/readme_tables.py --check    # exit with 2 if one of them differs from the rows
+    python -m scripts.readme_tables            # rewrite README.md and quant/README.md
+    python -m scripts.readme_tables --check    # exit with 2 if one of them differs from the rows
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a function below.
 """
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
         if not arguments.check:
             (REPOSITORY / name).write_text(after)
     if arguments.check and changed:
-        raise UserError(f"{changed[0]} differs from the rows in scripts/results; run `python scripts/readme_tables.py`")
+        raise UserError(f"{changed[0]} differs from the rows in scripts/results; run `python -m scripts.readme_tables`")
     return {"documents": list(DOCUMENTS), "changed": changed}
 
 

@@ -1,6 +1,6 @@
 r"""Fit several schemes to the same records and evaluate them on the same windows, so that the rows can be compared.
 
-    python scripts/sweep_schemes.py --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \
+    python -m scripts.sweep_schemes --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \
         --windows 40 --schemes nuq4-1% nf4-1% int4-1% --results scripts/results/schemes.jsonl
 
 One JSONL row per scheme; schemes that the results file already holds for this model and text are not run again.

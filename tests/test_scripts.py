@@ -17,7 +17,7 @@ from scripts.sweep_schemes import main as sweep_main
 
 def test_the_readme_shows_the_rows() -> None:
     text = "".join((REPOSITORY / name).read_text() for name in DOCUMENTS)
-    assert with_tables(text) == text, "run `python scripts/readme_tables.py`"
+    assert with_tables(text) == text, "run `python -m scripts.readme_tables`"
     assert all(f"<!-- table: {name} -->" in text for name in TABLES)
 
 
