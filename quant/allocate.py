@@ -1,7 +1,7 @@
 """Rate-distortion allocation: every channel gets the bits and the outliers that pay most.
 
 The paper gives all channels equally many bits. Their errors differ widely, though: what an error costs (Fisher
-information times squared range) varies tenfold within a layer and more between layers. Minimising
+information times squared range) varies widely within a layer and between layers. Minimising
 
     sum_c E_c(b_c, p_c)    subject to    sum_c R_c(b_c, p_c) <= budget
 
