@@ -12,6 +12,7 @@ the model is as it was.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -161,7 +162,9 @@ def _packed(
     rotated = rotate(query.float(), *tables)
     if layer.exact_chunk:
         past = _stored_segments(layer, rope, positions, length)
-        output = attend_torch(rotated, [*past, _chunk_segment(key, value, positions, tables)], scaling)
+        # chained, not listed: a list would hold the whole past dequantized
+        segments = chain(past, [_chunk_segment(key, value, positions, tables)])
+        output = attend_torch(rotated, segments, scaling)
         layer.append(key, value, padding)
         return output
     layer.append(key, value, padding)

@@ -1,7 +1,7 @@
 """Rate-distortion allocation: every channel gets the bits and the outliers that pay most.
 
-The paper gives all channels equally many bits. Their errors differ widely, though: what an error costs (Fisher
-information times squared range) varies widely within a layer and between layers. Minimising
+The paper gives all channels equally many bits, though what an error costs (Fisher information times squared range)
+varies widely within a layer and between layers. Minimising
 
     sum_c E_c(b_c, p_c)    subject to    sum_c R_c(b_c, p_c) <= budget
 
@@ -10,7 +10,7 @@ problem: for a price `lambda` per bit each channel takes the option of least E +
 is raised or lowered until the budget is met. E is the Fisher-weighted squared error of the calibration tokens under
 the layer's codebook for b bits, R the bits stored: codes, and 32 per outlier.
 
-All options are priced from one weighted histogram per channel, so the data is read once.
+All options are priced from one weighted histogram per channel; the data is read a second time to fit what was chosen.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from quant.codebook import Codebook
-from quant.kmeans import Histogram, weighted_kmeans
+from quant.codebook import Codebook, nuq_codebook
+from quant.kmeans import Histogram
 from quant.mixed import MixedQuantizer
 from quant.scheme import Scheme
 from quant.storage import OUTLIER_BITS
@@ -32,6 +32,7 @@ Floats = NDArray[np.float64]
 WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 BINS = 512
+_CODEBOOK_BINS = 2048  # fewer than elsewhere: seven codebooks of up to 64 levels are searched for each side
 _PRICING_SHARE = 0.01  # of the ranges behind the codebooks that options are priced with
 _LOG_PRICES = (-60.0, 20.0)  # of a bit, in units of the error; Fisher information of mean losses lies around e^-25
 _BISECTIONS = 60
@@ -103,12 +104,9 @@ class ChannelHistograms:
 
 def shared_codebook(points: Floats, weights: Floats, width: int) -> Codebook:
     """The best codebook of 2^width levels for normalised points."""
-    histogram = Histogram.empty(-1, 1, 2048)
+    histogram = Histogram.empty(-1, 1, _CODEBOOK_BINS)
     histogram.add(points, weights)
-    means, masses = histogram.points()
-    if not len(means):
-        return Codebook.from_levels(torch.linspace(-1, 1, 2**width) if width else torch.zeros(1))
-    return Codebook.from_levels(torch.from_numpy(weighted_kmeans(means, masses, 2**width)))
+    return nuq_codebook(histogram, 2**width)
 
 
 @dataclass(frozen=True)

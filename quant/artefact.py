@@ -1,7 +1,7 @@
 """`quantizers.safetensors`: everything evaluation and deployment need, and nothing to repeat on a command line.
 
 Tensors: `layers.{i}.key.{levels,boundaries,scale,zero}`, `layers.{i}.value.{levels,boundaries}` (scale and zero
-wherever the axis is channel-wise). Metadata, one JSON object: schema version, the scheme, the layers that depart
+wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`. Metadata, one JSON object: schema version, the scheme, the layers that depart
 from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
 """
 

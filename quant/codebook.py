@@ -49,8 +49,8 @@ class Codebook:
 
 
 def int_codebook(levels: int) -> Codebook:
-    """Evenly spaced levels that include both ends."""
-    return Codebook.from_levels(torch.linspace(-1, 1, levels))
+    """Evenly spaced levels that include both ends; a single one lies in the middle."""
+    return Codebook.from_levels(torch.linspace(-1, 1, levels) if levels > 1 else torch.zeros(1))
 
 
 def nf_codebook(levels: int) -> Codebook:

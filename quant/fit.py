@@ -80,12 +80,12 @@ def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
     # every block of every head has a list of outliers, with or without entries
     budget = scheme.bits - OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim)
     chosen = allocate([side for layer in options for side in layer], budget)
-    work = list(zip(layers, batched_pairs(chosen), strict=True))
+    work = list(zip(layers, _pairs(chosen), strict=True))
     fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
     return dict(zip(layers, fitted, strict=True))
 
 
-def batched_pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
+def _pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
     """`[a, b, c, d]` as `[(a, b), (c, d)]`."""
     return list(zip(items[::2], items[1::2], strict=True))
 

@@ -1,6 +1,7 @@
 """Attention over the packed cache against stock attention and against the simulation."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployment.attention import NAME, packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache, PackedLayer, Stretch
 from deployment.kernels.attend import Segment, attend_torch
 from gradients.models import kv_sites
 from quant.artefact import Quantizers
@@ -163,6 +164,35 @@ def test_exact_chunk_attends_the_chunk_unquantized(
     assert (logits[False] - expected).abs().max() > 100 * ROUNDING
 
 
+@pytest.mark.parametrize("exact_chunk", [True, False])
+def test_the_past_is_dequantized_a_page_at_a_time(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    monkeypatch: pytest.MonkeyPatch,
+    exact_chunk: bool,
+) -> None:
+    """However many pages there are, at most the one in use and the one before it exist in full precision."""
+    monkeypatch.setattr("deployment.layout.PAGE_BLOCKS", 1)
+    original, made, most = PackedLayer.stretches, [], 0
+
+    def watched(layer: PackedLayer) -> Iterator[Stretch]:
+        nonlocal most
+        for stretch in original(layer):
+            made.append(weakref.ref(stretch.value))
+            most = max(most, sum(value() is not None for value in made))
+            yield stretch
+
+    model, tokens = make_model("llama"), make_tokens(1, 401)
+    cache = PackedCache(fit_model(model, Scheme.parse("nuq3-5%")), model.config, exact_chunk=exact_chunk)
+    with packed_attention(model), torch.inference_mode():
+        model(input_ids=tokens[:, :400], past_key_values=cache)
+        monkeypatch.setattr(PackedLayer, "stretches", watched)
+        model(input_ids=tokens[:, 400:], past_key_values=cache)
+    assert len(made) == 2 * 8  # layers; a sink and seven blocks
+    assert most <= 2
+
+
 def test_padded_row_equals_the_same_text_alone(
     make_model: Callable[[str], PreTrainedModel],
     make_tokens: Callable[..., Tensor],
@@ -254,7 +284,7 @@ def test_online_softmax_equals_softmax(heads_per_kv_head: int, pieces: list[int]
 
 
 def test_a_query_that_sees_nothing_gets_zeros() -> None:
-    key = torch.full((1, 1, 3, 4), torch.nan).nan_to_num(1.0)
+    key = torch.ones(1, 1, 3, 4)
     nothing = torch.zeros(1, 2, 3, dtype=torch.bool)
     assert (attend_torch(torch.ones(1, 1, 2, 4), [Segment(key, key, nothing)], 1.0) == 0).all()
 
