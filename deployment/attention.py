@@ -23,8 +23,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from deployment.cache import PackedLayer
 from deployment.kernels.attend import Segment, attend_torch
-from deployment.rope import Rope, rotate
+from deployment.rope import Rope
 from gradients.models import decoder, kv_sites
+from gradients.rope import rotate
 
 NAME = "kvquant"
 _CONTEXT = "kvquant_context"

@@ -57,12 +57,3 @@ class Rope:
                 self._memo.popitem(last=False)
         self._memo.move_to_end(key)
         return self._memo[key]
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (d, d + R/2) of `x` `[B, heads, S, D]`; tables are `[B, S, R]`, channels from R on stay."""
-    rotary = cos.shape[-1]
-    turned, rest = x[..., :rotary], x[..., rotary:]
-    first, second = turned.chunk(2, dim=-1)
-    rotated = turned * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
-    return rotated if rotary == x.shape[-1] else torch.cat([rotated, rest], dim=-1)

@@ -22,6 +22,7 @@ from gradients.fisher import record_window
 from gradients.models import LoadedModel, decoder_config, kv_sites, load_model
 from gradients.processes import process_state
 from gradients.records import Manifest, Records
+from gradients.rope import rope_tables
 from gradients.text import Corpus, load_corpus
 
 
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     corpus.calibration_windows(arguments.seqlen, 1, arguments.seed)  # a text too short fails before anything is written
     records = Records.create(arguments.output, manifest)
+    if process_state().is_main_process:
+        records.write_rope(*rope_tables(loaded.model, arguments.seqlen))
     started = time.perf_counter()
     recorded = record(loaded, corpus, records, arguments.windows, arguments.checkpointing)
     seconds = time.perf_counter() - started

@@ -26,6 +26,7 @@ from gradients.fingerprint import Fingerprint, canonical_json
 from gradients.models import Kind
 
 SCHEMA = 1
+ROPE_FILE = "rope.safetensors"
 ACTIVATION_DTYPE = torch.float16
 FISHER_DTYPE = torch.bfloat16
 
@@ -166,6 +167,35 @@ class Records:
                     f"records window {str(path)!r}: tensor {name} was altered after it was written; {remedy}"
                 )
         return tensors[0], tensors[1]
+
+    def first(self, windows: int | None) -> "Records":
+        """The same records as if only the first `windows` had been made (None: all).
+
+        Raises `UserError` when there are fewer.
+        """
+        if windows is None:
+            return self
+        if windows > self.manifest.windows:
+            raise UserError(
+                f"--windows {windows}: records {str(self.folder)!r} hold {self.manifest.windows}; record more, or ask for fewer"
+            )
+        return replace(self, manifest=replace(self.manifest, windows=windows))
+
+    def write_rope(self, cos: Tensor, sin: Tensor) -> None:
+        """Store the rotary tables `[S, R]` of a window's positions, for fits of keys after the rotary embedding."""
+        with atomic_write(self.folder / ROPE_FILE) as path:
+            save_file({"cos": cos.contiguous(), "sin": sin.contiguous()}, path)
+
+    def read_rope(self) -> tuple[Tensor, Tensor]:
+        """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing or damaged."""
+        try:
+            with safe_open(self.folder / ROPE_FILE, framework="pt") as file:
+                return file.get_tensor("cos"), file.get_tensor("sin")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"records {str(self.folder)!r} lack a readable {ROPE_FILE} ({error}); run `python -m gradients` again: "
+                "complete windows are kept"
+            ) from error
 
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[N, C]`: all windows without their first `skip_tokens` tokens."""

@@ -1,8 +1,9 @@
 """`quantizers.safetensors`: everything evaluation and deployment need, and nothing to repeat on a command line.
 
 Tensors: `layers.{i}.key.{levels,boundaries,scale,zero}`, `layers.{i}.value.{levels,boundaries}` (scale and zero
-wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`. Metadata, one JSON object: schema version, the scheme, the layers that depart
-from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
+wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`; `thresholds` of
+a matrix; `rotation` of rotated head vectors. Metadata, one JSON object: schema version, the scheme, the layers that
+depart from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
 """
 
 import json
@@ -22,8 +23,10 @@ from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint, canonical_json
 from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
+from quant.grouped import GroupQuantizer
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+from quant.rotated import RotatedQuantizer
 from quant.scheme import Axis, Scheme
 
 SCHEMA = 1
@@ -135,12 +138,17 @@ def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind)
 def _assemble(
     path: str | Path, layer: int, kind: Kind, scheme: Scheme, tensors: dict[str, Tensor], fingerprint: Fingerprint
 ) -> Quantizer:
-    channels = fingerprint.heads * fingerprint.head_dim
-    if scheme.allocated:
+    channels, axis = fingerprint.heads * fingerprint.head_dim, axis_of(scheme, kind)
+    form = scheme.form(axis)
+    if form == "allocated":
         return _assemble_mixed(f"layers.{layer}.{kind}.", scheme, tensors, channels)
     shapes: dict[str, tuple[int, ...]] = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
-    if axis_of(scheme, kind) == "channel":
+    if form == "static":
         shapes |= {"scale": (channels,), "zero": (channels,)}
+    if form == "rotated":
+        shapes["rotation"] = (fingerprint.head_dim, fingerprint.head_dim)
+    if form == "token" and scheme.thresholds == "matrix":
+        shapes["thresholds"] = (2,)
     tables = {}
     for name, shape in shapes.items():
         full = f"layers.{layer}.{kind}.{name}"
@@ -154,9 +162,10 @@ def _assemble(
             )
         tables[name] = table
     codebook = Codebook(tables.pop("levels"), tables.pop("boundaries"))
-    if tables:
-        return ChannelQuantizer(scheme, codebook, **tables)
-    return TokenQuantizer(scheme, codebook)
+    if form == "grouped":
+        return GroupQuantizer(scheme, codebook, axis)
+    classes = {"static": ChannelQuantizer, "token": TokenQuantizer, "rotated": RotatedQuantizer}
+    return classes[form](scheme, codebook, **tables)
 
 
 def _assemble_mixed(prefix: str, scheme: Scheme, tensors: dict[str, Tensor], channels: int) -> MixedQuantizer:

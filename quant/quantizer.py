@@ -100,15 +100,19 @@ class ChannelQuantizer:
 
 @dataclass(frozen=True)
 class TokenQuantizer:
-    """Dynamic ranges: each token's own, from the elements that are left when its outliers are set aside."""
+    """Dynamic ranges: each token's own, from the elements that are left when its outliers are set aside.
+
+    `thresholds` `[2]` float32 are those of a layer's whole matrix, where the scheme wants such.
+    """
 
     scheme: Scheme
     codebook: Codebook
+    thresholds: Tensor | None = None
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
         x = x.float()
-        outliers, scale, zero = token_range(x, self.scheme.outliers)
+        outliers, scale, zero = token_range(x, self.scheme.outliers, self.thresholds)
         # the fp16 numbers as stored, so that encoding and decoding divide and multiply by the same
         codes = self.codebook.encode(normalise(x, scale.float(), zero.float()))
         return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
@@ -130,12 +134,14 @@ class TokenQuantizer:
 
     def to(self, device: torch.device | str) -> "TokenQuantizer":
         """The same quantizer on a device."""
-        return replace(self, codebook=self.codebook.to(device))
+        thresholds = None if self.thresholds is None else self.thresholds.to(device)
+        return replace(self, codebook=self.codebook.to(device), thresholds=thresholds)
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
-        return _codebook_tables(self.codebook)
+        matrix = {} if self.thresholds is None else {"thresholds": self.thresholds}
+        return {**_codebook_tables(self.codebook), **matrix}
 
 
 def keeps_outliers(quantizer: Quantizer) -> bool:
@@ -166,17 +172,23 @@ def as_stored(x: Tensor) -> Tensor:
     return x.clamp(-limit, limit).half()
 
 
-def token_range(x: Tensor, share: float) -> tuple[Tensor | None, Tensor, Tensor]:
+def token_range(x: Tensor, share: float, thresholds: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
     """(outlier mask or None, scale, zero) of each token of float32 `x`, `[..., T, C]`.
 
-    Scale and zero are fp16 `[..., T, 1]`: half the width and the centre of what remains without the outliers.
+    Scale and zero are fp16 `[..., T, 1]`: half the width and the centre of what remains without the outliers, which
+    lie beyond the `thresholds` (low, high) if there are any, else are the share's most extreme.
     """
     outliers = None
     highest = lowest = x
-    if share:
+    if thresholds is not None:
+        outliers = (x < thresholds[0]) | (x > thresholds[1])
+    elif share:
         outliers = extreme_elements(x, outliers_per_end(x.shape[-1], share))
+    if outliers is not None:
         highest, lowest = x.masked_fill(outliers, -torch.inf), x.masked_fill(outliers, torch.inf)
     high, low = highest.amax(-1, keepdim=True), lowest.amin(-1, keepdim=True)
+    nothing_left = high < low
+    high, low = high.masked_fill(nothing_left, 0.0), low.masked_fill(nothing_left, 0.0)
     return outliers, as_stored((high - low) / 2), as_stored((high + low) / 2)
 
 

@@ -2,8 +2,9 @@
 
 `{int|nf|nuq}{bits}` names the datatype, `-P%` the share of elements kept exactly (dense-and-sparse). Ours is
 `rdnuq{budget}`, such as `rdnuq2.4`: nuq whose bits and outliers are allocated channel by channel (`quant/allocate.py`)
-so that an element takes 2.4 bits on average, outliers included. A fitted
-quantizer (`quant/quantizer.py`) is what calibration made of it; `quant/fit.py` is the only bridge.
+so that an element takes 2.4 bits on average, outliers included. The methods of others, `kivi2` or `flexgen4`, are
+names for such fields too (`quant/presets.py`). A fitted quantizer (`quant/quantizer.py`) is what calibration made of
+a scheme; `quant/fit.py` is the only bridge.
 """
 
 import re
@@ -11,11 +12,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from gradients.cli import UserError
+from quant.presets import PRESETS
 
-Datatype = Literal["int", "nf", "nuq", "rdnuq"]
+Datatype = Literal["int", "nf", "nuq", "rdnuq", "lloyd"]
 Axis = Literal["channel", "token"]
 Weights = Literal["fisher*s^2", "fisher", "none"]
-Rope = Literal["pre"]
+Rope = Literal["pre", "post"]
+Range = Literal["offline", "online"]
+Thresholds = Literal["vector", "matrix"]
+Form = Literal["static", "token", "grouped", "allocated", "rotated"]
 
 MAX_BITS = 8  # codes are bytes before they are packed
 MAX_OUTLIER_SHARE = 0.1
@@ -28,15 +33,20 @@ class Scheme:
     """A quantization recipe for the keys and values of a model, or of one of its layers.
 
     Fields:
-        datatype: evenly spaced (int), NormalFloat (nf) or fitted (nuq) levels; rdnuq allocates.
+        datatype: evenly spaced (int), NormalFloat (nf) or fitted (nuq) levels; rdnuq allocates; lloyd are the best levels
+            of a Gaussian, which a random rotation makes of every head vector.
         bits: per code, a whole number; for rdnuq the mean bits stored per element.
         outliers: share of elements stored exactly; thresholds per channel or token, half at each end (section 3.4).
         sink_tokens: first tokens of a sequence kept in fp16 (attention sinks, section 3.5).
         q_norm: shift and stretch the levels to keep mean and deviation (Q-Norm of the paper's first versions).
         weights: of the k-means behind nuq. `fisher*s^2` is Eq. 7; `fisher` is what the original's code does.
         key_axis, value_axis: whether one static scale serves a channel, or one dynamic scale a token (section 3.1).
+        channel_range: of a channel-wise axis; `online` takes it from the sequence itself instead of calibration.
+        group: elements that share one dynamic range: tokens of a channel, or channels of a token; None for all.
         key_rope: the side of the rotary embedding on which keys are quantized (section 3.2).
+        thresholds: beyond which elements are outliers: one pair per channel or token, or one for a layer's matrix.
         outlier_cap: at most so many outliers per token on a channel-wise axis, None for no limit.
+        residual_tokens: the most recent tokens stay exact until so many newer ones have come (KIVI).
     """
 
     datatype: Datatype
@@ -47,41 +57,69 @@ class Scheme:
     weights: Weights = "fisher*s^2"
     key_axis: Axis = "channel"
     value_axis: Axis = "token"
+    channel_range: Range = "offline"
+    group: int | None = None
     key_rope: Rope = "pre"
+    thresholds: Thresholds = "vector"
     outlier_cap: int | None = None
+    residual_tokens: int = 0
 
     def __post_init__(self) -> None:
-        allowed = {"datatype": Datatype, "weights": Weights, "key_axis": Axis, "value_axis": Axis, "key_rope": Rope}
-        for name, literal in allowed.items():
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+
+    def _check_choices(self) -> None:
+        for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal):
                 raise UserError(
                     f"scheme {name} {getattr(self, name)!r} is unknown; use one of {', '.join(get_args(literal))}"
                 )
+
+    def _check_numbers(self) -> None:
         if not 1 <= self.bits <= MAX_BITS:
             raise UserError(f"scheme bits {self.bits:g} is not within 1-{MAX_BITS}")
-        if self.allocated and (self.outliers or self.q_norm or self.outlier_cap is not None):
-            raise UserError(f"scheme {self} allocates its outliers itself: drop -P%, q_norm and outlier_cap")
         if not self.allocated and self.bits != int(self.bits):
             raise UserError(
                 f"scheme bits {self.bits:g} is not a whole number, as {self.datatype} needs; rdnuq takes fractions"
             )
         if not 0 <= self.outliers <= MAX_OUTLIER_SHARE:
             raise UserError(f"scheme outlier share {self.outliers:.2%} is not within 0-{MAX_OUTLIER_SHARE:.0%}")
-        if self.sink_tokens < 0:
-            raise UserError(f"scheme sink_tokens {self.sink_tokens} is negative; use 0 for none")
+        for name, remedy in (("sink_tokens", "0 for none"), ("residual_tokens", "0 for none")):
+            if getattr(self, name) < 0:
+                raise UserError(f"scheme {name} {getattr(self, name)} is negative; use {remedy}")
         if self.outlier_cap is not None and self.outlier_cap < 0:
             raise UserError(f"scheme outlier_cap {self.outlier_cap} is negative; use None for no limit")
+        if self.group is not None and self.group < 2:
+            raise UserError(f"scheme group {self.group} is less than 2 elements; use None for one range per vector")
+
+    def _check_combinations(self) -> None:
+        if self.allocated and (self.outliers or self.q_norm or self.outlier_cap is not None):
+            raise UserError(f"scheme {self} allocates its outliers itself: drop -P%, q_norm and outlier_cap")
+        if self.datatype == "lloyd" and (self.outliers or self.q_norm or self.group):
+            raise UserError(f"scheme {self} scales whole head vectors: drop -P%, q_norm and group")
+        if self.residual_tokens and self.key_rope == "pre":
+            raise UserError("scheme residual_tokens keeps recent keys exact as attention sees them: add key_rope=post")
+        if self.thresholds == "matrix" and (self.group is not None or self.channel_range == "online"):
+            raise UserError("scheme thresholds=matrix are calibrated: drop group and channel_range=online")
 
     @classmethod
     def parse(cls, name: str, **options: Any) -> "Scheme":
-        """`Scheme.parse("nuq3-1%", sink_tokens=5)`. Raises `UserError` for a name of another form."""
+        """`Scheme.parse("nuq3-1%", sink_tokens=5)`, `Scheme.parse("kivi2")`.
+
+        Raises `UserError` for a name of another form.
+        """
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(
-                f"scheme {name!r} is not of the form {{int|nf|nuq}}BITS[-P%], such as nuq3-1% or int4, nor rdnuqBUDGET, such as rdnuq2.4"
+                f"scheme {name!r} is not of the form {{int|nf|nuq}}BITS[-P%], such as nuq3-1% or int4, nor rdnuqBUDGET, "
+                f"such as rdnuq2.4, nor {{{'|'.join(PRESETS)}}}BITS"
             )
-        share = float(match["percent"] or 0) / 100
-        return cls(datatype=match["datatype"], bits=float(match["bits"]), outliers=share, **options)  # type: ignore[arg-type]
+        content: dict[str, Any] = {"datatype": match["datatype"], "bits": float(match["bits"])}
+        content |= PRESETS.get(match["datatype"], {})
+        if match["percent"]:
+            content["outliers"] = float(match["percent"]) / 100
+        return cls(**content | options)
 
     def __str__(self) -> str:
         share = f"-{self.outliers * 100:g}%" if self.outliers else ""
@@ -97,15 +135,35 @@ class Scheme:
         """L = 2^bits."""
         return 2 ** int(self.bits)
 
+    def form(self, axis: Axis) -> Form:
+        """The kind of quantizer this scheme needs on an axis; each has its class."""
+        if self.allocated:
+            return "allocated"
+        if self.datatype == "lloyd":
+            return "rotated"
+        if axis == "channel" and self.channel_range == "offline":
+            return "static"
+        return "token" if axis == "token" and self.group is None else "grouped"
+
+    @property
+    def simulated_only(self) -> bool:
+        """Whether the packed cache cannot hold it: ranges that change with the sequence, or keys after RoPE."""
+        forms = {self.form(self.key_axis), self.form(self.value_axis)}
+        return bool(forms & {"grouped", "rotated"}) or self.key_rope == "post" or self.thresholds == "matrix"
+
     def describe(self) -> str:
-        """The name, then every field that departs from the default: `nuq2-1% sink_tokens=5 q_norm=True`."""
-        named = {"datatype", "bits", "outliers"}
-        departures = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if field.name not in named and getattr(self, field.name) != field.default
-        ]
-        return " ".join([str(self), *departures])
+        """The name, then every field that departs from it: `nuq2-1% sink_tokens=5 q_norm=True`, `kivi2`."""
+        bases = [name for name, preset in PRESETS.items() if preset["datatype"] == self.datatype]
+        named = [(str(self), Scheme(datatype=self.datatype, bits=self.bits, outliers=self.outliers))]
+        named += [(f"{name}{self.bits:g}", Scheme.parse(f"{name}{self.bits:g}")) for name in bases]
+        described = [[name, *self._departures(other)] for name, other in named]
+        fewest = min(len(words) for words in described)
+        return " ".join(next(words for words in described if len(words) == fewest))
+
+    def _departures(self, other: "Scheme") -> list[str]:
+        names = [field.name for field in fields(self)]
+        changed = [name for name in names if getattr(self, name) != getattr(other, name)]
+        return [f"{name}={getattr(self, name)}" for name in changed]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -122,3 +180,14 @@ class Scheme:
     def with_changes(self, **changes: Any) -> "Scheme":
         """A copy with some fields replaced, for layers that depart from the rest."""
         return replace(self, **changes)
+
+
+_CHOICES = {
+    "datatype": Datatype,
+    "weights": Weights,
+    "key_axis": Axis,
+    "value_axis": Axis,
+    "channel_range": Range,
+    "key_rope": Rope,
+    "thresholds": Thresholds,
+}

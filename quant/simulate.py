@@ -1,10 +1,11 @@
 """Run a live model as if its cache were quantized: every site hands on `decode(encode(x))`.
 
 Each sequence must start at its first token and come in one piece, without a cache and without padding; the
-packed cache of stage 3 has no such limits and gives the same numbers.
+packed cache of stage 3 has no such limits and gives the same numbers. Schemes that quantize keys after the rotary
+embedding change them where attention receives them (`quant/post_rope.py`) instead of where they leave their projection.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradients.models import KVSite, kv_sites
-from quant.artefact import Quantizers
-from quant.quantizer import Encoded, Quantizer, as_stored, code_bits
-from quant.storage import OUTLIER_BITS, StoredSize, exact_size, packed_size
+from quant.artefact import Quantizers, axis_of
+from quant.post_rope import Intercepted, intercepting_attention
+from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored, code_bits
+from quant.scheme import Scheme
+from quant.storage import FP16_BITS, OUTLIER_BITS, StoredSize, exact_size, packed_size
 
 
 @dataclass
@@ -24,21 +27,23 @@ class Usage:
 
     size: StoredSize = field(default_factory=StoredSize)
 
-    def add(self, site: KVSite, quantizer: Quantizer, encoded: Encoded, sinks: int) -> None:
-        """Count one tensor of `B` sequences: `encoded` tokens after `sinks` exact ones."""
+    def add(self, site: KVSite, quantizer: Quantizer, encoded: Encoded, exact: int) -> None:
+        """Count one tensor of `B` sequences: `encoded` tokens, and so many `exact` ones around them."""
         batch, tokens, channels = encoded.codes.shape
-        per_sequence = exact_size(sinks, channels) + packed_size(
+        per_token = isinstance(quantizer, TokenQuantizer)
+        per_sequence = exact_size(exact, channels) + packed_size(
             tokens,
             site.heads,
             channels,
             code_bits(quantizer, channels),
             outliers=0,
             has_outliers=encoded.outliers is not None,
-            token_scales=encoded.scale is not None,
+            token_scales=per_token,
         )
         for _ in range(batch):
             self.size += per_sequence
-        self.size += StoredSize(bits=encoded.outlier_count * OUTLIER_BITS)
+        grouped = 0 if per_token else sum(x.numel() for x in (encoded.scale, encoded.zero) if x is not None)
+        self.size += StoredSize(bits=encoded.outlier_count * OUTLIER_BITS + grouped * FP16_BITS)
 
 
 @contextmanager
@@ -49,23 +54,51 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Usage]
     """
     quantizers.check_model(model.config)
     usage = Usage()
+    post = quantizers.scheme.key_rope == "post"
+    intercepted: dict[int, Intercepted] = {}
     with ExitStack() as stack:
         for site in kv_sites(model):
-            quantizer = quantizers.layers[site.layer][site.kind]
-            stack.enter_context(site.rewriting(_round_trip(site, quantizer, quantizers.scheme.sink_tokens, usage)))
+            round_trip = RoundTrip(site, quantizers.layers[site.layer][site.kind], quantizers.scheme, usage)
+            if post and (site.kind == "key" or quantizers.scheme.residual_tokens):
+                intercepted.setdefault(site.layer, Intercepted(quantizers.scheme)).changes[site.kind] = round_trip
+            else:
+                stack.enter_context(site.rewriting(round_trip))
+        if intercepted:
+            stack.enter_context(intercepting_attention(model, intercepted))
         yield usage
 
 
-def _round_trip(site: KVSite, quantizer: Quantizer, sink_tokens: int, usage: Usage) -> Callable[[Tensor], Tensor]:
-    on_device: dict[torch.device, Quantizer] = {}
+@dataclass
+class RoundTrip:
+    """`x -> decode(encode(x))` of one site for `x` `[B, S, C]`, its exact tokens apart, its bytes counted."""
 
-    def change(x: Tensor) -> Tensor:
-        if x.device not in on_device:
-            on_device[x.device] = quantizer.to(x.device)
-        bound = on_device[x.device]
-        sinks, rest = as_stored(x[:, :sink_tokens]).to(x.dtype), x[:, sink_tokens:]
-        encoded = bound.encode(rest)
-        usage.add(site, bound, encoded, sinks.shape[1])
-        return torch.cat([sinks, bound.decode(encoded).to(x.dtype)], dim=1)
+    site: KVSite
+    quantizer: Quantizer
+    scheme: Scheme  # of the model: what is exact does not vary between layers
+    usage: Usage
+    _on_device: dict[torch.device, Quantizer] = field(default_factory=dict)
 
-    return change
+    @property
+    def step(self) -> int:
+        """How many tokens leave the residual window together."""
+        along_tokens = axis_of(self.scheme, self.site.kind) == "channel"
+        return self.scheme.group or 1 if along_tokens else 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` as attention would find it in the cache."""
+        if x.device not in self._on_device:
+            self._on_device[x.device] = self.quantizer.to(x.device)
+        bound = self._on_device[x.device]
+        sinks, rest = x[:, : self.scheme.sink_tokens], x[:, self.scheme.sink_tokens :]
+        packed = packed_tokens(rest.shape[1], self.scheme.residual_tokens, self.step)
+        encoded = bound.encode(rest[:, :packed])
+        self.usage.add(self.site, bound, encoded, x.shape[1] - packed)
+        return torch.cat([as_stored(sinks).to(x.dtype), bound.decode(encoded).to(x.dtype), rest[:, packed:]], dim=1)
+
+
+def packed_tokens(tokens: int, residual: int, step: int) -> int:
+    """How many of the `tokens` after the sinks are quantized: all but a residual window, in whole steps.
+
+    Without a window nothing waits, not even for its group to be complete.
+    """
+    return max(0, tokens - residual) // step * step if residual else tokens

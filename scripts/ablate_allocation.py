@@ -20,10 +20,10 @@ from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import axis_of
-from quant.fit import Side, fit_side
 from quant.quantizer import Quantizer, code_bits
 from quant.results import append_row
 from quant.scheme import Scheme
+from quant.side import Side, fit_side
 from quant.storage import OUTLIER_BITS, TOKEN_SCALE_BITS
 
 Place = tuple[int, Kind]

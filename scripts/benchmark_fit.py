@@ -33,11 +33,11 @@ from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.artefact import axis_of
 from quant.codebook import Codebook, nuq_codebook
-from quant.fit import Side, fit_side, kmeans_weights
 from quant.kmeans import Histogram, weighted_error
 from quant.quantizer import ChannelQuantizer, Quantizer, normalise
 from quant.results import append_row
 from quant.scheme import Scheme
+from quant.side import Side, fit_side, kmeans_weights
 
 Points = NDArray[np.float32]
 Result = TypeVar("Result")

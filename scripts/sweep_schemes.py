@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gradients.__main__ import add_model_arguments, load_model_from
-from gradients.cli import command_parser, format_table, run_command
+from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.records import Records
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
-from quant.fit import add_scheme_arguments, fit, scheme_from
+from quant.fit import fit
+from quant.options import add_scheme_arguments, scheme_from
 from quant.results import read_rows
 from quant.scheme import Scheme
 
@@ -36,16 +37,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "--schemes", nargs="+", required=True, help="such as nuq3-1%% int4; the options below hold for all"
     )
     add_scheme_arguments(parser, named=False)
+    parser.add_argument("--calibration-windows", type=positive_int, help="use only the first windows of the records")
     add_evaluation_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    records = Records.open(arguments.records)
+    records = Records.open(arguments.records).first(arguments.calibration_windows)
     wanted = [scheme_from(name, arguments) for name in arguments.schemes]
     identity = {
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,
         "seqlen": arguments.seqlen,
         "records": records.manifest.digest,
+        "calibration_windows": records.manifest.windows,
     }
     schemes = missing(wanted, arguments.results, identity)
     if not schemes:
@@ -57,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         quantizers.check_model(loaded.model.config)
     rows = evaluate_many(loaded.model, windows, candidates)
     for row in rows:
-        append_result({**row, "records": records.manifest.digest}, loaded, arguments)
+        append_result({**row, **identity}, loaded, arguments)
     shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")
     print(format_table([{name: row[name] for name in shown} for row in rows]))
     return {"results": arguments.results, "rows_added": len(rows)}

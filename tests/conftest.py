@@ -41,8 +41,9 @@ from gradients.fisher import record_window
 from gradients.models import KINDS, Kind, KVSite, kv_sites
 from gradients.records import Records
 from quant.artefact import Quantizers, axis_of
-from quant.fit import Side, fit, fit_side
+from quant.fit import fit
 from quant.scheme import Scheme
+from quant.side import Side, fit_side
 
 torch.set_num_threads(1)
 settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import quant.fit
+import quant.side
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.artefact import Quantizers, axis_of
-from quant.fit import Side, channel_quantiles, fit, fit_side
+from quant.fit import fit
 from quant.quantizer import ChannelQuantizer, Quantizer, normalise
 from quant.scheme import Scheme
+from quant.side import Side, channel_quantiles, fit_side
 
 Window = dict[tuple[int, Kind], tuple[Tensor, Tensor]]
 
@@ -116,7 +117,7 @@ def test_streamed_fit_is_the_whole_one(per_channel: bool, monkeypatch: pytest.Mo
     )
     scheme = Scheme.parse("nuq3-2%", q_norm=True)
     whole = fit_side(side, scheme, per_channel)
-    monkeypatch.setattr(quant.fit, "_CHUNK_ELEMENTS", 31 * 24)
+    monkeypatch.setattr(quant.side, "_CHUNK_ELEMENTS", 31 * 24)
     assert sum(1 for _ in side.chunks()) == 9
     streamed = fit_side(side, scheme, per_channel)
     for name, table in whole.tables.items():

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from quant.codebook import Codebook, int_codebook, nf_codebook
-from quant.fit import Side, fit_side
 from quant.outliers import outliers_per_end
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer, as_stored
 from quant.scheme import Scheme
+from quant.side import Side, fit_side
 
 TOKENS = [1, 31, 33, 257]
 CHANNELS = 40  # not a multiple of 32

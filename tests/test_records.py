@@ -45,7 +45,7 @@ def environment() -> dict[str, str]:
 
 def test_the_files_hold_what_the_design_says(records: Records) -> None:
     names = {path.name for path in records.folder.iterdir()}
-    assert names == {"manifest.json"} | {f"window-{number:05d}.safetensors" for number in range(4)}
+    assert names == {"manifest.json", "rope.safetensors"} | {f"window-{number:05d}.safetensors" for number in range(4)}
     manifest = json.loads((records.folder / "manifest.json").read_text())
     assert (manifest["schema"], manifest["windows"], manifest["seqlen"], manifest["seed"]) == (1, 4, 65, 0)
     assert (manifest["model_dtype"], manifest["fingerprint"]["architecture"]) == ("float32", "llama")
@@ -285,7 +285,8 @@ def test_a_full_disk_loses_nothing(
             main(arguments)
     complete = snapshot(records.folder)
     assert snapshot(tmp_path / "records") == {
-        name: complete[name] for name in ("manifest.json", "window-00000.safetensors", "window-00001.safetensors")
+        name: complete[name]
+        for name in ("manifest.json", "rope.safetensors", "window-00000.safetensors", "window-00001.safetensors")
     }
     assert main(arguments)["recorded_now"] == 2
     assert snapshot(tmp_path / "records") == complete

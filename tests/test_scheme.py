@@ -97,7 +97,7 @@ def test_refuses_names_of_another_form(name: str) -> None:
         ("nuq3", {"key_axis": "row"}, ["key_axis", "'row'", "channel, token"]),
         ("nuq3", {"value_axis": "row"}, ["value_axis", "'row'", "channel, token"]),
         ("nuq3", {"weights": "hessian"}, ["weights", "'hessian'", "fisher*s^2, fisher, none"]),
-        ("nuq3", {"key_rope": "post"}, ["key_rope", "'post'", "pre"]),
+        ("nuq3", {"key_rope": "both"}, ["key_rope", "'both'", "pre, post"]),
     ],
 )
 def test_refuses_values_out_of_range(name: str, fields: dict[str, Any], fragments: list[str]) -> None:

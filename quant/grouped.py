@@ -1,0 +1,85 @@
+"""Ranges taken from the sequence itself, in groups: online channels, and the groupwise integers of FlexGen, Atom and KIVI.
+
+Along a channel-wise axis a group is some consecutive tokens of one channel, along a token-wise axis some consecutive
+channels of one token; the last group of a vector may be shorter. Each has a scale and a zero of its own. Simulated
+only: a cache that grows by single tokens would have to quantize the open group of every channel again and again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quant.codebook import Codebook
+from quant.quantizer import Encoded, as_stored, denormalise, normalise, put_exact, token_range
+from quant.scheme import Axis, Scheme
+
+
+@dataclass(frozen=True)
+class GroupQuantizer:
+    """Dynamic ranges of groups of `scheme.group` elements (None: the whole vector) along `axis`."""
+
+    scheme: Scheme
+    codebook: Codebook
+    axis: Axis
+
+    def encode(self, x: Tensor) -> Encoded:
+        """Quantize `x`, `[..., T, C]`, in float32. Scales are `[..., T, groups]`, or `[..., groups, C]` of channels."""
+        x = x.float()
+        outliers, scale, zero = group_ranges(x, self.axis, self.scheme.group, self.scheme.outliers)
+        codes = self.codebook.encode(normalise(x, *self._spread(x.shape, scale, zero)))
+        return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
+
+    @property
+    def channels(self) -> Mapping[int, slice | Tensor]:
+        """The channels of each width: all have the same."""
+        return {int(self.scheme.bits): slice(None)}
+
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+        assert encoded.scale is not None and encoded.zero is not None
+        levels = self.codebook.decode(encoded.codes)
+        return denormalise(levels, *self._spread(levels.shape, encoded.scale, encoded.zero))
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        return put_exact(self.dense(encoded), encoded)
+
+    def to(self, device: torch.device | str) -> "GroupQuantizer":
+        """The same quantizer on a device."""
+        return replace(self, codebook=self.codebook.to(device))
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The fitted tensors, by the name they have in the artefact."""
+        return {"levels": self.codebook.levels, "boundaries": self.codebook.boundaries}
+
+    def _spread(self, shape: torch.Size, *tables: Tensor) -> list[Tensor]:
+        return [spread(table.float(), shape, self.axis, self.scheme.group) for table in tables]
+
+
+def group_ranges(x: Tensor, axis: Axis, group: int | None, share: float) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(outlier mask or None, scale, zero) of each group of float32 `x`, `[..., T, C]`; scales as `encode` has them."""
+    rows = x.mT if axis == "channel" else x
+    length = rows.shape[-1]
+    size = min(group or length, length)
+    whole = length // size * size if size else 0
+    pieces = [rows[..., :whole].unflatten(-1, (-1, size)) if whole else rows.new_zeros(*rows.shape[:-1], 0, 1)]
+    if whole < length:
+        pieces.append(rows[..., None, whole:])
+    ranges = [token_range(piece, share) for piece in pieces]
+    scale, zero = (torch.cat([one[which].squeeze(-1) for one in ranges], dim=-1) for which in (1, 2))
+    outliers = None
+    if share:
+        outliers = torch.cat([mask.flatten(-2) for mask, _, _ in ranges if mask is not None], dim=-1)
+        outliers = outliers.mT if axis == "channel" else outliers
+    return (outliers, scale.mT, zero.mT) if axis == "channel" else (outliers, scale, zero)
+
+
+def spread(table: Tensor, shape: torch.Size, axis: Axis, group: int | None) -> Tensor:
+    """A number per group as one that broadcasts against the elements `[..., T, C]` of `shape`."""
+    dim = -2 if axis == "channel" else -1
+    length = shape[dim]
+    index = torch.arange(length, device=table.device) // max(1, min(group or length, length))
+    return table.index_select(dim, index)

@@ -1,0 +1,51 @@
+"""The fields of a `Scheme` as command line options, spelled alike in every command that fits."""
+
+import argparse
+from typing import get_args
+
+from gradients.cli import non_negative_int, positive_int
+from quant.presets import PRESETS
+from quant.scheme import Axis, Range, Rope, Scheme, Thresholds, Weights
+
+
+def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) -> None:
+    """The fields of a `Scheme` as options, each the scheme's own unless given; `--scheme` unless told it is not `named`."""
+    if named:
+        parser.add_argument(
+            "--scheme",
+            required=True,
+            help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%, or rdnuqBUDGET, such as rdnuq2.4, or "
+            f"{{{'|'.join(PRESETS)}}}BITS",
+        )
+    parser.add_argument("--sink-tokens", type=non_negative_int, help="first tokens kept in fp16 (1)")
+    parser.add_argument("--q-norm", action=argparse.BooleanOptionalAction, help="keep mean and deviation (no)")
+    parser.add_argument("--weights", choices=get_args(Weights), help="of the k-means behind nuq (fisher*s^2)")
+    parser.add_argument("--key-axis", choices=get_args(Axis), help="one range per channel or token (channel)")
+    parser.add_argument("--value-axis", choices=get_args(Axis), help="(token)")
+    parser.add_argument("--channel-range", choices=get_args(Range), help="of channels: calibrated or not (offline)")
+    parser.add_argument("--group", type=positive_int, help="elements that share a dynamic range (all)")
+    parser.add_argument("--key-rope", choices=get_args(Rope), help="keys before or after the rotary embedding (pre)")
+    parser.add_argument("--thresholds", choices=get_args(Thresholds), help="of outliers, per vector or layer (vector)")
+    parser.add_argument("--outlier-cap", type=non_negative_int, help="most outliers per token, channel-wise axes")
+    parser.add_argument("--residual-tokens", type=non_negative_int, help="recent tokens kept exact (0)")
+
+
+_OPTIONS = (
+    "sink_tokens",
+    "q_norm",
+    "weights",
+    "key_axis",
+    "value_axis",
+    "channel_range",
+    "group",
+    "key_rope",
+    "thresholds",
+    "outlier_cap",
+    "residual_tokens",
+)
+
+
+def scheme_from(name: str, arguments: argparse.Namespace) -> Scheme:
+    """The named scheme with the options of `add_scheme_arguments`. Raises `UserError` for an unknown name."""
+    given = {option: getattr(arguments, option) for option in _OPTIONS}
+    return Scheme.parse(name, **{option: value for option, value in given.items() if value is not None})

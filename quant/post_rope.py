@@ -1,0 +1,106 @@
+"""Quantize what attention receives: keys after the rotary embedding, and a window of recent tokens kept exact.
+
+The keys of a transformers model meet its rotary embedding on their way to the attention function, so that is where
+the field's other methods are simulated. A residual window (KIVI) makes quantization depend on who asks: query i sees
+its last `residual_tokens` keys and values exactly, so scores and sums are formed with both versions.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from gradients.models import Kind, decoder
+from quant.scheme import Scheme
+
+NAME = "kvquant_simulated"
+_INTERCEPTED = "kvquant_intercepted"
+
+
+@dataclass(frozen=True)
+class Intercepted:
+    """How one layer's keys and values `[B, S, C]` change on their way into attention."""
+
+    scheme: Scheme
+    changes: dict[Kind, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def change(self, kind: Kind, x: Tensor) -> Tensor:
+        """`x` `[B, G, S, D]` changed, where there is something to change."""
+        if kind not in self.changes:
+            return x
+        changed = self.changes[kind](x.transpose(1, 2).flatten(2))
+        return changed.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
+
+
+@contextmanager
+def intercepting_attention(model: PreTrainedModel, layers: dict[int, Intercepted]) -> Iterator[None]:
+    """Within the block, `model` attends over the changed keys and values of these layers."""
+    before = model.config._attn_implementation
+    modules = {layer: decoder(model).layers[layer].self_attn for layer in layers}
+    try:
+        for layer, module in modules.items():
+            setattr(module, _INTERCEPTED, layers[layer])
+        model.set_attn_implementation(NAME)
+        yield
+    finally:
+        for module in modules.values():
+            if hasattr(module, _INTERCEPTED):
+                delattr(module, _INTERCEPTED)
+        model.set_attn_implementation(before)
+
+
+def attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The attention function given to transformers: SDPA, or our own where there is a residual window."""
+    layer: Intercepted | None = getattr(module, _INTERCEPTED, None)
+    if layer is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    stored_key, stored_value = layer.change("key", key), layer.change("value", value)
+    if not layer.scheme.residual_tokens:
+        return sdpa_attention_forward(module, query, stored_key, stored_value, attention_mask, **kwargs)
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    output = attend_with_residual(query, (key, value), (stored_key, stored_value), layer.scheme, scaling)
+    return output.transpose(1, 2).to(query.dtype).contiguous(), None
+
+
+def attend_with_residual(
+    query: Tensor, exact: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], scheme: Scheme, scaling: float
+) -> Tensor:
+    """Causal attention of `query` `[B, H, S, D]` in float32, as if the tokens came one by one.
+
+    `exact` and `stored` are (key, value) `[B, G, S, D]` before and after quantization. Returns `[B, H, S, D]`.
+    """
+    batch, heads, tokens, dim = query.shape
+    groups = exact[0].shape[1]
+    grouped = query.float().reshape(batch, groups, -1, dim) * scaling
+    token = torch.arange(tokens, device=query.device)
+    key_step = scheme.group or 1 if scheme.key_axis == "channel" else 1
+    value_step = scheme.group or 1 if scheme.value_axis == "channel" else 1
+
+    def pick(step: int, recent: Tensor, old: Tensor) -> Tensor:
+        mask = (token >= first_exact(token[:, None], scheme, step)).repeat(heads // groups, 1)
+        return torch.where(mask, recent, old)
+
+    recent, old = (grouped @ key.float().transpose(-1, -2) for key in (exact[0], stored[0]))
+    causal = (token <= token[:, None]).repeat(heads // groups, 1)
+    weights = pick(key_step, recent, old).masked_fill(~causal, -torch.inf).softmax(-1)
+    zero = torch.zeros((), device=query.device)
+    output = pick(value_step, weights, zero) @ exact[1].float() + pick(value_step, zero, weights) @ stored[1].float()
+    return output.view(batch, heads, tokens, dim)
+
+
+def first_exact(token: Tensor, scheme: Scheme, step: int) -> Tensor:
+    """For the query at each position: the first token that is exact although it is no sink."""
+    past = token + 1 - scheme.sink_tokens - scheme.residual_tokens
+    return scheme.sink_tokens + past.clamp(min=0) // step * step
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
