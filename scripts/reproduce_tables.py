@@ -1,0 +1,174 @@
+r"""Regenerate the paper's perplexity and ablation tables for a model, with the paper's figures beside ours.
+
+    python -m scripts.reproduce_tables --model huggyllama/llama-7b --records records/llama-7b --text wikitext2
+    python -m scripts.reproduce_tables --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \
+        --windows 12 --tables axes datatypes outliers --other-records pydoc=records-pydoc/ --results tables.jsonl
+
+One JSONL row per cell (`scripts/paper_tables.py` lists them); cells that the results file already holds are not run
+again, and an interrupted run continues. Cells that ask for the same evaluation share it.
+"""
+
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.cli import UserError, command_parser, format_table, run_command
+from gradients.models import LoadedModel
+from gradients.records import Records
+from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
+from quant.fit import fit
+from quant.results import read_rows
+from scripts.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
+
+_BATCH = 4  # evaluations between two writes: they share the unquantized pass
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a cell asks to be run; cells of several tables may ask for the same."""
+
+    scheme: str
+    records: str
+    calibration_windows: int
+    seqlen: int
+    model: str
+    text: str
+    windows: int | None  # None: all that the text holds
+
+    def matches(self, row: Row) -> bool:
+        """Whether a row of the results holds it."""
+        return vars(self).items() <= row.items()
+
+
+def evaluation_of(cell: Cell, records: dict[str | None, Records], arguments: Namespace) -> Evaluation:
+    """What is to be run for a cell."""
+    manifest = records[cell.corpus].manifest
+    scheme = cell.parse()
+    seqlen = cell.seqlen or arguments.seqlen
+    return Evaluation(
+        scheme="unquantized" if scheme is None else scheme.describe(),
+        records=manifest.digest,
+        calibration_windows=cell.calibration_windows or manifest.windows,
+        seqlen=seqlen,
+        model=Path(arguments.model).name,
+        text=Path(arguments.text).name,
+        windows=windows_of(seqlen, arguments),
+    )
+
+
+def windows_of(seqlen: int, arguments: Namespace) -> int | None:
+    """Windows of this length that cover as much text as `--windows` of `--seqlen`."""
+    return None if arguments.windows is None else max(1, arguments.windows * arguments.seqlen // seqlen)
+
+
+def paper_model(name: str) -> str | None:
+    """The paper's name of a model: `meta-llama/Llama-2-7b-hf` is `llama-2-7b`."""
+    folder = Path(name).name.lower().removesuffix("-hf").replace("meta-", "").replace("-v0.1", "")
+    return folder if folder in MODELS else None
+
+
+def run(
+    wanted: dict[Evaluation, list[tuple[Table, Cell]]],
+    records: dict[str | None, Records],
+    loaded: LoadedModel,
+    arguments: Namespace,
+) -> int:
+    """Evaluate what is wanted, a few at a time; returns how many rows were added."""
+    added = 0
+    for seqlen in sorted({evaluation.seqlen for evaluation in wanted}):
+        of_length = [evaluation for evaluation in wanted if evaluation.seqlen == seqlen]
+        setting = Namespace(**{**vars(arguments), "seqlen": seqlen, "windows": windows_of(seqlen, arguments)})
+        windows = evaluation_windows(loaded, setting)
+        for start in range(0, len(of_length), _BATCH):
+            batch = of_length[start : start + _BATCH]
+            candidates = [_fitted(wanted[evaluation][0][1], records) for evaluation in batch]
+            for evaluation, result in zip(batch, evaluate_many(loaded.model, windows, candidates), strict=True):
+                for table, cell in wanted[evaluation]:
+                    append_result(_row(table, cell, evaluation, result), loaded, setting)
+                    added += 1
+    return added
+
+
+def _fitted(cell: Cell, records: dict[str | None, Records]) -> Any:
+    scheme = cell.parse()
+    return None if scheme is None else fit(records[cell.corpus].first(cell.calibration_windows), scheme)
+
+
+def _row(table: Table, cell: Cell, evaluation: Evaluation, result: Row) -> Row:
+    where = {"table": table.name, "cell": cell.label, "source": table.source}
+    return {**where, **result, **vars(evaluation), "paper": cell.paper.get(paper_model(evaluation.model) or "")}
+
+
+def missing(
+    tables: Iterable[Table], rows: Sequence[Row], records: dict[str | None, Records], arguments: Namespace
+) -> dict[Evaluation, list[tuple[Table, Cell]]]:
+    """The cells without a row, by what has to be run for them."""
+    wanted: dict[Evaluation, list[tuple[Table, Cell]]] = {}
+    for table in tables:
+        for cell in table.cells:
+            evaluation = evaluation_of(cell, records, arguments)
+            of_cell = (row for row in rows if (row["table"], row["cell"]) == (table.name, cell.label))
+            if not any(evaluation.matches(row) for row in of_cell):
+                wanted.setdefault(evaluation, []).append((table, cell))
+    return wanted
+
+
+def show(tables: Iterable[Table], rows: Sequence[Row]) -> None:
+    """Print every table for people."""
+    for table in tables:
+        latest = {row["cell"]: row for row in rows if row["table"] == table.name}
+        print(f"\n{table.title} (the paper's {table.source})")
+        shown = [latest[cell.label] for cell in table.cells if cell.label in latest]
+        print(
+            format_table(
+                [
+                    {
+                        "cell": row["cell"],
+                        "bits/element": row["bits_per_element"],
+                        "perplexity": row["perplexity"],
+                        "NLL change": row["nll"] - row["baseline_nll"],
+                        "paper": "" if row["paper"] is None else row["paper"],
+                    }
+                    for row in shown
+                ]
+            )
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    names = [table.name for table in TABLES]
+    parser = command_parser("scripts.reproduce_tables", __doc__)
+    add_model_arguments(parser)
+    parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
+    parser.add_argument("--other-records", nargs="+", default=[], metavar="NAME=FOLDER", help="of other corpora")
+    parser.add_argument("--tables", nargs="+", choices=[*names, "corpora"], help="default: all")
+    add_evaluation_arguments(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.results is None:
+        raise UserError(
+            "--results is needed: a JSONL file that takes one row per cell, and from which a rerun continues"
+        )
+
+    records: dict[str | None, Records] = {None: Records.open(arguments.records)}
+    for given in arguments.other_records:
+        name, separator, folder = given.partition("=")
+        if not separator:
+            raise UserError(f"--other-records {given!r} is not of the form NAME=FOLDER, such as c4=records/c4")
+        records[name] = Records.open(folder)
+    others = [name for name in records if name is not None]
+    known = [*TABLES, *([corpus_table(others)] if others else [])]
+    tables = [table for table in known if not arguments.tables or table.name in arguments.tables]
+    wanted = missing(tables, read_rows(arguments.results), records, arguments)
+    added = run(wanted, records, load_model_from(arguments), arguments) if wanted else 0
+    show(tables, read_rows(arguments.results))
+    return {"results": arguments.results, "tables": [table.name for table in tables], "rows_added": added}
+
+
+if __name__ == "__main__":
+    run_command(main)
