@@ -33,6 +33,7 @@ WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 BINS = 512
 _CODEBOOK_BINS = 2048  # fewer than elsewhere: seven codebooks of up to 64 levels are searched for each side
+_TILE_CHANNELS, _TILE_TOKENS = 32, 8192  # binned at a time: what is counted and the counts stay in the cache
 _PRICING_SHARE = 0.01  # of the ranges behind the codebooks that options are priced with
 _LOG_PRICES = (-60.0, 20.0)  # of a bit, in units of the error; Fisher information of mean losses lies around e^-25
 _BISECTIONS = 60
@@ -58,14 +59,19 @@ class ChannelHistograms:
         channels = activation.shape[1]
         low, high = activation.amin(0).double().numpy(), activation.amax(0).double().numpy()
         width = np.maximum((high - low) / bins, np.finfo(np.float32).tiny)
-        sums = np.zeros((4, channels * bins))
-        offsets = np.arange(channels) * bins
-        for x_part, f_part in zip(activation.split(4096), fisher.split(4096), strict=True):
-            x, w = x_part.double().numpy(), f_part.double().numpy()
-            index = np.clip((x - low) / width, 0, bins - 1).astype(np.int64) + offsets
-            for total, weights in zip(sums, (w, w * x, w * x * x, None), strict=True):
-                total += np.bincount(index.ravel(), None if weights is None else weights.ravel(), channels * bins)
-        mass, moment, second, count = sums.reshape(4, channels, bins)
+        sums = np.zeros((4, channels, bins))
+        for first in range(0, channels, _TILE_CHANNELS):
+            some = slice(first, first + _TILE_CHANNELS)
+            offsets = np.arange(len(low[some]))[:, None] * bins
+            columns = zip(activation[:, some].split(_TILE_TOKENS), fisher[:, some].split(_TILE_TOKENS), strict=True)
+            for x, w in ((x.T.double().contiguous().numpy(), w.T.double().contiguous().numpy()) for x, w in columns):
+                position = np.clip((x - low[some, None]) / width[some, None], 0, bins - 1)
+                index = (position.astype(np.int64) + offsets).ravel()
+                moments = (w, w * x, w * x * x, None)
+                for total, weights in zip(sums, moments, strict=True):
+                    flat = np.bincount(index, None if weights is None else weights.ravel(), offsets.size * bins)
+                    total[some] += flat.reshape(-1, bins)
+        mass, moment, second, count = sums
         return cls(mass, moment, second, count, low, width)
 
     @property

@@ -1,0 +1,106 @@
+"""Time and memory of a fit at the size of a large model, measured on synthetic records of a few of its layers.
+
+    python -m scripts.benchmark_fit_shape --schemes nuq3-1% rdnuq3.4 --results scripts/results/fit_shape.jsonl
+    python -m scripts.benchmark_fit_shape --layers 2 --of-layers 32 --heads 32 --head-dim 128 --windows 16 --seqlen 2048
+
+The default is LLaMA-7B's shape with the paper's 16 x 2K calibration tokens: two layers are fitted, reading and checking
+included, and the time is scaled to 32; memory does not grow with the number of layers. Activations are heavy-tailed,
+channels of unequal size, Fisher information log-normal. Memory is the sum over processes of their peak resident
+sizes, so it counts shared pages more than once.
+"""
+
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig
+
+from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.fingerprint import Fingerprint
+from gradients.models import KINDS
+from gradients.records import Manifest, Records
+from quant.fit import fit
+from quant.results import append_row
+from quant.scheme import Scheme
+
+
+def synthetic_records(folder: Path, layers: int, heads: int, head_dim: int, windows: int, seqlen: int) -> Records:
+    """Records of random activations `[S, C]` with C = heads * head_dim."""
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        hidden_size=heads * head_dim,
+    )
+    manifest = Manifest(
+        fingerprint=Fingerprint.of(config),
+        text="synthetic",
+        token_digest="none",
+        seqlen=seqlen,
+        windows=windows,
+        seed=0,
+        model="synthetic",
+        model_dtype="float16",
+        versions={},
+    )
+    records = Records.create(folder, manifest)
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randn(heads * head_dim, generator=generator).exp()
+    for window in tqdm(range(windows), desc="making records", unit="window"):
+        tensors = {}
+        for layer in range(layers):
+            for kind in KINDS:
+                normal = torch.randn(seqlen, heads * head_dim, generator=generator)
+                fisher = torch.randn(seqlen, heads * head_dim, generator=generator).mul_(2).exp_()
+                tensors[f"layers.{layer}.{kind}.activation"] = (normal * normal.abs().sqrt() * sizes).half()
+                tensors[f"layers.{layer}.{kind}.fisher"] = (fisher * 1e-9).bfloat16()
+        records.write(window, tensors)
+    return records
+
+
+def peak_bytes(jobs: int) -> int:
+    """Upper bound of resident memory so far: this process, and every worker as large as the largest."""
+    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if jobs > 1 else 0
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + jobs * largest_child)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    parser = command_parser("scripts.benchmark_fit_shape", __doc__)
+    parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "rdnuq3.4"])
+    sizes = {"layers": 2, "of_layers": 32, "heads": 32, "head_dim": 128, "windows": 16, "seqlen": 2048, "jobs": 2}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive_int, default=default)
+    parser.add_argument("--folder", help="where the synthetic records go (default: a temporary folder)")
+    parser.add_argument("--results", help="append a row per scheme to this JSONL file")
+    arguments = parser.parse_args(argv)
+
+    rows = []
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        shape = (arguments.layers, arguments.heads, arguments.head_dim, arguments.windows, arguments.seqlen)
+        records = synthetic_records(Path(folder), *shape)
+        for name in arguments.schemes:
+            started = time.perf_counter()
+            fit(records, Scheme.parse(name), arguments.jobs)
+            seconds = time.perf_counter() - started
+            row = {
+                "scheme": name,
+                **{size: getattr(arguments, size) for size in sizes},
+                "seconds": seconds,
+                "scaled_minutes": seconds * arguments.of_layers / arguments.layers / 60,
+                "peak_gb": peak_bytes(arguments.jobs) / 1e9,
+            }
+            append_row(arguments.results, row, packages=("torch", "numpy"))
+            rows.append(row)
+    print(format_table([{key: row[key] for key in ("scheme", "seconds", "scaled_minutes", "peak_gb")} for row in rows]))
+    return {"rows": rows}
+
+
+if __name__ == "__main__":
+    run_command(main)
