@@ -206,7 +206,7 @@ class PackedCache(Cache):
         exact_chunk: attend the current chunk in full precision, and only the past packed; if False also the chunk
             is attended as stored, and any size of chunk then gives the simulation's result.
 
-    Raises `UserError` when the quantizers belong to another model.
+    Raises `UserError` when the quantizers belong to another model, or their scheme exists in simulation only.
     """
 
     def __init__(
@@ -219,6 +219,7 @@ class PackedCache(Cache):
         layers = DynamicCache(config=decoder_config(config)).layers
         if quantizers is not None:
             quantizers.check_model(config)
+            quantizers.check_packable()
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]
                 layers[layer] = PackedLayer(

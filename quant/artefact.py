@@ -49,6 +49,14 @@ class Quantizers:
                 f"quantizers were fitted for another model: {difference}; record and fit for this model, or give --model the other"
             )
 
+    def check_packable(self) -> None:
+        """Raise `UserError` when their scheme exists in simulation only."""
+        if self.scheme.simulated_only:
+            raise UserError(
+                f"scheme {self.scheme.describe()} exists in simulation only, to be compared with; deploy one with keys "
+                "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write the artefact atomically."""
         tensors = {
