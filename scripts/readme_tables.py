@@ -14,7 +14,8 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
-from quant.scheme import Scheme
+from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
+from scripts.paper_tables import corpus_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "quant/README.md")
@@ -34,9 +35,8 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def schemes() -> str:
-    """Simulated perplexity of every scheme, best first within a number of bits."""
-    rows = sorted(rows_of("schemes"), key=lambda row: (-int(Scheme.parse(row["scheme"]).bits), row["nll"]))
+def scheme_table(rows: Sequence[Row]) -> str:
+    """Simulated loss of every row, fewest stored bits first."""
     unquantized = math.exp(rows[0]["baseline_nll"])
     cells = [["unquantized", "32", f"{unquantized:.2f}", "", "0", "100 %"]]
     cells += [
@@ -44,13 +44,52 @@ def schemes() -> str:
             row["scheme"],
             f"{row['bits_per_element']:.2f}",
             f"{row['perplexity']:.2f}",
-            f"+{row['perplexity'] / unquantized - 1:.1%}".replace("%", " %"),
+            percent(row["perplexity"] / unquantized - 1, "+.1%"),
             f"{row['kl']:.4f}",
-            f"{row['top1_agreement']:.1%}".replace("%", " %"),
+            percent(row["top1_agreement"], ".1%"),
         ]
-        for row in rows
+        for row in sorted(rows, key=lambda row: float(row["bits_per_element"]))
     ]
     return markdown(["scheme", "bits/element", "perplexity", "change", "KL (nats)", "same top token"], cells)
+
+
+def percent(share: float, style: str) -> str:
+    """`0.065` as `6.5 %`."""
+    return format(share, style).replace("%", " %")
+
+
+def schemes() -> str:
+    """The paper's scheme, ours and the field's."""
+    shown = re.compile(r"nuq\d-1%|rdnuq\d(\.4)?|(kivi|flexgen|turbo|datafree)\d")
+    return scheme_table([row for row in rows_of("schemes") if shown.fullmatch(row["scheme"])])
+
+
+def all_schemes() -> str:
+    """Everything that ran on the same windows."""
+    return scheme_table(rows_of("schemes"))
+
+
+def laboratory() -> str:
+    """The paper's tables, one after the other, as `scripts.reproduce_tables` filled them."""
+    rows = rows_of("tables")
+    known = {table.name: table for table in TABLES_OF_THE_PAPER}
+    parts = []
+    for name in dict.fromkeys(row["table"] for row in rows):
+        title = known[name].title if name in known else corpus_table([]).title
+        of_table = list({row["cell"]: row for row in rows if row["table"] == name}.values())
+        parts.append(f"**{title}** ({of_table[0]['source']})\n\n{cell_table(of_table)}")
+    return "\n".join(parts)
+
+
+def cell_table(rows: Sequence[Row]) -> str:
+    """Cells of one table, with the paper's figures where it has that model."""
+    papers = any(row["paper"] is not None for row in rows)
+    cells = []
+    for row in rows:
+        change = "" if row["scheme"] == "unquantized" else f"{row['nll'] - row['baseline_nll']:+.4f}"
+        own = [row["cell"], f"{row['bits_per_element']:.2f}", f"{row['perplexity']:.2f}", change]
+        cells.append([*own, *([f"{row['paper']:.2f}" if row["paper"] is not None else ""] if papers else [])])
+    return markdown(["", "bits/element", "perplexity", "NLL change", *(["paper"] if papers else [])], cells)
 
 
 def packed() -> str:
@@ -111,6 +150,8 @@ def allocation() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
+    "all_schemes": all_schemes,
+    "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
     "allocation": allocation,
