@@ -177,7 +177,8 @@ class Records:
             return self
         if windows > self.manifest.windows:
             raise UserError(
-                f"--windows {windows}: records {str(self.folder)!r} hold {self.manifest.windows}; record more, or ask for fewer"
+                f"{windows} calibration windows are asked for, records {str(self.folder)!r} hold {self.manifest.windows}; "
+                "record more, or ask for fewer"
             )
         return replace(self, manifest=replace(self.manifest, windows=windows))
 
@@ -190,8 +191,11 @@ class Records:
         """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing or damaged."""
         try:
             with safe_open(self.folder / ROPE_FILE, framework="pt") as file:
-                return file.get_tensor("cos"), file.get_tensor("sin")
-        except (OSError, SafetensorError) as error:
+                cos, sin = file.get_tensor("cos"), file.get_tensor("sin")
+            if cos.shape != sin.shape or len(cos) != self.manifest.seqlen:
+                raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} for {self.manifest.seqlen} tokens")
+            return cos, sin
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
                 f"records {str(self.folder)!r} lack a readable {ROPE_FILE} ({error}); run `python -m gradients` again: "
                 "complete windows are kept"

@@ -34,8 +34,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate_squares(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What rotating does to squares (Fisher information) `x` `[B, heads, S, D]` if the two of a pair are uncorrelated."""
-    return _mix(x, cos.square(), sin.square(), 1.0)
+    """What rotating keys does to squared gradients `x` `[B, heads, S, D]` if the two of a pair are uncorrelated.
+
+    Where attention scaling multiplies the keys, it divides their gradients.
+    """
+    scaling = cos.square() + sin.square()  # squared
+    return _mix(x, cos.square() / scaling.square(), sin.square() / scaling.square(), 1.0)
 
 
 def _mix(x: Tensor, own: Tensor, other: Tensor, sign: float) -> Tensor:

@@ -60,7 +60,9 @@ class Quantizers:
     def save(self, path: str | Path) -> None:
         """Write the artefact atomically."""
         tensors = {
-            f"layers.{layer}.{kind}.{name}": table.contiguous()
+            f"layers.{layer}.{kind}.{name}": table.clone(
+                memory_format=torch.contiguous_format
+            )  # layers may share a table, files may not
             for layer, sides in self.layers.items()
             for kind, quantizer in sides.items()
             for name, table in quantizer.tables.items()
@@ -138,8 +140,11 @@ def axis_of(scheme: Scheme, kind: Kind) -> Axis:
 def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind) -> Scheme:
     departure = content["layer_schemes"].get(f"{layer}.{kind}")
     scheme = Scheme.from_json(departure) if departure else default
-    if scheme.sink_tokens != default.sink_tokens:
-        raise ValueError(f"layer {layer} {kind} has {scheme.sink_tokens} sink tokens, the model {default.sink_tokens}")
+    for name in ("sink_tokens", "residual_tokens", "key_rope"):  # what is exact, and where, does not vary by layer
+        if getattr(scheme, name) != getattr(default, name):
+            raise ValueError(
+                f"layer {layer} {kind} has {name} {getattr(scheme, name)}, the model {getattr(default, name)}"
+            )
     return scheme
 
 

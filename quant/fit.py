@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "scheme": scheme.describe(),
         "layers": len(quantizers.layers),
         "records": records.manifest.digest,
+        "calibration_windows": records.manifest.windows,
         "seconds": round(seconds, 2),
     }
 

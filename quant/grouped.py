@@ -3,6 +3,8 @@
 Along a channel-wise axis a group is some consecutive tokens of one channel, along a token-wise axis some consecutive
 channels of one token; the last group of a vector may be shorter. Each has a scale and a zero of its own. Simulated
 only: a cache that grows by single tokens would have to quantize the open group of every channel again and again.
+A group of tokens is quantized as a whole here, so its first ones profit from the range of later ones: what is simulated
+is at least as good as what a cache could do. Outliers are a share of each group, at least one at each end.
 """
 
 from collections.abc import Mapping

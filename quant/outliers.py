@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def outliers_per_end(channels: int, share: float) -> int:
-    """n = ceil(C * p / 2): outliers at each end of a token of C channels."""
+    """n = ceil(C * p / 2): outliers at each end of a token of C channels; something is always left between them."""
     # rounded first, lest 200 * 0.01 / 2 become 2 in one place and 1.0000000000000002 in another
-    return math.ceil(round(channels * share / 2, 9))
+    return min(math.ceil(round(channels * share / 2, 9)), max(0, channels - 1) // 2)
 
 
 def extreme_elements(x: Tensor, per_end: int) -> Tensor:

@@ -6,6 +6,7 @@ every head vector once its norm is divided out. Stored: codes, and one fp16 scal
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -60,6 +61,7 @@ class RotatedQuantizer:
         return {"levels": self.codebook.levels, "boundaries": self.codebook.boundaries, "rotation": self.rotation}
 
 
+@cache
 def random_rotation(dim: int) -> Tensor:
     """Random orthogonal `[D, D]`: signs, then Hadamard where D is a power of two, else a Gaussian matrix's QR."""
     generator = torch.Generator().manual_seed(_SEED)
@@ -72,6 +74,7 @@ def random_rotation(dim: int) -> Tensor:
     return signs * hadamard * dim**-0.5
 
 
+@cache
 def gaussian_codebook(levels: int) -> Codebook:
     """The levels of least squared error for a standard normal (Lloyd-Max)."""
     histogram = Histogram.empty(-_WIDEST, _WIDEST)

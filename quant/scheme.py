@@ -94,14 +94,32 @@ class Scheme:
             raise UserError(f"scheme group {self.group} is less than 2 elements; use None for one range per vector")
 
     def _check_combinations(self) -> None:
+        dynamic = self.group is not None or self.channel_range == "online"
         if self.allocated and (self.outliers or self.q_norm or self.outlier_cap is not None):
             raise UserError(f"scheme {self} allocates its outliers itself: drop -P%, q_norm and outlier_cap")
+        if self.allocated and (dynamic or self.thresholds == "matrix" or self.key_axis == "token"):
+            raise UserError(
+                f"scheme {self} has calibrated ranges per channel: drop group, channel_range, thresholds and key_axis"
+            )
         if self.datatype == "lloyd" and (self.outliers or self.q_norm or self.group):
             raise UserError(f"scheme {self} scales whole head vectors: drop -P%, q_norm and group")
         if self.residual_tokens and self.key_rope == "pre":
-            raise UserError("scheme residual_tokens keeps recent keys exact as attention sees them: add key_rope=post")
-        if self.thresholds == "matrix" and (self.group is not None or self.channel_range == "online"):
-            raise UserError("scheme thresholds=matrix are calibrated: drop group and channel_range=online")
+            raise UserError(
+                f"scheme residual_tokens {self.residual_tokens} keeps recent keys exact as attention sees them: "
+                "add key_rope=post, or use residual_tokens=0"
+            )
+        if self.thresholds == "matrix" and (dynamic or not self.outliers):
+            raise UserError(
+                "scheme thresholds=matrix are calibrated, of outliers: add -P%, drop group and channel_range=online"
+            )
+        if self.outlier_cap is not None and not self._any_static:
+            raise UserError(
+                f"scheme outlier_cap {self.outlier_cap} is for calibrated ranges per channel, of which it has none; drop it"
+            )
+
+    @property
+    def _any_static(self) -> bool:
+        return "static" in (self.form(self.key_axis), self.form(self.value_axis))
 
     @classmethod
     def parse(cls, name: str, **options: Any) -> "Scheme":
@@ -153,10 +171,15 @@ class Scheme:
 
     def describe(self) -> str:
         """The name, then every field that departs from it: `nuq2-1% sink_tokens=5 q_norm=True`, `kivi2`."""
-        bases = [name for name, preset in PRESETS.items() if preset["datatype"] == self.datatype]
-        named = [(str(self), Scheme(datatype=self.datatype, bits=self.bits, outliers=self.outliers))]
-        named += [(f"{name}{self.bits:g}", Scheme.parse(f"{name}{self.bits:g}")) for name in bases]
-        described = [[name, *self._departures(other)] for name, other in named]
+        described = [
+            [str(self), *self._departures(Scheme(datatype=self.datatype, bits=self.bits, outliers=self.outliers))]
+        ]
+        for name, preset in PRESETS.items():
+            if preset["datatype"] == self.datatype:
+                departures = self._departures(Scheme.parse(f"{name}{self.bits:g}"))
+                described.append([f"{name}{self.bits:g}", *departures])
+        # a preset without its groups is something else: it goes by the plain name
+        described = [words for words in described if "group=None" not in words]
         fewest = min(len(words) for words in described)
         return " ".join(next(words for words in described if len(words) == fewest))
 

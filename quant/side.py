@@ -165,7 +165,7 @@ def normalise_groups(x: Tensor, scheme: Scheme, axis: Axis, window: int) -> tupl
 
 def _fit_codebook(side: Side, scheme: Scheme, normalised: partial) -> Codebook:
     weighted, counted, squares = Histogram.empty(-1, 1), Histogram.empty(-1, 1), 0.0
-    for activation, fisher in side.chunks(whole_sequences=scheme.channel_range == "online"):
+    for activation, fisher in side.chunks(whole_sequences=normalised.func is normalise_groups):
         x, outliers, scale = normalised(activation)
         # outliers count for nothing; inliers end within the range, but for the rounding of an fp16 scale
         points = x.clamp_(-1, 1).numpy().ravel()

@@ -10,7 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -38,12 +40,12 @@ from transformers import (
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
-from gradients.models import KINDS, Kind, KVSite, kv_sites
-from gradients.records import Records
-from quant.artefact import Quantizers, axis_of
+from gradients.models import KINDS, Kind, KVSite, decoder, kv_sites
+from gradients.records import Manifest, Records
+from gradients.rope import rope_tables
+from quant.artefact import Quantizers
 from quant.fit import fit
 from quant.scheme import Scheme
-from quant.side import Side, fit_side
 
 torch.set_num_threads(1)
 settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -206,24 +208,39 @@ def quantizers_file(quantizers: Quantizers, tmp_path_factory: pytest.TempPathFac
     return path
 
 
+CALIBRATION_TOKENS = 193
+
+
 @pytest.fixture(scope="session")
-def fit_model(make_tokens: Callable[..., Tensor]) -> Callable[..., Quantizers]:
-    """Fit a model without a records folder: `fit_model(model, scheme)`; calibrates on 193 random tokens."""
+def record_model(
+    make_tokens: Callable[..., Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[PreTrainedModel], Records]:
+    """Record any model on one window of random tokens, once: `record_model(model)`; read only."""
+    done: dict[int, tuple[PreTrainedModel, Records]] = {}  # holds the model too, lest another take its id
 
-    def fit_on_random_tokens(model: PreTrainedModel, scheme: Scheme) -> Quantizers:
-        recorded = record_window(model, make_tokens(193, seed=17))
-        layers: dict[int, dict[Kind, Any]] = {}
-        for site in kv_sites(model):
-            activation, fisher = (
-                recorded[f"layers.{site.layer}.{site.kind}.{what}"][scheme.sink_tokens :]
-                for what in ("activation", "fisher")
+    def record(model: PreTrainedModel) -> Records:
+        if id(model) not in done:
+            manifest = Manifest(
+                fingerprint=Fingerprint.of(model.config),
+                text="random tokens",
+                token_digest="none",
+                seqlen=CALIBRATION_TOKENS,
+                windows=1,
+                seed=17,
             )
-            per_channel = axis_of(scheme, site.kind) == "channel"
-            layers.setdefault(site.layer, {})[site.kind] = fit_side(Side(activation, fisher), scheme, per_channel)
-        fingerprint = Fingerprint.of(model.config)
-        return Quantizers(scheme=scheme, fingerprint=fingerprint, records_digest="none", layers=layers)
+            created = Records.create(tmp_path_factory.mktemp("calibration"), manifest)
+            created.write(0, record_window(model, make_tokens(CALIBRATION_TOKENS, seed=17)))
+            created.write_rope(*rope_tables(model, CALIBRATION_TOKENS))
+            done[id(model)] = model, created
+        return done[id(model)][1]
 
-    return fit_on_random_tokens
+    return record
+
+
+@pytest.fixture(scope="session")
+def fit_model(record_model: Callable[[PreTrainedModel], Records]) -> Callable[..., Quantizers]:
+    """Fit any model: `fit_model(model, scheme)`; calibrates on 193 random tokens."""
+    return lambda model, scheme: fit(record_model(model), scheme)
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +263,31 @@ def captured_sites() -> Callable[[PreTrainedModel], Any]:
             yield seen
 
     return capture
+
+
+@pytest.fixture(scope="session")
+def rewriting_rotated_keys() -> Callable[..., Any]:
+    """`with rewriting_rotated_keys(model, change):` hands on `change(layer, key)` after the rotary embedding.
+
+    Keys are `[B, G, S, D]`. It replaces the function that the model's own code applies rotary embeddings with, and so
+    knows neither hooks nor attention functions.
+    """
+
+    @contextmanager
+    def rewriting(model: PreTrainedModel, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+        code = sys.modules[type(decoder(model)).__module__]
+        layers = itertools.cycle(range(len(decoder(model).layers)))
+
+        def apply(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+            query, key = original(*arguments, **options)
+            return query, change(next(layers), key)
+
+        original = code.apply_rotary_pos_emb
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(code, "apply_rotary_pos_emb", apply)
+            yield
+
+    return rewriting
 
 
 @pytest.fixture(scope="session")

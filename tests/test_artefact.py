@@ -7,7 +7,7 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,13 +19,22 @@ from gradients.cli import UserError
 from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
 from quant.fit import fit
-from quant.scheme import Scheme
+from quant.presets import PRESETS
+from quant.scheme import Form, Scheme
 
 SCHEMES = [
     Scheme.parse("int4"),
     Scheme.parse("nf3-1%"),
     Scheme.parse("nuq2-1%", q_norm=True, sink_tokens=5),
     Scheme.parse("nuq3-0.5%", key_axis="token", value_axis="channel", outlier_cap=3, weights="fisher"),
+    Scheme.parse("nuq3-2%", key_rope="post"),
+    Scheme.parse("nuq3-2%", thresholds="matrix"),
+    Scheme.parse("int3-2%", thresholds="matrix", key_axis="token"),
+    Scheme.parse("nuq2-10%", channel_range="online", value_axis="channel"),
+    Scheme.parse("nf3", group=8),
+    Scheme.parse("rdnuq2.4"),
+    Scheme.parse("lloyd2"),
+    *(Scheme.parse(f"{preset}3") for preset in PRESETS),
 ]
 
 
@@ -57,7 +66,81 @@ def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor
 def test_load_gives_back_what_was_saved(scheme: Scheme, records: Records, tmp_path: Path) -> None:
     fitted = fit(records, scheme)
     fitted.save(tmp_path / "q.safetensors")
-    assert_same(load_quantizers(tmp_path / "q.safetensors"), fitted)
+    loaded = load_quantizers(tmp_path / "q.safetensors")
+    assert_same(loaded, fitted)
+    x = torch.randn(2, 40, 24, generator=torch.Generator().manual_seed(0)) * 2
+    for layer, sides in fitted.layers.items():
+        for kind, quantizer in sides.items():
+            twin = loaded.layers[layer][kind]
+            decoded = quantizer.decode(quantizer.encode(x))
+            assert torch.equal(twin.decode(twin.encode(x)), decoded), (layer, kind)
+            assert not torch.equal(decoded, x)
+
+
+def test_the_list_above_has_every_form() -> None:
+    forms = {scheme.form(axis) for scheme in SCHEMES for axis in (scheme.key_axis, scheme.value_axis)}
+    assert forms == set(get_args(Form))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "key", "value"),
+    [
+        (Scheme.parse("turbo2"), {"rotation"}, {"rotation"}),
+        (Scheme.parse("kivi2"), set(), set()),
+        (Scheme.parse("datafree2"), set(), set()),
+        (Scheme.parse("nuq2-1%", thresholds="matrix"), {"scale", "zero"}, {"thresholds"}),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Scheme) else "",
+)
+def test_what_is_stored_beside_the_codebook(
+    scheme: Scheme, key: set[str], value: set[str], records: Records, tmp_path: Path
+) -> None:
+    fit(records, scheme).save(tmp_path / "q.safetensors")
+    with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert names == {
+        f"layers.{layer}.{kind}.{name}"
+        for layer in (0, 1)
+        for kind, more in (("key", key), ("value", value))
+        for name in more | {"levels", "boundaries"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "shape"),
+    [
+        pytest.param(Scheme.parse("turbo2"), "layers.1.key.rotation", (24, 24), id="rotation of all channels"),
+        pytest.param(
+            Scheme.parse("nuq2-1%", thresholds="matrix"), "layers.0.value.thresholds", (24, 2), id="thresholds"
+        ),
+        pytest.param(Scheme.parse("kivi2"), "layers.0.key.levels", (8,), id="levels of groups"),
+    ],
+)
+def test_tables_of_another_shape_are_refused(
+    scheme: Scheme, name: str, shape: tuple[int, ...], records: Records, tmp_path: Path
+) -> None:
+    fit(records, scheme).save(tmp_path / "good.safetensors")
+    path = rewrite(
+        tmp_path / "good.safetensors", tmp_path / "q.safetensors", lambda t, _m: t.update({name: torch.zeros(shape)})
+    )
+    with pytest.raises(UserError) as caught:
+        load_quantizers(path)
+    assert f"tensor {name} is {shape}" in str(caught.value) and "fit them again" in str(caught.value)
+    path = rewrite(tmp_path / "good.safetensors", path, lambda t, _m: t.pop(name))
+    with pytest.raises(UserError, match=f"lack tensor {name}; fit them again"):
+        load_quantizers(path)
+
+
+def test_a_file_written_before_these_fields_loads(
+    quantizers: Quantizers, quantizers_file: Path, tmp_path: Path
+) -> None:
+    """As files were before there were groups, ranges, thresholds and windows to choose."""
+
+    def without(_tensors: object, content: dict[str, Any]) -> None:
+        for field in ("channel_range", "group", "thresholds", "residual_tokens"):
+            del content["scheme"][field]
+
+    assert_same(load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", without)), quantizers)
 
 
 def test_layers_and_sides_may_depart_from_the_scheme(records: Records, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Fitting: quantiles, sink tokens, the objective that nuq minimises, parallel and streamed fits, refusals."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ import torch
 from torch import Tensor
 
 import quant.side
+from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind
 from gradients.records import Records
-from quant.artefact import Quantizers, axis_of
+from quant.artefact import Quantizers, axis_of, load_quantizers
+from quant.codebook import nf_codebook
 from quant.fit import fit
-from quant.quantizer import ChannelQuantizer, Quantizer, normalise
-from quant.scheme import Scheme
-from quant.side import Side, channel_quantiles, fit_side
+from quant.fit import main as fit_main
+from quant.grouped import GroupQuantizer
+from quant.quantizer import ChannelQuantizer, Encoded, Quantizer, TokenQuantizer, normalise, token_range
+from quant.scheme import Axis, Scheme
+from quant.side import Side, channel_quantiles, fit_side, matrix_quantiles, normalise_groups, read_side
 
 Window = dict[tuple[int, Kind], tuple[Tensor, Tensor]]
 
@@ -188,6 +193,242 @@ def test_axes_decide_the_kind_of_range(options: dict[str, Any], channel_sides: s
     assert fitted.records_digest == records.manifest.digest
 
 
+def rotated_by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[S, C]` with the pairs (d, d + D/2) of every head as complex numbers, turned; D = 12."""
+    first, second = x.double().unflatten(-1, (-1, 2, 6)).unbind(-2)
+    whirl = torch.complex(first, second) * torch.complex(cos[:, :6], sin[:, :6]).to(torch.complex128)[:, None]
+    return torch.stack([whirl.real, whirl.imag], -2).flatten(1)
+
+
+def rotated_squares_by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[S, C]`, squares of pairs that are uncorrelated."""
+    first, second = x.double().unflatten(-1, (-1, 2, 6)).unbind(-2)
+    own, other = (table[:, None, :6].double().square() for table in (cos, sin))
+    return torch.stack([first * own + second * other, second * own + first * other], -2).flatten(1)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_keys_after_the_rotary_embedding_are_turned_as_in_their_window(sinks: int, records: Records) -> None:
+    """Every window starts at position 0; sinks are left out after that, not before."""
+    scheme = Scheme.parse("nuq3-2%", key_rope="post", sink_tokens=sinks)
+    tables = records.read_rope()
+    for layer in (0, 1):
+        side = read_side(records, scheme, layer, "key")
+        expected: list[list[Tensor]] = [[], []]
+        for window in range(records.manifest.windows):
+            for found, x, turn in zip(
+                expected, records.read(window, layer, "key"), (rotated_by_hand, rotated_squares_by_hand), strict=True
+            ):
+                found.append(turn(x, *tables)[sinks:])
+        activation, fisher = (torch.cat(found) for found in expected)
+        assert side.activation.dtype == torch.float16 and side.fisher.dtype == torch.bfloat16
+        assert torch.allclose(side.activation.double(), activation, rtol=1e-3, atol=1e-5)
+        assert torch.allclose(side.fisher.double(), fisher, rtol=1e-2, atol=0)
+        before = records.read_layer(layer, "key", skip_tokens=sinks)
+        assert not torch.allclose(before[0].double(), activation, atol=0.1)
+        assert not torch.allclose(before[1].double(), fisher, rtol=0.1)
+        values = read_side(records, scheme, layer, "value")
+        for mine, stored in zip(
+            (values.activation, values.fisher), records.read_layer(layer, "value", sinks), strict=True
+        ):
+            assert torch.equal(mine, stored)
+
+
+def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_keys(records: Records) -> None:
+    scheme = Scheme.parse("nuq3-2%", key_rope="post", sink_tokens=3)
+    fitted = fit(records, scheme)
+    tables = records.read_rope()
+    for layer in (0, 1):
+        windows = [records.read(window, layer, "key")[0] for window in range(records.manifest.windows)]
+        turned = torch.cat([rotated_by_hand(window, *tables)[3:] for window in windows])
+        low, high = torch.quantile(turned, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
+        quantizer = fitted.layers[layer]["key"]
+        assert torch.allclose(quantizer.scale.double(), (high - low) / 2, rtol=1e-3)
+        assert torch.allclose(quantizer.zero.double(), (high + low) / 2, rtol=1e-3, atol=1e-3)
+        before = fit(records, scheme.with_changes(key_rope="pre")).layers[layer]
+        assert not torch.allclose(quantizer.scale, before["key"].scale, rtol=0.05)
+        for name, table in fitted.layers[layer]["value"].tables.items():
+            assert torch.equal(table, before["value"].tables[name])
+
+
+def test_keys_after_the_rotary_embedding_need_its_tables(make_records: Callable[..., Records], tmp_path: Path) -> None:
+    made = make_records(tmp_path, [random_window(31, 0)])
+    with pytest.raises(UserError, match=r"lack a readable rope.safetensors .*run `python -m gradients` again"):
+        fit(made, Scheme.parse("nuq3-1%", key_rope="post"))
+    fit(made, Scheme.parse("nuq3-1%"))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.1])
+def test_matrix_quantiles_are_numpys(share: float) -> None:
+    x = random_window(257, 1)[0, "key"][0].half()
+    low, high = matrix_quantiles(x, share)
+    expected = np.quantile(x.double().numpy(), [share / 2, 1 - share / 2])
+    assert [float(low), float(high)] == pytest.approx(list(expected), rel=1e-5)
+    assert low.shape == high.shape == () and low.dtype == high.dtype == torch.float32
+
+
+@pytest.mark.parametrize("key_axis", ["channel", "token"])
+def test_matrix_thresholds_leave_the_share_to_the_matrix(key_axis: str, records: Records) -> None:
+    """The share holds for a layer's keys or values as a whole, and not for any channel or token."""
+    scheme = Scheme.parse("nuq3-5%", thresholds="matrix", key_axis=key_axis)
+    fitted = fit(records, scheme)
+    for kind in KINDS:
+        x = records.read_layer(0, kind, skip_tokens=1)[0].float()
+        outliers = fitted.layers[0][kind].encode(x).outliers
+        assert float(outliers.float().mean()) == pytest.approx(0.05, abs=0.005)
+        low, high = matrix_quantiles(x, 0.05)
+        if axis_of(scheme, kind) == "token":
+            assert torch.equal(outliers, (x < low) | (x > high))
+        else:
+            assert outliers[(x < low) | (x > high)].all()
+        per_channel = outliers.float().mean(0)
+        assert per_channel.min() < 0.02 and per_channel.max() > 0.08
+
+
+def matrix_side() -> Side:
+    """Channel 3 lies beyond the rest altogether, channel 5 partly, the others hardly."""
+    x = torch.randn(400, 24, generator=torch.Generator().manual_seed(2))
+    x[:, 3] = 50 + torch.arange(400) / 10
+    x[:, 5] *= 10
+    return Side(x.half(), torch.ones(400, 24).bfloat16())
+
+
+def test_a_channel_beyond_the_matrixs_thresholds_is_kept_exactly() -> None:
+    side = matrix_side()
+    quantizer = fit_side(side, Scheme.parse("nuq3-10%", thresholds="matrix"), True)
+    low, high = matrix_quantiles(side.activation, 0.1)
+    assert isinstance(quantizer, ChannelQuantizer)
+    assert quantizer.scale[3] == 0 and quantizer.zero[3] == high
+    assert (quantizer.scale[5], quantizer.zero[5]) == ((high - low) / 2, (high + low) / 2)
+    x = side.activation.float()
+    for channel in (0, 23):  # within the thresholds but for some elements
+        ends = x[:, channel].clamp(low, high)
+        assert float(quantizer.scale[channel]) == pytest.approx(float(ends.max() - ends.min()) / 2, rel=1e-6)
+    decoded = quantizer.decode(quantizer.encode(x))
+    assert torch.equal(decoded[:, 3], x[:, 3])
+    assert decoded.isfinite().all() and not torch.equal(decoded[:, 0], x[:, 0])
+
+
+def test_a_token_of_outliers_only_is_kept_exactly() -> None:
+    quantizer = fit_side(matrix_side(), Scheme.parse("nuq3-10%", thresholds="matrix"), False)
+    assert isinstance(quantizer, TokenQuantizer)
+    x = matrix_side().activation.float()[:5]
+    x[2] = torch.arange(24) - 500.25
+    x[4, 1:] = 777.0
+    encoded = quantizer.encode(x)
+    decoded = quantizer.decode(encoded)
+    assert encoded.outliers[2].all() and int(encoded.outliers[4].sum()) == 23
+    assert (encoded.scale[2], encoded.zero[2]) == (0, 0)
+    assert torch.equal(decoded[2], x[2]) and torch.equal(decoded[4, 1:], x[4, 1:])
+    assert decoded[4, 0] == x[4, 0].half() and encoded.scale[4] == 0  # the only one left is its own range
+    assert torch.equal(decoded[encoded.outliers], x[encoded.outliers])
+
+
+def test_thresholds_of_a_matrix_replace_the_share_of_a_token() -> None:
+    x = torch.tensor([[-9.0, 0.0, 1.0, 4.0, 5.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
+    outliers, scale, zero = token_range(x, 0.1, torch.tensor([-1.0, 4.0]))
+    assert outliers.tolist() == [[True, False, False, False, True], [False] * 5]
+    assert scale.tolist() == [[2.0], [2.0]] and zero.tolist() == [[2.0], [2.0]]
+    by_share, *_ = token_range(x, 0.1)
+    assert by_share.sum(-1).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize(("name", "group"), [("nuq3", 8), ("nuq3-10%", 8), ("nuq3-10%", None)])
+def test_groups_are_normalised_in_the_fit_as_in_encoding(name: str, group: int | None, axis: Axis) -> None:
+    """Three sequences of 40 tokens: their groups do not run on into one another."""
+    scheme = Scheme.parse(name, group=group, channel_range="online", value_axis=axis)
+    x = random_window(120, 4)[0, "value"][0]
+    normalised, outliers, scale = normalise_groups(x, scheme, axis, 40)
+    quantizer = GroupQuantizer(scheme, nf_codebook(scheme.levels), axis)
+    for number in range(3):
+        tokens = slice(40 * number, 40 * (number + 1))
+        encoded = quantizer.encode(x[tokens])
+        assert torch.equal(quantizer.codebook.encode(normalised[tokens]), encoded.codes)
+        assert (outliers is None) == (encoded.outliers is None)
+        assert outliers is None or torch.equal(outliers[tokens], encoded.outliers)
+        dense = quantizer.codebook.decode(encoded.codes) * scale[tokens]
+        assert torch.allclose(dense, quantizer.dense(encoded) - encoded_zero(encoded, axis, group), atol=1e-4)
+
+
+def encoded_zero(encoded: Encoded, axis: Axis, group: int | None) -> Tensor:
+    """The zero of every element."""
+    dim = -2 if axis == "channel" else -1
+    length = encoded.codes.shape[dim]
+    return encoded.zero.float().repeat_interleave(group or length, dim).narrow(dim, 0, length)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        (Scheme.parse("nuq2", channel_range="online"), "key"),
+        (Scheme.parse("nuq2-5%", channel_range="online", group=16), "key"),
+        (Scheme.parse("nuq2", group=8), "value"),
+        (Scheme.parse("nuq2-10%", group=8, key_axis="token", key_rope="post"), "key"),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Scheme) else value,
+)
+def test_nuq_has_the_least_error_in_groups_too(scheme: Scheme, kind: Kind, records: Records) -> None:
+    side = read_side(records, scheme, 1, kind)
+    axis = axis_of(scheme, kind)
+    x, error = side.activation.float().unflatten(0, (-1, side.sequence)), {}
+    for datatype in ("int", "nf", "nuq"):
+        quantizer = fit_side(side, scheme.with_changes(datatype=datatype), axis == "channel")
+        assert isinstance(quantizer, GroupQuantizer)
+        lost = (quantizer.decode(quantizer.encode(x)) - x).flatten(0, 1).double().square()
+        error[datatype] = float((lost * side.fisher.double()).sum())
+    assert 0 < error["nuq"] < min(error["int"], error["nf"])
+
+
+@pytest.mark.parametrize("name", ["nuq3", "nuq3-10%"])
+def test_a_streamed_fit_never_parts_a_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    activation, fisher = random_window(7 * 40, 0)[0, "key"]
+    side = Side(activation.half(), fisher.bfloat16(), window=40)
+    scheme = Scheme.parse(name, channel_range="online", group=16, q_norm=True)
+    whole = fit_side(side, scheme, True)
+    for tokens in (1, 97):  # less than a sequence, and two of them and a bit
+        monkeypatch.setattr(quant.side, "_CHUNK_ELEMENTS", tokens * 24)
+        sizes = [len(x) for x, _ in side.chunks(whole_sequences=True)]
+        assert sizes == ([40] * 7 if tokens == 1 else [80] * 3 + [40])
+        streamed = fit_side(side, scheme, True)
+        for table, expected in whole.tables.items():
+            assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6), table
+
+
+def test_fewer_windows_fit_as_a_smaller_recording(
+    records: Records, record_arguments: list[str], tmp_path: Path
+) -> None:
+    output = ["--output", str(tmp_path / "q.safetensors")]
+    result = fit_main(["--records", str(records.folder), "--scheme", "nuq3-1%", "--windows", "2", *output])
+    record_main([*record_arguments, "--windows", "2", "--output", str(tmp_path / "small")])
+    small = fit(Records.open(tmp_path / "small"), Scheme.parse("nuq3-1%"))
+    assert result["scheme"] == "nuq3-1%" and result["layers"] == 2
+    assert_equal_tables(load_quantizers(tmp_path / "q.safetensors"), small)
+    all_of_them = tables_of(fit(records, Scheme.parse("nuq3-1%")))
+    assert not torch.equal(all_of_them[0, "key", "scale"], tables_of(small)[0, "key", "scale"])
+
+
+def test_more_windows_than_recorded_are_refused(records: Records, tmp_path: Path) -> None:
+    output = tmp_path / "q.safetensors"
+    with pytest.raises(UserError, match="5 calibration windows .* hold 4; record more, or ask for fewer"):
+        fit_main(["--records", str(records.folder), "--scheme", "nuq3", "--windows", "5", "--output", str(output)])
+    assert not output.exists()
+
+
+def test_the_command_takes_presets_and_options(records: Records, tmp_path: Path) -> None:
+    output = tmp_path / "q.safetensors"
+    arguments = ["--records", str(records.folder), "--output", str(output), "--scheme", "kivi2"]
+    assert fit_main(arguments)["scheme"] == "kivi2"
+    assert load_quantizers(output).scheme == Scheme.parse("kivi2")
+    assert (
+        fit_main([*arguments, "--group", "8", "--residual-tokens", "16"])["scheme"]
+        == "kivi2 group=8 residual_tokens=16"
+    )
+    assert load_quantizers(output).scheme == Scheme.parse("kivi2", group=8, residual_tokens=16)
+    with pytest.raises(UserError, match="group 1 is less than 2"):
+        fit_main([*arguments, "--group", "1"])
+
+
 @pytest.mark.parametrize("what", [0, 1], ids=["activation", "fisher"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_refuses_records_that_are_not_finite(
@@ -218,3 +459,23 @@ def test_one_calibration_token_is_enough(make_records: Callable[..., Records], t
     token = window[0, "key"][0][1:].half().float()
     quantizer = fitted.layers[0]["key"]
     assert torch.equal(quantizer.decode(quantizer.encode(token)), token)
+
+
+@pytest.mark.parametrize("name", ["atom3", "flexgen3", "nuq3"])
+def test_streamed_fit_of_token_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks end with a sequence, whatever their size."""
+    x = torch.randn(7 * 40, 24, generator=torch.Generator().manual_seed(0))
+    side, scheme = Side(x.half(), x.square().bfloat16(), window=40), Scheme.parse(name, group=8)
+    whole = fit_side(side, scheme, False)
+    monkeypatch.setattr(quant.side, "_CHUNK_ELEMENTS", 97 * 24)
+    streamed = fit_side(side, scheme, False)
+    for table, expected in whole.tables.items():
+        assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rotary_tables_of_another_length_are_refused(records: Records, tmp_path: Path) -> None:
+    made = Records.open(shutil.copytree(records.folder, tmp_path / "copied"))
+    cos, sin = records.read_rope()
+    made.write_rope(cos[:40], sin[:40])
+    with pytest.raises(UserError, match=r"rope.safetensors .*run `python -m gradients` again"):
+        fit(made, Scheme.parse("nuq3", key_rope="post"))

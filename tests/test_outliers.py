@@ -31,7 +31,12 @@ def test_count_per_end(channels: int, share: float, count: int) -> None:
     assert outliers_per_end(channels, share) == count
 
 
-@given(st.integers(1, 9000), st.integers(0, 100))
+@pytest.mark.parametrize("channels", [0, 1, 2])
+def test_something_is_left_of_the_smallest_groups(channels: int) -> None:
+    assert outliers_per_end(channels, 0.1) == 0
+
+
+@given(st.integers(3, 9000), st.integers(0, 100))
 def test_count_per_end_is_the_ceiling_of_the_decimal_share(channels: int, per_mille: int) -> None:
     assert outliers_per_end(channels, per_mille / 1000) == ceil(Fraction(channels * per_mille, 2000))
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import gradients.records
 from gradients.__main__ import main
@@ -24,6 +25,7 @@ from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
 from gradients.records import Manifest, Records
+from gradients.rope import rope_tables
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 
@@ -86,6 +88,56 @@ def test_read_layer_joins_windows_in_order(records: Records) -> None:
     assert torch.equal(activation, torch.cat([a[3:] for a, _ in windows]))
     assert torch.equal(fisher, torch.cat([f[3:] for _, f in windows]))
     assert activation.shape == (4 * 62, 24)
+
+
+def test_the_first_windows_are_those_of_a_smaller_recording(records: Records) -> None:
+    few = records.first(2)
+    assert (few.folder, few.manifest.windows, few.manifest.digest) == (records.folder, 2, records.manifest.digest)
+    for kind in KINDS:
+        for mine, whole in zip(few.read_layer(1, kind, 3), records.read_layer(1, kind, 3), strict=True):
+            assert torch.equal(mine, whole[: 2 * 62])
+    assert records.manifest.windows == 4
+    assert records.first(None) == records.first(4) == records
+
+
+def test_more_windows_than_there_are_are_refused(records: Records) -> None:
+    with pytest.raises(UserError) as caught:
+        records.first(5)
+    assert "5 calibration windows" in str(caught.value) and str(records.folder) in str(caught.value)
+    assert "hold 4; record more, or ask for fewer" in str(caught.value)
+
+
+def test_rotary_tables_are_the_models(records: Records, llama: Any) -> None:
+    cos, sin = records.read_rope()
+    assert cos.shape == sin.shape == (65, 12)
+    for stored, table in zip((cos, sin), rope_tables(llama, 65), strict=True):
+        assert stored.dtype == torch.float32 and torch.equal(stored, table)
+
+
+def test_rotary_tables_are_written_alike(records: Records, folder: Path) -> None:
+    written = (folder / "rope.safetensors").read_bytes()
+    Records.open(folder).write_rope(*(table.T.contiguous().T for table in records.read_rope()))
+    assert (folder / "rope.safetensors").read_bytes() == written
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "without a table"])
+def test_rotary_tables_that_cannot_be_read_are_refused_and_come_back(
+    damage: str, folder: Path, record_arguments: list[str], snapshot: Snapshot
+) -> None:
+    before, path = snapshot(folder), folder / "rope.safetensors"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "without a table":
+        save_file({"cos": torch.ones(65, 12)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[: 0 if damage == "empty" else -1])
+    with pytest.raises(UserError) as caught:
+        Records.open(folder).read_rope()
+    assert str(folder) in str(caught.value) and "rope.safetensors" in str(caught.value)
+    assert "run `python -m gradients` again: complete windows are kept" in str(caught.value)
+    # the remedy is one
+    assert main([*record_arguments, "--output", str(folder)])["recorded_now"] == 0
+    assert snapshot(folder) == before
 
 
 def test_a_rerun_leaves_complete_windows_alone(folder: Path, record_arguments: list[str], snapshot: Snapshot) -> None:

@@ -18,6 +18,18 @@ names = st.builds(
     st.integers(1, 8),
     shares,
 )
+
+
+def without_effectless(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same fields but for those that would be refused for having no effect."""
+    dropped = set() if "key_rope" in fields else {"residual_tokens"}
+    online = fields.get("channel_range") == "online"
+    axes = (fields.get("key_axis", "channel"), fields.get("value_axis", "token"))
+    if online or "channel" not in axes:
+        dropped.add("outlier_cap")
+    return {name: value for name, value in fields.items() if name not in dropped}
+
+
 options = st.fixed_dictionaries(
     {},
     optional={
@@ -27,8 +39,12 @@ options = st.fixed_dictionaries(
         "key_axis": st.sampled_from(["channel", "token"]),
         "value_axis": st.sampled_from(["channel", "token"]),
         "outlier_cap": st.none() | st.integers(0, 99),
+        "channel_range": st.sampled_from(["offline", "online"]),
+        "group": st.none() | st.integers(2, 256),
+        "key_rope": st.just("post"),
+        "residual_tokens": st.integers(0, 300),
     },
-)
+).map(lambda fields: without_effectless(fields))
 
 
 @given(names)
@@ -53,6 +69,12 @@ def test_defaults_are_the_papers() -> None:
     scheme = Scheme(datatype="nuq", bits=4)
     assert (scheme.key_axis, scheme.value_axis, scheme.key_rope) == ("channel", "token", "pre")
     assert (scheme.weights, scheme.sink_tokens, scheme.q_norm, scheme.outlier_cap) == ("fisher*s^2", 1, False, None)
+    assert (scheme.channel_range, scheme.thresholds, scheme.group, scheme.residual_tokens) == (
+        "offline",
+        "vector",
+        None,
+        0,
+    )
 
 
 def test_describe_names_departures_only() -> None:
@@ -98,12 +120,77 @@ def test_refuses_names_of_another_form(name: str) -> None:
         ("nuq3", {"value_axis": "row"}, ["value_axis", "'row'", "channel, token"]),
         ("nuq3", {"weights": "hessian"}, ["weights", "'hessian'", "fisher*s^2, fisher, none"]),
         ("nuq3", {"key_rope": "both"}, ["key_rope", "'both'", "pre, post"]),
+        ("nuq3", {"channel_range": "static"}, ["channel_range", "'static'", "offline, online"]),
+        ("nuq3", {"thresholds": "layer"}, ["thresholds", "'layer'", "vector, matrix"]),
+        ("nuq3", {"group": 1}, ["group 1", "None for one range per vector"]),
+        ("nuq3", {"group": 0}, ["group 0", "None for one range per vector"]),
+        ("nuq3", {"key_rope": "post", "residual_tokens": -1}, ["residual_tokens -1", "0 for none"]),
+        ("lloyd2.5", {}, ["bits 2.5", "lloyd", "not a whole number"]),
     ],
 )
 def test_refuses_values_out_of_range(name: str, fields: dict[str, Any], fragments: list[str]) -> None:
     with pytest.raises(UserError) as caught:
         Scheme.parse(name, **fields)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "fragments"),
+    [
+        ("nuq3", {"residual_tokens": 128}, ["residual_tokens", "add key_rope=post"]),
+        ("kivi2", {"key_rope": "pre"}, ["residual_tokens", "add key_rope=post"]),
+        ("nuq3-1%", {"thresholds": "matrix", "group": 32}, ["thresholds=matrix", "drop group"]),
+        ("nuq3-1%", {"thresholds": "matrix", "channel_range": "online"}, ["thresholds=matrix", "channel_range=online"]),
+        ("kivi2", {"thresholds": "matrix"}, ["thresholds=matrix", "drop group and channel_range=online"]),
+        ("lloyd3-1%", {}, ["lloyd3-1%", "drop -P%, q_norm and group"]),
+        ("turbo3", {"q_norm": True}, ["lloyd3", "drop -P%, q_norm and group"]),
+        ("turbo3", {"group": 32}, ["lloyd3", "drop -P%, q_norm and group"]),
+        ("rdnuq2.4-1%", {}, ["rdnuq2.4-1%", "drop -P%, q_norm and outlier_cap"]),
+        ("rdnuq2.4", {"q_norm": True}, ["rdnuq2.4", "drop -P%, q_norm and outlier_cap"]),
+        ("rdnuq2.4", {"outlier_cap": 3}, ["rdnuq2.4", "drop -P%, q_norm and outlier_cap"]),
+    ],
+)
+def test_refuses_what_does_not_go_together(name: str, fields: dict[str, Any], fragments: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        Scheme.parse(name, **fields)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+FORMS = {
+    "nuq3-1%": ({}, "static", "token", False),
+    "int4": ({"key_axis": "token", "value_axis": "channel"}, "token", "static", False),
+    "rdnuq2.4": ({}, "allocated", "allocated", False),
+    "nuq3": ({"key_rope": "post"}, "static", "token", True),
+    "nuq4-1%": ({"thresholds": "matrix"}, "static", "token", True),
+    "nuq2-1%": ({"channel_range": "online"}, "grouped", "token", True),
+    "nf2-1%": ({"channel_range": "online", "key_axis": "token"}, "token", "token", False),
+    "int3": ({"group": 32}, "static", "grouped", True),
+    "int2": ({"group": 32, "value_axis": "channel"}, "static", "static", False),
+    "rdnuq3.4": ({"key_rope": "post"}, "allocated", "allocated", True),
+    "lloyd4": ({}, "rotated", "rotated", True),
+    "turbo4": ({}, "rotated", "rotated", True),
+    "kivi2": ({}, "grouped", "grouped", True),
+    "atom4": ({}, "grouped", "grouped", True),
+    "flexgen3": ({"key_rope": "pre"}, "grouped", "grouped", True),
+    "datafree4": ({}, "grouped", "token", True),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_form_and_whether_the_packed_cache_can_hold_it(name: str) -> None:
+    fields, key, value, simulated_only = FORMS[name]
+    scheme = Scheme.parse(name, **fields)
+    assert (scheme.form(scheme.key_axis), scheme.form(scheme.value_axis)) == (key, value)
+    assert scheme.simulated_only is simulated_only
+
+
+def test_schemes_written_before_these_fields_still_load() -> None:
+    """As files had it (commit eddd2f4) before there were groups, ranges, thresholds and windows to choose."""
+    old = (
+        '{"bits":3.0,"datatype":"nuq","key_axis":"channel","key_rope":"pre","outlier_cap":null,"outliers":0.01,'
+        '"q_norm":false,"sink_tokens":5,"value_axis":"token","weights":"fisher*s^2"}'
+    )
+    assert Scheme.from_json(json.loads(old)) == Scheme.parse("nuq3-1%", sink_tokens=5)
 
 
 def test_refuses_unknown_json_fields() -> None:
@@ -114,3 +201,21 @@ def test_refuses_unknown_json_fields() -> None:
 def test_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         Scheme.parse("nuq3").bits = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("rdnuq2.4", {"group": 32}),
+        ("rdnuq2.4", {"thresholds": "matrix"}),
+        ("rdnuq2.4", {"channel_range": "online"}),
+        ("rdnuq2.4", {"key_axis": "token"}),
+        ("turbo4", {"thresholds": "matrix"}),
+        ("turbo4", {"outlier_cap": 1}),
+        ("datafree4", {"outlier_cap": 1}),
+        ("int4", {"thresholds": "matrix"}),
+    ],
+)
+def test_fields_without_effect_are_refused(name: str, fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(fields))):
+        Scheme.parse(name, **fields)

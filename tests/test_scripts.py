@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from gradients.cli import UserError
 from gradients.records import Records
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
@@ -68,6 +69,23 @@ def test_a_sweep_runs_only_what_is_missing(
     assert [row["scheme"] for row in read_rows(results)] == ["int4", "nuq3-1%"]
     # another option is another scheme
     assert sweep_main([*arguments, "int4", "--sink-tokens", "0"])["rows_added"] == 1
+
+
+def test_a_sweep_of_fewer_calibration_windows_is_another(
+    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
+    arguments += [str(text_file), "--seqlen", "33", "--windows", "2", "--results", str(results), "--schemes", "nuq2"]
+    assert sweep_main([*arguments, "--calibration-windows", "1"])["rows_added"] == 1
+    assert sweep_main(arguments)["rows_added"] == 1
+    assert sweep_main([*arguments, "--calibration-windows", "4"])["rows_added"] == 0  # which is all of them
+    assert sweep_main([*arguments, "--calibration-windows", "1"])["rows_added"] == 0
+    one, all_of_them = read_rows(results)
+    assert (one["calibration_windows"], all_of_them["calibration_windows"]) == (1, 4)
+    assert one["nll"] != all_of_them["nll"]
+    with pytest.raises(UserError, match="windows 5: records .* hold 4"):
+        sweep_main([*arguments, "--calibration-windows", "5"])
 
 
 def test_rows_say_where_they_come_from(tmp_path: Path) -> None:

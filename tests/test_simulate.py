@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradients.cli import UserError
-from gradients.models import kv_sites
+from gradients.models import KINDS, kv_sites
 from quant.artefact import Quantizers
 from quant.quantizer import normalise
 from quant.scheme import Scheme
-from quant.simulate import simulated
+from quant.simulate import RoundTrip, Usage, packed_tokens, simulated
 from quant.storage import StoredSize, exact_size, packed_size
 
 MakeTokens = Callable[..., Tensor]
@@ -156,6 +156,114 @@ def test_bits_per_element_by_hand(
     bits, elements = sinks + codes + token_scales + outliers + lists, sides * 70 * 24
     assert usage.size == StoredSize(bits, elements)
     assert usage.size.bits_per_element == bits / elements
+
+
+def bits_of(model: PreTrainedModel, quantizers: Quantizers, ids: Tensor) -> StoredSize:
+    with simulated(model, quantizers) as usage:
+        logits_of(model, ids)
+    return usage.size
+
+
+def test_bits_of_kivi_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+    """Two rows of 200 tokens: 1 sink, 71 beyond the window of 128; C = 24, groups of 8 tokens or channels.
+
+    Keys leave the window in groups: 64 tokens are packed, in 1 block, and 136 exact. Of values 71, in 2 blocks, and 129.
+    """
+    quantizers = fit_model(llama, Scheme.parse("kivi2", group=8))
+    keys = 136 * 24 * 16 + 64 * 24 * 2 + (64 // 8) * 24 * (16 + 16)
+    values = 129 * 24 * 16 + 2 * 64 * 24 * 2 + 71 * (24 // 8) * (16 + 16)
+    rows, layers = 2, 2
+    assert bits_of(llama, quantizers, make_tokens(2, 200)) == StoredSize(
+        rows * layers * (keys + values), rows * layers * 2 * 200 * 24
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "groups"),
+    [("atom4", 128, 1), ("atom3", 8, 3), ("flexgen4", 10, 3)],
+    ids=["a token in one group", "three groups", "a ragged group"],
+)
+def test_bits_of_groups_by_hand(
+    name: str, group: int, groups: int, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
+) -> None:
+    """Two rows of 70 tokens: 1 sink and 69 packed ones in 2 blocks of 64 slots; keys and values alike."""
+    quantizers = fit_model(llama, Scheme.parse(name, group=group))
+    side = 24 * 16 + 2 * 64 * 24 * int(quantizers.scheme.bits) + 69 * groups * (16 + 16)
+    assert bits_of(llama, quantizers, make_tokens(2, 70)) == StoredSize(2 * 2 * 2 * side, 2 * 2 * 2 * 70 * 24)
+
+
+def test_bits_of_turbo_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+    """A norm per token and head, no zeros."""
+    side = 24 * 16 + 2 * 64 * 24 * 3 + 69 * 2 * 16
+    assert bits_of(llama, fit_model(llama, Scheme.parse("turbo3")), make_tokens(2, 70)) == StoredSize(
+        2 * 2 * 2 * side, 2 * 2 * 2 * 70 * 24
+    )
+
+
+def test_bits_of_online_channels_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+    """2 % of outliers: ceil(69 * 1 %) = 1 at each end of a channel, ceil(24 * 1 %) = 1 at each end of a token."""
+    lists = 2 * 2 * 32  # blocks, heads
+    common = 24 * 16 + 2 * 64 * 24 * 4 + lists
+    keys = common + 24 * 2 * (16 + 16) + 24 * (16 + 16)
+    values = common + 69 * 2 * (16 + 16) + 2 * 64 * (16 + 16)
+    assert bits_of(llama, fit_model(llama, Scheme.parse("datafree4")), make_tokens(2, 70)) == StoredSize(
+        2 * 2 * (keys + values), 2 * 2 * 2 * 70 * 24
+    )
+
+
+def test_bits_of_matrix_thresholds_by_hand(
+    llama: PreTrainedModel, fit_model: FitModel, captured_sites: Capture, make_tokens: MakeTokens
+) -> None:
+    """Tokens differ in how many outliers they have, so they are counted."""
+    quantizers, ids = fit_model(llama, Scheme.parse("nuq3-5%", thresholds="matrix")), make_tokens(1, 70, seed=3)
+    with captured_sites(llama) as before, simulated(llama, quantizers) as usage:
+        logits_of(llama, ids)
+    outliers = 0
+    for layer in (0, 1):
+        key, value = (quantizers.layers[layer][kind] for kind in KINDS)
+        x = before[layer, "value"][:, 1:]
+        per_token = ((x < value.thresholds[0]) | (x > value.thresholds[1])).sum(-1)
+        assert per_token.min() < per_token.max()
+        outliers += int(per_token.sum())
+        outliers += int((normalise(before[layer, "key"][:, 1:], key.scale, key.zero).abs() > 1).sum())
+    sides = 4 * (24 * 16 + 2 * 64 * 24 * 3 + 2 * 2 * 32)
+    assert usage.size == StoredSize(sides + 2 * 2 * 64 * 32 + outliers * 32, 4 * 70 * 24)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "residual", "step", "packed"),
+    [
+        pytest.param(0, 0, 1, 0, id="nothing"),
+        pytest.param(33, 0, 1, 33, id="no window"),
+        pytest.param(33, 0, 32, 33, id="no window, a ragged group"),
+        pytest.param(33, 33, 1, 0, id="all within the window"),
+        pytest.param(33, 100, 1, 0, id="a window longer than that"),
+        pytest.param(34, 33, 1, 1, id="one beyond the window"),
+        pytest.param(159, 128, 32, 0, id="one short of a group"),
+        pytest.param(160, 128, 32, 32, id="a group beyond the window"),
+        pytest.param(191, 128, 32, 32, id="one short of two groups"),
+    ],
+)
+def test_what_leaves_the_window(tokens: int, residual: int, step: int, packed: int) -> None:
+    assert packed_tokens(tokens, residual, step) == packed
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 8, 9, 33])
+def test_a_round_trip_keeps_sinks_and_window(
+    tokens: int, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
+) -> None:
+    quantizers = fit_model(llama, Scheme.parse("kivi2", group=4, residual_tokens=5, sink_tokens=3))
+    x = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(0))
+    for site, step in zip(kv_sites(llama), (4, 1), strict=False):
+        usage = Usage()
+        quantizer = quantizers.layers[site.layer][site.kind]
+        got = RoundTrip(site, quantizer, quantizers.scheme, usage)(x)
+        end = 3 + max(0, tokens - 3 - 5) // step * step
+        assert torch.equal(got[:, :3], x[:, :3].half().float())
+        assert torch.equal(got[:, 3:end], quantizer.decode(quantizer.encode(x[:, 3:end])))
+        assert torch.equal(got[:, end:], x[:, end:])
+        assert usage.size.elements == 2 * tokens * 24
+        assert end <= 3 or not torch.equal(got, x)
 
 
 def test_usage_adds_up_over_forwards(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: MakeTokens) -> None:
