@@ -1,0 +1,190 @@
+"""What a model's shape says about memory: parameters, cached bytes, the activations of a forward. No weight is read.
+
+Activations are an upper estimate of the torch path: the largest moment of one layer, in bytes, for n = B S rows, widths
+h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
+
+    stream       2 n (2 h + H D + 2 C)      residual, normalised input, queries, keys, values
+    MLP          2 n (2 h + 3 I)            residual, normalised input, gate, up, their product
+    attention    16 n H max(512, S)         scores of a page, or of the exact chunk, and what becomes of them
+                 + 16 n H D                 queries rotated and scaled, two sums
+                 + 32 B 512 C               keys and values of a page: looked up, scaled, rotated, and of the one before
+                 + 8 D 32768                rotary tables that are remembered
+    logits       6 B V                      of the last token, as 16 and as 32 bits
+    together     max(MLP, stream + attention, logits)
+
+Stock attention (fp16) keeps no scores: 4 n H D. Not counted: the CUDA context (half a GiB), fragmentation, the copies
+of an fp16 cache that grows, sorting a chunk's outliers in.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
+
+from deployment.layout import PAGE_TOKENS
+from gradients.cli import UserError
+from gradients.models import KINDS, SITES, Kind, cached_layers, decoder, decoder_config, kv_shape
+from quant.artefact import axis_of
+from quant.outliers import outliers_per_end
+from quant.scheme import Scheme
+from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS, exact_size, packed_size
+
+_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+SHAPES = {
+    "llama-7b": (4096, 11008, 32, 32, 32, 32000, 2048),
+    "llama-13b": (5120, 13824, 40, 40, 40, 32000, 2048),
+    "llama-30b": (6656, 17920, 60, 52, 52, 32000, 2048),
+    "llama-65b": (8192, 22016, 80, 64, 64, 32000, 2048),
+    "llama-2-70b": (8192, 28672, 80, 64, 8, 32000, 4096),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, 8192),
+    "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192),
+    "mistral-7b": (4096, 14336, 32, 32, 8, 32000, 32768),  # its second version: the first has a sliding window
+}
+
+
+def named_config(name: str) -> PreTrainedConfig:
+    """The config of one of the paper's models. Raises `UserError` for another name."""
+    if name not in SHAPES:
+        raise UserError(f"shape {name!r} is unknown; use one of {', '.join(SHAPES)}, or --model for any other")
+    sizes = dict(zip(_FIELDS, SHAPES[name], strict=True))
+    return MistralConfig(**sizes, sliding_window=None) if name.startswith("mistral") else LlamaConfig(**sizes)
+
+
+def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
+    """The config of a hub id or a local folder; `full_attention` treats sliding-window layers as fully attending.
+
+    Raises `UserError` for a missing model, `NotImplementedError` for an unsupported architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load the config of model {name!r}: {reason}; give a hub id that is reachable, a local folder, "
+            "or one of --shape"
+        ) from error
+    text_config = decoder_config(config)
+    if text_config.model_type not in SITES:
+        raise NotImplementedError(
+            f"model_type {text_config.model_type!r} of {name!r} is not supported (supported: {', '.join(SITES)})"
+        )
+    if full_attention:
+        text_config.sliding_window = None
+        if getattr(text_config, "layer_types", None) is not None:
+            text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
+    return config
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What decides how much memory a model takes."""
+
+    config: PreTrainedConfig  # of the text decoder
+    cached: frozenset[int]  # the layers whose whole past is cached
+    layers: tuple[int, ...]  # parameters of every decoder layer
+    embedding: int  # parameters before the layers
+    head: int  # parameters after them; tied ones count once
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "ModelShape":
+        """The shape of a config. Raises `UserError` when no layer caches its whole past."""
+        cached = frozenset(cached_layers(config))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = tuple(sum(p.numel() for p in layer.parameters()) for layer in decoder(model).layers)
+        embedding = model.get_input_embeddings().weight.numel()
+        head = sum(p.numel() for p in model.parameters()) - embedding - sum(layers)
+        return cls(decoder_config(config), cached, layers, embedding, head)
+
+    @property
+    def parameters(self) -> int:
+        """All of them, tied ones once."""
+        return self.embedding + sum(self.layers) + self.head
+
+    @property
+    def window(self) -> int:
+        """Tokens that the other layers keep, 0 if there are none."""
+        return 0 if len(self.cached) == len(self.layers) else self.config.sliding_window
+
+    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1) -> int:
+        """Upper estimate for a forward of `new` tokens of each of `batch` sequences, see above."""
+        config, (heads, head_dim), rows = self.config, kv_shape(self.config), batch * new
+        channels, query_heads = heads * head_dim, config.num_attention_heads
+        stream = 2 * rows * (2 * config.hidden_size + query_heads * head_dim + 2 * channels)
+        mlp = 2 * rows * (2 * config.hidden_size + 3 * config.intermediate_size)
+        attention = 4 * rows * query_heads * head_dim
+        if scheme is not None:
+            attention = 16 * rows * query_heads * (max(PAGE_TOKENS, new) + head_dim)
+            attention += 32 * batch * PAGE_TOKENS * channels + 8 * head_dim * 32768
+        return max(mlp, stream + attention, 6 * batch * config.vocab_size)
+
+    def weight_bytes(self, bits: float) -> int:
+        """Bytes of all weights at so many bits per parameter."""
+        return sum(self.pieces(None, 0, bits))
+
+    def window_bytes(self, tokens: int) -> int:
+        """Bytes that a sliding-window layer keeps of one sequence, in transformers' own 16-bit cache."""
+        heads, head_dim = kv_shape(self.config)
+        return len(KINDS) * exact_size(min(tokens, self.window), heads * head_dim).bits // 8
+
+    def pieces(self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1) -> list[int]:
+        """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head."""
+        cached = sum(self.cache_bytes(scheme, tokens).values()) // len(self.cached)
+        window = self.window_bytes(tokens)
+        past = [0, *(cached if layer in self.cached else window for layer in range(len(self.layers))), 0]
+        parameters = [self.embedding, *self.layers, self.head]
+        return [round(p * weight_bits / 8) + batch * held for p, held in zip(parameters, past, strict=True)]
+
+    def cache_bytes(self, scheme: Scheme | None, tokens: int, share: float | None = None) -> dict[str, int]:
+        """One sequence's bytes by what they are for, in all layers that cache their whole past; `scheme` None is fp16.
+
+        `share` of the elements of a channel-wise axis are outliers; None: as many as the scheme aims at. With rdnuq,
+        codes and outliers have one budget, so `keys` and `values` hold both.
+        """
+        heads, head_dim = kv_shape(self.config)
+        exact = exact_size(tokens, heads * head_dim).bits
+        bits = {"keys": exact, "values": exact}
+        if scheme is not None:
+            packed = max(0, tokens - scheme.sink_tokens)
+            keys, values = (_packed_bits(scheme, kind, heads, head_dim, packed, share) for kind in KINDS)
+            bits = {"keys": keys.pop("codes"), "values": values.pop("codes")}
+            bits |= {part: size + values[part] for part, size in keys.items()}
+            bits["sink_tokens"] = len(KINDS) * exact_size(scheme.sink_tokens, heads * head_dim).bits
+        return {part: size * len(self.cached) // 8 for part, size in bits.items()}
+
+    def bytes_per_token(self, scheme: Scheme | None) -> dict[str, float]:
+        """What one more token adds to `cache_bytes`, averaged over a million."""
+        long = 1 << 20
+        shorter, longer = (self.cache_bytes(scheme, tokens) for tokens in (long, 2 * long))
+        each = {part: (longer[part] - size) / long for part, size in shorter.items()}
+        return {**each, "cache": sum(each.values())}
+
+
+def _packed_bits(
+    scheme: Scheme, kind: Kind, heads: int, head_dim: int, tokens: int, share: float | None
+) -> dict[str, int]:
+    """Bits of the packed keys or values of one sequence in one layer."""
+    channels, lists = heads * head_dim, bool(scheme.outliers) or scheme.allocated
+    per_token = scheme.form(axis_of(scheme, kind)) == "token"
+    code_bits = scheme.bits * channels
+    if scheme.allocated:  # the budget pays for everything, so the ends of lists come off
+        code_bits -= heads * OUTLIER_LIST_BITS / BLOCK_TOKENS
+    outliers: float = 2 * outliers_per_end(channels, scheme.outliers)
+    if not per_token:
+        outliers = min(
+            channels * (scheme.outliers if share is None else share),
+            channels if scheme.outlier_cap is None else scheme.outlier_cap,
+        )
+
+    def size(code_bits: int = 0, outliers: int = 0, lists: bool = False, scales: bool = False) -> int:
+        return packed_size(tokens, heads, channels, code_bits, outliers, lists, scales).bits
+
+    return {
+        "codes": size(code_bits=round(code_bits)),
+        "scales": size(scales=per_token),
+        "outliers": size(outliers=round(tokens * outliers), lists=lists) - size(lists=lists),
+        "list_ends": size(lists=lists),
+    }
