@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from deployment import layout
 from deployment.layout import PackedTensor, Rows
+from deployment.rope import rotates_whole_heads
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
 from quant.artefact import Quantizers
 from quant.quantizer import Encoded, Quantizer, as_stored
-from quant.storage import FP16_BITS
+from quant.storage import BLOCK_TOKENS, FP16_BITS
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,20 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, key: Quantizer, value: Quantizer, sink_tokens: int, capacity: int | None = None, exact_chunk: bool = True
+        self,
+        key: Quantizer,
+        value: Quantizer,
+        sink_tokens: int,
+        capacity: int | None = None,
+        exact_chunk: bool = True,
+        fragments: bool = True,
     ) -> None:
         super().__init__()
         self.quantizers: dict[Kind, Quantizer] = {"key": key, "value": value}
         self.sink_tokens = sink_tokens
         self.capacity = capacity
         self.exact_chunk = exact_chunk
+        self.fragments = fragments  # whether codes may lie in the order of tensor cores (order.py)
         self.slots = 0  # tokens seen per row, padding included: what transformers calls the sequence length
         self.lengths: list[int] = []  # tokens stored per row
         self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
@@ -66,7 +75,7 @@ class PackedLayer(CacheLayerMixin):
         batch, heads, _, dim = key_states.shape
         for kind, quantizer in self.quantizers.items():
             self.sinks[kind] = torch.zeros(batch, heads, self.sink_tokens, dim, dtype=torch.float16, device=self.device)
-            self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device)
+            self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device, kind, self.fragments)
             if self.capacity is not None:
                 self.packed[kind].reserve(self.capacity - self.sink_tokens, exactly=True)
         self.lengths = [0] * batch
@@ -131,14 +140,14 @@ class PackedLayer(CacheLayerMixin):
         if sinks := min(self.sink_tokens, longest):
             key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
             yield Stretch(0, sinks, key, value)
-        start = self.sink_tokens
-        for key_page, value_page in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
-            if start >= longest:
-                return
-            key = self.packed["key"].read(key_page, longest - start)
-            value = self.packed["value"].read(value_page, longest - start)
-            yield Stretch(start, start + key.shape[2], key, value)
-            start += key.shape[2]
+        for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
+            needed = -(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS)
+            for first in range(0, min(needed, pages[0].blocks), layout.PAGE_BLOCKS):
+                blocks = min(layout.PAGE_BLOCKS, needed - first)
+                start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
+                key = self.packed["key"].read(pages[0], first, blocks)
+                value = self.packed["value"].read(pages[1], first, blocks)
+                yield Stretch(start, start + blocks * BLOCK_TOKENS, key, value)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens of the past and the chunk, offset 0)."""
@@ -220,10 +229,11 @@ class PackedCache(Cache):
         if quantizers is not None:
             quantizers.check_model(config)
             quantizers.check_packable()
+            whole_heads = rotates_whole_heads(config)
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]
                 layers[layer] = PackedLayer(
-                    sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk
+                    sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk, whole_heads
                 )
         super().__init__(layers=layers)
 

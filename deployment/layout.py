@@ -1,251 +1,173 @@
 """Every byte of the packed cache.
 
-One layer's keys, or its values, of B sequences are a `PackedTensor`: pages of up to 8 blocks of 64 tokens.
+One layer's keys, or its values, of B sequences are a `PackedTensor`: pages of blocks of 64 tokens. When the length is
+known there is one page; otherwise further ones are added as the sequences grow, which copies nothing.
 
-    words[w]  :: [B, blocks, C_w, 2 * w]   int32    64 codes of w bits of a channel (packing.py), for the C_w channels of that width
-    scales    :: [B, blocks * 64, 2]       fp16     scale and zero of a token, where the range is dynamic
-    index     :: [N]                       int16    outlier: token * D + channel within its block and head, unsigned
-    value     :: [N]                       fp16     outlier: the element itself
-    ends      :: [B, blocks, G]            int32    end of the outlier list of (sequence, block, head) in index, value
+    words     :: [B, blocks, W]            int32  a block's codes, W = 2 * the sum of all channels' bits (order.py)
+    scales    :: [B, blocks * 64, 2]       fp16   scale and zero of a token, where the range is dynamic
+    index, value, ends                            outliers (streams.py): 4 bytes each, and 4 per block and head
 
-Channels ascend within `words[w]`, so those of a head are contiguous; the paper's schemes know one width, and C_w = C. Lists
-of outliers follow one another in the order of `ends`, so a list starts where the one before it ends, and whoever works
-on one block and head reads only its own. A token is packed as soon as it arrives, also into a block that is not
-full yet; since scales are static (keys) or the token's own (values), its codes never change afterwards. Pages are
-allocated as the sequences grow, or at once when the length is known; growing copies nothing.
+Every KV head's words of a block are contiguous, and so are its outliers. A token is packed as soon as it arrives, also into
+a block that is not full yet; since scales are static (keys) or the token's own (values), its codes never change
+afterwards. The code of an outlier is stored as 0, so that a kernel knows what is to be corrected.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deployment.packing import GROUP, pack, unpack
+from deployment.order import Order, Role, order_of
+from deployment.streams import OutlierStreams
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
-PAGE_BLOCKS = 8
+PAGE_BLOCKS = 8  # of the smallest page, and of what is dequantized at once
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
+_GROWTH = 8  # a further page holds at least an eighth of what is there already
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index
 
 
 @dataclass
-class OutlierLists:
-    """The outliers of one page; an append rebuilds them, so they are always exactly as long as they need be."""
-
-    index: Tensor
-    value: Tensor
-    ends: Tensor
-
-    @classmethod
-    def empty(cls, batch: int, blocks: int, heads: int, device: torch.device) -> "OutlierLists":
-        """No outliers yet."""
-        return cls(
-            index=torch.empty(0, dtype=torch.int16, device=device),
-            value=torch.empty(0, dtype=torch.float16, device=device),
-            ends=torch.zeros(batch, blocks, heads, dtype=torch.int32, device=device),
-        )
-
-    def lists(self) -> Tensor:
-        """For every outlier the number of its list, `[N]` int64: (sequence * blocks + block) * G + head."""
-        counts = self.ends.flatten().diff(prepend=self.ends.new_zeros(1))
-        return torch.repeat_interleave(counts.long())
-
-    def unsigned_index(self) -> Tensor:
-        """`index` as int64."""
-        return self.index.long() & 0xFFFF
-
-    def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierLists":
-        """The same page with other outliers, given in any order with the number of their list."""
-        order = (lists << 16 | index).argsort()
-        counts = lists.bincount(minlength=self.ends.numel())
-        return OutlierLists(
-            index=index[order].short(), value=value[order], ends=counts.cumsum(0).int().view_as(self.ends)
-        )
-
-    def with_added(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierLists":
-        """The same page with more outliers."""
-        return self.rebuilt(
-            torch.cat([self.lists(), lists]), torch.cat([self.unsigned_index(), index]), torch.cat([self.value, value])
-        )
-
-
-@dataclass
 class Page:
-    """Some consecutive blocks of every sequence."""
+    """Some consecutive blocks of every sequence, from token `start` on."""
 
+    start: int
     blocks: int
-    words: dict[int, Tensor]
+    words: Tensor
     scales: Tensor | None
-    outliers: OutlierLists | None
+    outliers: OutlierStreams | None
+
+    @property
+    def end(self) -> int:
+        """One past the last token there is room for."""
+        return self.start + self.blocks * BLOCK_TOKENS
 
 
 class PackedTensor:
     """One layer's packed keys or values of B sequences; the attributes' bytes are all that is stored."""
 
-    def __init__(self, quantizer: Quantizer, batch: int, heads: int, head_dim: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        device: torch.device,
+        role: Role,
+        fragments: bool = True,
+    ) -> None:
         self.quantizer = quantizer.to(device)
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
-        # a width of 0 has no codes to store
-        self.channels = {width: chosen for width, chosen in self.quantizer.channels.items() if width}
+        self.order: Order = order_of(self.quantizer, heads, head_dim, role, fragments)
         self.pages: list[Page] = []
 
     @property
     def tokens_reserved(self) -> int:
         """Tokens per sequence that the pages have room for."""
-        return sum(page.blocks for page in self.pages) * BLOCK_TOKENS
+        return self.pages[-1].end if self.pages else 0
 
     def reserve(self, tokens: int, exactly: bool = False) -> None:
-        """Make room for `tokens` per sequence, in whole pages, or `exactly` in whole blocks."""
-        while (missing := tokens - self.tokens_reserved) > 0:
-            blocks = min(PAGE_BLOCKS, -(-missing // BLOCK_TOKENS)) if exactly else PAGE_BLOCKS
-            self.pages.append(self._new_page(blocks))
+        """Make room for `tokens` per sequence, in a page of a decent size, or `exactly` in whole blocks."""
+        missing = -(-(tokens - self.tokens_reserved) // BLOCK_TOKENS)
+        if missing > 0:
+            least = 0 if exactly else max(PAGE_BLOCKS, self.tokens_reserved // BLOCK_TOKENS // _GROWTH)
+            self.pages.append(self._new_page(max(missing, least)))
 
     def _new_page(self, blocks: int) -> Page:
         scales = outliers = None
         if isinstance(self.quantizer, TokenQuantizer):
             scales = torch.zeros(self.batch, blocks * BLOCK_TOKENS, 2, dtype=torch.float16, device=self.device)
         if keeps_outliers(self.quantizer):
-            outliers = OutlierLists.empty(self.batch, blocks, self.heads, self.device)
-        words = {
-            width: torch.zeros(
-                (self.batch, blocks, count, BLOCK_TOKENS // GROUP * width), dtype=torch.int32, device=self.device
-            )
-            for width, count in self._channel_counts().items()
-        }
-        return Page(blocks, words, scales, outliers)
-
-    def _channel_counts(self) -> dict[int, int]:
-        channels = torch.arange(self.heads * self.head_dim, device=self.device)
-        return {width: len(channels[chosen]) for width, chosen in self.channels.items()}
+            outliers = OutlierStreams.empty(self.batch, self.heads, blocks, self.device)
+        words = torch.zeros(self.batch, blocks, self.order.words, dtype=torch.int32, device=self.device)
+        return Page(self.tokens_reserved, blocks, words, scales, outliers)
 
     def write(self, rows: Rows, start: int, encoded: Encoded) -> None:
         """Append tokens `start`, `start + 1`, ... of the sequences `rows`; `encoded` holds `[R, n, C]` of them."""
-        tokens = encoded.codes.shape[1]
-        self.reserve(start + tokens)
-        page_start = 0
-        for page in self.pages:
-            page_end = page_start + page.blocks * BLOCK_TOKENS
-            low, high = max(start, page_start), min(start + tokens, page_end)
-            if low < high:
-                part = slice(low - start, high - start)
-                self._write_codes(page, rows, low - page_start, encoded.codes[:, part])
-                if page.scales is not None:
-                    both = torch.cat([encoded.scale[:, part], encoded.zero[:, part]], dim=-1)
-                    page.scales[rows, low - page_start : high - page_start] = both
-            page_start = page_end
+        codes = encoded.codes
+        if encoded.outliers is not None:
+            codes = codes.masked_fill(encoded.outliers, 0)
+        self.reserve(start + codes.shape[1])
+        for page, part in self._parts(start, codes.shape[1]):
+            offset = start + part.start - page.start
+            self._write_codes(page, rows, offset, codes[:, part])
+            if page.scales is not None:
+                both = torch.cat([encoded.scale[:, part], encoded.zero[:, part]], dim=-1)
+                page.scales[rows, offset : offset + both.shape[1]] = both
         if encoded.outliers is not None:
             self._write_outliers(rows, start, encoded)
+
+    def _parts(self, start: int, tokens: int) -> Iterator[tuple[Page, slice]]:
+        """The pages that new tokens `start`, ..., `start + tokens - 1` go to, and which of them."""
+        for page in self.pages:
+            low, high = max(start, page.start), min(start + tokens, page.end)
+            if low < high:
+                yield page, slice(low - start, high - start)
 
     def _write_codes(self, page: Page, rows: Rows, offset: int, codes: Tensor) -> None:
         """Put codes `[R, n, C]` at token `offset` of a page, keeping what the first block already holds."""
         first, filled = divmod(offset, BLOCK_TOKENS)
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)
         held = codes.new_zeros(codes.shape[0], (last - first) * BLOCK_TOKENS, codes.shape[2])
+        if filled:
+            held[:, :filled] = self.order.unpack(page.words[rows, first])[:, :filled]
         held[:, filled : filled + codes.shape[1]] = codes
-        by_block = held.unflatten(1, (last - first, BLOCK_TOKENS))
-        for width, chosen in self.channels.items():
-            words = page.words[width]
-            by_channel = by_block[..., chosen].transpose(2, 3).contiguous()  # [R, blocks, C_w, 64]
-            if filled:
-                by_channel[:, 0, :, :filled] = unpack(words[rows, first], width)[..., :filled]
-            words[rows, first:last] = pack(by_channel, width)
+        page.words[rows, first:last] = self.order.pack(held.unflatten(1, (last - first, BLOCK_TOKENS)))
 
     def _write_outliers(self, rows: Rows, start: int, encoded: Encoded) -> None:
         row, token, channel = encoded.outliers.nonzero(as_tuple=True)
         sequence = torch.arange(self.batch, device=self.device)[rows][row]
-        block, slot = (token + start) // BLOCK_TOKENS, (token + start) % BLOCK_TOKENS
         head, dim = channel // self.head_dim, channel % self.head_dim
-        index = slot * self.head_dim + dim
-        first_block = 0
-        for page in self.pages:
-            here = (block >= first_block) & (block < first_block + page.blocks)
-            # most appends touch one page of many
-            if start < (first_block + page.blocks) * BLOCK_TOKENS and here.any():
-                numbers = (sequence * page.blocks + block - first_block) * self.heads + head
-                page.outliers = page.outliers.with_added(numbers[here], index[here], encoded.exact[here])
-            first_block += page.blocks
+        for page, part in self._parts(start, encoded.codes.shape[1]):
+            here = (token >= part.start) & (token < part.stop)
+            block, slot = (token + start - page.start) // BLOCK_TOKENS, (token + start - page.start) % BLOCK_TOKENS
+            lists = (sequence * self.heads + head) * page.blocks + block
+            added = (lists[here], (slot * self.head_dim + dim)[here], encoded.exact[here])
+            page.outliers = page.outliers.with_added(*added)
 
-    def read(self, page: Page, tokens: int) -> Tensor:
-        """Dequantized first `tokens` tokens of a page, `[B, G, tokens, D]` float32, blocks rounded up."""
-        blocks = min(page.blocks, -(-tokens // BLOCK_TOKENS))
-        codes = self._read_codes(page, blocks)
+    def read(self, page: Page, first: int = 0, blocks: int | None = None) -> Tensor:
+        """Dequantized tokens of some blocks of a page, all from `first` on by default, `[B, G, n, D]` float32."""
+        last = page.blocks if blocks is None else min(page.blocks, first + blocks)
+        codes = self.order.unpack(page.words[:, first:last]).flatten(1, 2)
         scale = zero = None
         if page.scales is not None:
-            scale, zero = page.scales[:, : codes.shape[1]].split(1, dim=-1)
+            scale, zero = page.scales[:, first * BLOCK_TOKENS : last * BLOCK_TOKENS].split(1, dim=-1)
         dense = self.quantizer.dense(Encoded(codes, None, None, scale, zero))
         if page.outliers is not None:
-            self._put_outliers(page, blocks, dense)
+            self._put_outliers(page.outliers, first, last, dense)
         return dense.unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
 
-    def _read_codes(self, page: Page, blocks: int) -> Tensor:
-        """Codes `[B, n, C]` uint8 of the first blocks of a page."""
-        shape = (self.batch, blocks, BLOCK_TOKENS, self.heads * self.head_dim)
-        codes = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        for width, chosen in self.channels.items():
-            codes[..., chosen] = unpack(page.words[width][:, :blocks], width).transpose(2, 3)
-        return codes.flatten(1, 2)
-
-    def _put_outliers(self, page: Page, blocks: int, dense: Tensor) -> None:
-        """Overwrite elements of `dense`, `[B, n, C]`."""
-        assert page.outliers is not None
-        lists, index = page.outliers.lists(), page.outliers.unsigned_index()
-        head, block, sequence = (
-            lists % self.heads,
-            lists // self.heads % page.blocks,
-            lists // self.heads // page.blocks,
-        )
-        token = (sequence * blocks + block) * BLOCK_TOKENS + index // self.head_dim
-        place = (token * self.heads + head) * self.head_dim + index % self.head_dim
-        value = page.outliers.value.float()
-        if blocks < page.blocks:
-            inside = block < blocks
-            place, value = place[inside], value[inside]
-        dense.view(-1)[place] = value
+    def _put_outliers(self, outliers: OutlierStreams, first: int, last: int, dense: Tensor) -> None:
+        """Overwrite elements of `dense`, `[B, n, C]`, which holds the blocks `first`, ..., `last - 1`."""
+        lists, index, value = outliers.entries()
+        block, stream = lists % outliers.blocks, lists // outliers.blocks
+        inside = (block >= first) & (block < last)
+        token = (stream // self.heads * (last - first) + block - first) * BLOCK_TOKENS + index // self.head_dim
+        place = (token * self.heads + stream % self.heads) * self.head_dim + index % self.head_dim
+        dense.view(-1)[place[inside]] = value[inside].float()
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget all tokens from `lengths[b]` on of each sequence b."""
         limits = torch.tensor(lengths, device=self.device)
-        page_start = 0
         for page in self.pages:
             if page.outliers is not None:
-                lists, index = page.outliers.lists(), page.outliers.unsigned_index()
-                block, sequence = lists // self.heads % page.blocks, lists // self.heads // page.blocks
-                token = page_start + block * BLOCK_TOKENS + index // self.head_dim
-                kept = token < limits[sequence]
-                page.outliers = page.outliers.rebuilt(lists[kept], index[kept], page.outliers.value[kept])
-            page_start += page.blocks * BLOCK_TOKENS
+                page.outliers = page.outliers.before(limits - page.start, self.head_dim, BLOCK_TOKENS)
 
     def select(self, sequences: Tensor) -> None:
         """Keep the given sequences `[B']` int64, in this order; one may appear more than once."""
         for page in self.pages:
-            page.words = {width: words[sequences] for width, words in page.words.items()}
+            page.words = page.words[sequences]
             page.scales = None if page.scales is None else page.scales[sequences]
-            if page.outliers is not None:
-                page.outliers = _select_lists(page.outliers, sequences)
+            page.outliers = None if page.outliers is None else page.outliers.select(sequences)
         self.batch = len(sequences)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that exists per cached token; the quantizer's tables are the model's, not the cache's."""
         held: list[Tensor] = []
         for page in self.pages:
-            held += [*page.words.values(), *([] if page.scales is None else [page.scales])]
-            if page.outliers is not None:
-                held += [getattr(page.outliers, field.name) for field in fields(page.outliers)]
+            held += [page.words, *([] if page.scales is None else [page.scales])]
+            held += [] if page.outliers is None else page.outliers.tensors()
         return held
-
-
-def _select_lists(outliers: OutlierLists, sequences: Tensor) -> OutlierLists:
-    per_sequence = outliers.ends[0].numel()
-    number = outliers.lists()
-    sequence = number // per_sequence
-    chosen = [(sequence == wanted).nonzero()[:, 0] for wanted in sequences]
-    source = torch.cat(chosen)
-    moved = torch.repeat_interleave(
-        torch.arange(len(sequences), device=number.device), torch.tensor([len(c) for c in chosen], device=number.device)
-    )
-    selected = OutlierLists(outliers.index, outliers.value, outliers.ends[sequences])
-    return selected.rebuilt(
-        moved * per_sequence + number[source] % per_sequence, outliers.unsigned_index()[source], outliers.value[source]
-    )

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from gradients.models import decoder_config
 
 _MEMO_TABLES = 64  # tables of one page each: 32K positions, 16 MB at a head dimension of 64
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -57,3 +60,10 @@ class Rope:
                 self._memo.popitem(last=False)
         self._memo.move_to_end(key)
         return self._memo[key]
+
+
+def rotates_whole_heads(config: PreTrainedConfig) -> bool:
+    """Whether every channel of a head belongs to a rotary pair, (c, c + D/2)."""
+    parameters = decoder_config(config).rope_parameters
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    return all(kind.get("partial_rotary_factor", 1.0) == 1.0 for kind in kinds)

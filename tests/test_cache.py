@@ -159,9 +159,9 @@ def test_capacity_is_reserved_once_and_kept(
     cache = PackedCache(exact, llama.config, capacity=32)
     with packed_attention(llama):
         llama(input_ids=make_tokens(1, 30), past_key_values=cache)
-        words = cache.layers[0].packed["key"].pages[0].words[8]
+        words = cache.layers[0].packed["key"].pages[0].words
         llama(input_ids=make_tokens(1, 2), past_key_values=cache)
-        assert cache.layers[0].packed["key"].pages[0].words[8] is words and cache.get_max_length() == 32
+        assert cache.layers[0].packed["key"].pages[0].words is words and cache.get_max_length() == 32
         with pytest.raises(UserError, match=r"capacity of 32 tokens.*needs 33.*shorten"):
             llama(input_ids=make_tokens(1, 1), past_key_values=cache)
 
@@ -170,10 +170,6 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(
     llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
 ) -> None:
     """No tensor of full precision as long as the context hides anywhere in the cache."""
-    cache = PackedCache(exact, llama.config)
-    with packed_attention(llama):
-        llama(input_ids=make_tokens(1, 200), past_key_values=cache)
-    counted = {id(tensor) for tensor in cache.tensors()}
 
     def reachable(thing: object, depth: int = 0) -> list[Tensor]:
         if isinstance(thing, Tensor):
@@ -184,10 +180,15 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(
             return [tensor for item in thing for tensor in reachable(item, depth + 1)]
         return reachable(vars(thing), depth + 1) if hasattr(thing, "__dict__") and depth < 12 else []
 
-    hidden = [tensor for tensor in reachable(cache) if id(tensor) not in counted]
-    tables = sum(table.nbytes for layer in exact.layers.values() for q in layer.values() for table in q.tables.values())
-    assert sum(tensor.nbytes for tensor in hidden) <= 2 * tables
-    assert cache.nbytes() == sum(tensor.nbytes for tensor in cache.tensors())
+    def hidden(tokens: int) -> int:
+        cache = PackedCache(exact, llama.config)
+        with packed_attention(llama):
+            llama(input_ids=make_tokens(1, tokens), past_key_values=cache)
+        counted = {id(tensor) for tensor in cache.tensors()}
+        assert cache.nbytes() == sum(tensor.nbytes for tensor in cache.tensors())
+        return sum(tensor.nbytes for tensor in reachable(cache) if id(tensor) not in counted)
+
+    assert hidden(20) == hidden(400) > 0
 
 
 @pytest.mark.parametrize("axes", [("token", "token"), ("channel", "channel"), ("token", "channel")])

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployment.layout import PAGE_TOKENS, OutlierLists, PackedTensor
+from deployment.layout import PAGE_TOKENS, PackedTensor
+from deployment.order import ChannelOrder, FragmentOrder
+from deployment.streams import OutlierStreams
 from quant.codebook import int_codebook, nf_codebook
 from quant.outliers import outliers_per_end
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -28,12 +30,13 @@ def make_quantizer(kind: str, bits: int, share: float = 0.05) -> Quantizer:
 
 def read_all(packed: PackedTensor, tokens: int) -> Tensor:
     """`[B, tokens, C]`, as `quantizer.decode` lays it out."""
-    read = torch.cat([packed.read(page, PAGE_TOKENS) for page in packed.pages], dim=2)
+    read = torch.cat([packed.read(page) for page in packed.pages], dim=2)
     return read.transpose(1, 2).flatten(2)[:, :tokens]
 
 
-def write_in_pieces(quantizer: Quantizer, x: Tensor, pieces: Sequence[int]) -> PackedTensor:
-    packed = PackedTensor(quantizer, len(x), HEADS, HEAD_DIM, x.device)
+def write_in_pieces(quantizer: Quantizer, x: Tensor, pieces: Sequence[int], reserved: int = 0) -> PackedTensor:
+    packed = PackedTensor(quantizer, len(x), HEADS, HEAD_DIM, x.device, "key")
+    packed.reserve(reserved, exactly=True)
     start = 0
     for piece in x.split(list(pieces), dim=1):
         packed.write(slice(None), start, quantizer.encode(piece))
@@ -55,8 +58,8 @@ def test_reading_gives_what_decode_gives_bit_for_bit(kind: str, bits: int, token
 def test_how_tokens_arrive_does_not_change_a_byte(kind: str) -> None:
     quantizer = make_quantizer(kind, 3)
     x = torch.randn(2, 700, HEADS * HEAD_DIM)
-    at_once = write_in_pieces(quantizer, x, [700])
-    in_pieces = write_in_pieces(quantizer, x, [1, 1, 61, 2, 63, 400, 1, 171])
+    at_once = write_in_pieces(quantizer, x, [700], reserved=700)
+    in_pieces = write_in_pieces(quantizer, x, [1, 1, 61, 2, 63, 400, 1, 171], reserved=700)
     for first, second in zip(at_once.tensors(), in_pieces.tensors(), strict=True):
         assert torch.equal(first, second)
 
@@ -68,7 +71,7 @@ def test_bytes_held_are_the_bytes_that_evaluation_counts(kind: str, bits: int, s
     tokens = 4 * BLOCK_TOKENS + 7
     quantizer = make_quantizer(kind, bits, share)
     encoded = quantizer.encode(torch.randn(1, tokens, HEADS * HEAD_DIM))
-    packed = PackedTensor(quantizer, 1, HEADS, HEAD_DIM, torch.device("cpu"))
+    packed = PackedTensor(quantizer, 1, HEADS, HEAD_DIM, torch.device("cpu"), "key")
     packed.reserve(tokens, exactly=True)
     packed.write(slice(None), 0, encoded)
     counted = packed_size(
@@ -92,11 +95,11 @@ def test_value_outliers_are_exactly_as_many_as_promised() -> None:
 def test_a_page_full_of_outliers_and_a_page_without() -> None:
     quantizer = make_quantizer("key", 2)
     x = torch.cat([torch.full((1, PAGE_TOKENS, HEADS * HEAD_DIM), 9.5), torch.zeros(1, 3, HEADS * HEAD_DIM)], dim=1)
-    packed = write_in_pieces(quantizer, x, [PAGE_TOKENS + 3])
+    packed = write_in_pieces(quantizer, x, [PAGE_TOKENS, 3])
     first, second = (page.outliers for page in packed.pages)
     assert first.index.numel() == PAGE_TOKENS * HEADS * HEAD_DIM
     assert torch.equal(read_all(packed, PAGE_TOKENS), x[:, :PAGE_TOKENS])
-    assert (second.unsigned_index() // HEAD_DIM < 3).all()
+    assert (second.entries()[1] // HEAD_DIM < 3).all()
 
 
 def test_a_list_belongs_to_one_block_and_head() -> None:
@@ -105,18 +108,67 @@ def test_a_list_belongs_to_one_block_and_head() -> None:
     token, head, dim = 70, 2, 5
     x[0, token, head * HEAD_DIM + dim] = 50.0
     outliers = write_in_pieces(quantizer, x, [130]).pages[0].outliers
-    at = (outliers.value == 50).nonzero()[0, 0]
-    block = token // BLOCK_TOKENS
-    assert outliers.lists()[at] == block * HEADS + head
-    assert outliers.unsigned_index()[at] == (token % BLOCK_TOKENS) * HEAD_DIM + dim
+    lists, index, value = outliers.entries()
+    at = (value == 50).nonzero()[0, 0]
+    assert lists[at] == head * outliers.blocks + token // BLOCK_TOKENS
+    assert index[at] == (token % BLOCK_TOKENS) * HEAD_DIM + dim
 
 
 def test_indices_beyond_int16_survive() -> None:
-    lists = OutlierLists.empty(1, 1, 1, torch.device("cpu"))
+    lists = OutlierStreams.empty(1, 1, 1, torch.device("cpu"))
     index = torch.tensor([65535, 40000, 3])
     added = lists.with_added(torch.zeros(3, dtype=torch.int64), index, torch.tensor([1.0, 2.0, 3.0]).half())
-    assert added.unsigned_index().tolist() == [3, 40000, 65535]
-    assert added.value.tolist() == [3.0, 2.0, 1.0]
+    assert added.entries()[1].tolist() == [3, 40000, 65535]
+    assert added.entries()[2].tolist() == [3.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("room", [0, 5])
+def test_streams_with_room_hold_the_same_and_start_where_they_should(room: int) -> None:
+    streams = OutlierStreams.empty(2, 3, 4, torch.device("cpu"))
+    lists = torch.tensor([0, 0, 1, 7, 9, 23, 23])
+    index, value = torch.tensor([4, 5, 0, 1, 2, 3, 60000]), torch.arange(7).half()
+    roomy = streams.rebuilt(lists, index, value).with_room(room)
+    for got, expected in zip(roomy.entries(), (lists, index, value), strict=True):
+        assert torch.equal(got, expected)
+    assert roomy.starts.flatten().tolist() == [room * n + held for n, held in enumerate([0, 3, 4, 5, 5, 5])]
+    assert len(roomy.index) == len(roomy.value) == 7 + 6 * room
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), [(2, 64), (3, 128), (4, 256), (3, 64), (4, 64)])
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_fragments_hold_every_code_once(bits: int, head_dim: int, role: str) -> None:
+    order = FragmentOrder(bits, 2, head_dim, role, torch.device("cpu"))
+    index = order.geometry.index()
+    assert index.flatten().sort().values.tolist() == list(range(64 * head_dim))
+    codes = torch.randint(0, 2**bits, (2, 3, 64, 2 * head_dim), dtype=torch.uint8)
+    words = order.pack(codes)
+    assert words.shape == (2, 3, order.words) and words.nbytes * 8 == codes.numel() * bits
+    assert torch.equal(order.unpack(words), codes)
+
+
+def test_a_lane_holds_what_the_tensor_core_wants_of_it() -> None:
+    """m16n8k16: lane l has k = 2 (l mod 4) + {0, 1, 8, 9} of n = l div 4; two halves of a head in one unit."""
+    order = FragmentOrder(4, 1, 128, "key", torch.device("cpu"))
+    lanes = order.geometry.index().view(-1, 4, 8, 4, 8)  # warps by 4 units of a lane are words side by side
+    for lane in range(32):
+        token, channel = lanes[0, lane // 8, lane % 8, 0] // 128, lanes[0, lane // 8, lane % 8, 0] % 128
+        assert (token == lane // 4).all()
+        k = 2 * (lane % 4)
+        assert channel.tolist() == [k, k + 1, k + 8, k + 9, 64 + k, 65 + k, 72 + k, 73 + k]
+
+
+def test_channels_follow_one_another_at_their_own_widths() -> None:
+    order = ChannelOrder(torch.tensor([0, 3, 1, 0, 6]))
+    assert order.offsets.tolist() == [0, 0, 6, 8, 8] and order.words == 20
+    codes = torch.stack([torch.randint(0, 2**width, (4, 64), dtype=torch.uint8) for width in (0, 3, 1, 0, 6)], dim=-1)
+    assert torch.equal(order.unpack(order.pack(codes)), codes)
+
+
+def test_outliers_leave_code_zero_behind() -> None:
+    quantizer = make_quantizer("key", 4)
+    x = torch.full((1, 3, HEADS * HEAD_DIM), 9.5)
+    packed = write_in_pieces(quantizer, x, [3])
+    assert (packed.pages[0].words == 0).all() and (quantizer.encode(x).codes == 15).all()
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
@@ -146,6 +198,6 @@ def test_selecting_sequences(kind: str, order: list[int]) -> None:
 def test_growing_keeps_earlier_pages_where_they_are() -> None:
     quantizer = make_quantizer("key", 4)
     packed = write_in_pieces(quantizer, torch.randn(1, PAGE_TOKENS, HEADS * HEAD_DIM), [PAGE_TOKENS])
-    address = packed.pages[0].words[4].data_ptr()
+    address = packed.pages[0].words.data_ptr()
     packed.write(slice(None), PAGE_TOKENS, quantizer.encode(torch.randn(1, 1, HEADS * HEAD_DIM)))
-    assert len(packed.pages) == 2 and packed.pages[0].words[4].data_ptr() == address
+    assert len(packed.pages) == 2 and packed.pages[0].words.data_ptr() == address

@@ -1,0 +1,106 @@
+"""The outliers of a page: for every sequence and KV head a stream that tokens are appended to.
+
+    index  :: [N]             int16  token * D + channel within its block and head, unsigned
+    value  :: [N]             fp16   the element itself
+    ends   :: [B, G, blocks]  int32  where a block's list ends; it begins where the one before ends
+    starts :: [B, G]          int32  where a stream begins, if there is room between streams
+
+A token's outliers come after those of all earlier tokens, so an append writes at the end of the stream and moves
+nothing, if there is room. The torch path leaves no room and needs no starts: it rebuilds the streams, exactly as long
+as need be. The append kernel needs room, which `with_room` makes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class OutlierStreams:
+    """Lists are numbered (sequence * G + head) * blocks + block, which is also their order in `index` and `value`."""
+
+    index: Tensor
+    value: Tensor
+    ends: Tensor
+    starts: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch: int, heads: int, blocks: int, device: torch.device) -> "OutlierStreams":
+        """No outliers yet, and no room for any."""
+        return cls(
+            index=torch.empty(0, dtype=torch.int16, device=device),
+            value=torch.empty(0, dtype=torch.float16, device=device),
+            ends=torch.zeros(batch, heads, blocks, dtype=torch.int32, device=device),
+        )
+
+    @property
+    def blocks(self) -> int:
+        """Blocks per sequence."""
+        return self.ends.shape[-1]
+
+    def lengths(self) -> Tensor:
+        """Outliers of every list, `[B, G, blocks]` int64."""
+        if self.starts is None:
+            return self.ends.long().flatten().diff(prepend=self.ends.new_zeros(1)).view_as(self.ends)
+        return self.ends.long().diff(prepend=self.starts.long()[..., None])
+
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(number of the list int64, index int64, value fp16) of every outlier, in order."""
+        lengths = self.lengths().flatten()
+        lists = torch.repeat_interleave(lengths)
+        begins = self.ends.flatten().long() - lengths
+        rank = torch.arange(len(lists), device=lists.device)
+        place = begins[lists] + rank - (lengths.cumsum(0) - lengths)[lists]
+        return lists, self.index[place].long() & 0xFFFF, self.value[place]
+
+    def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
+        """The same page with other outliers, sorted by list and index; `room` free places after every stream."""
+        batch, heads, blocks = self.ends.shape
+        counts = lists.bincount(minlength=self.ends.numel()).view(self.ends.shape)
+        ends = counts.flatten().cumsum(0).view_as(counts)
+        if room is None:
+            return OutlierStreams(index.short(), value, ends.int())
+        stream = torch.arange(batch * heads, device=lists.device)
+        ends = ends + (stream * room).view(batch, heads, 1)
+        streams = OutlierStreams(
+            index=index.new_zeros(len(lists) + batch * heads * room, dtype=torch.int16),
+            value=value.new_zeros(len(lists) + batch * heads * room),
+            ends=ends.int(),
+            starts=(ends[..., 0] - counts[..., 0]).int(),
+        )
+        place = torch.arange(len(lists), device=lists.device) + lists // blocks * room
+        streams.index[place], streams.value[place] = index.short(), value
+        return streams
+
+    def with_added(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
+        """The same page with more outliers, in any order, and no room."""
+        held_lists, held_index, held_value = self.entries()
+        keys = torch.cat([held_lists << 16 | held_index, lists << 16 | index])
+        keys, order = keys.sort()
+        return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
+
+    def with_room(self, room: int) -> "OutlierStreams":
+        """The same outliers with `room` free places after every stream."""
+        return self.rebuilt(*self.entries(), room)
+
+    def before(self, limits: Tensor, head_dim: int, block_tokens: int) -> "OutlierStreams":
+        """Only the outliers of tokens before `limits` `[B]` of their sequence, and no room."""
+        lists, index, value = self.entries()
+        token = lists % self.blocks * block_tokens + index // head_dim
+        kept = token < limits[lists // self.ends[0].numel()]
+        return self.rebuilt(lists[kept], index[kept], value[kept])
+
+    def select(self, sequences: Tensor) -> "OutlierStreams":
+        """The streams of the given sequences `[B']` int64, in this order, repeats allowed, and no room."""
+        per_sequence = self.ends[0].numel()
+        lists, index, value = self.entries()
+        chosen = [(lists // per_sequence == wanted).nonzero()[:, 0] for wanted in sequences]
+        source = torch.cat(chosen)
+        moved = torch.cat([torch.full_like(c, number) for number, c in enumerate(chosen)])
+        selected = OutlierStreams(self.index, self.value, self.ends[sequences])
+        return selected.rebuilt(moved * per_sequence + lists[source] % per_sequence, index[source], value[source])
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held."""
+        return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
