@@ -14,12 +14,14 @@ afterwards. The code of an outlier is stored as 0, so that a kernel knows what i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from deployment.order import Order, Role, order_of
 from deployment.streams import OutlierStreams
+from deployment.tables import Tables
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
@@ -63,6 +65,11 @@ class PackedTensor:
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
         self.order: Order = order_of(self.quantizer, heads, head_dim, role, fragments)
         self.pages: list[Page] = []
+
+    @cached_property
+    def tables(self) -> Tables:
+        """The quantizer as the kernels read it."""
+        return Tables.of(self.quantizer, self.order, self.heads * self.head_dim)
 
     @property
     def tokens_reserved(self) -> int:

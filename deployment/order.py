@@ -166,6 +166,11 @@ class Fragment:
         """Units of one head's block."""
         return self.tiles_k * self.tiles_n * self.warps * LANES
 
+    def constants(self) -> tuple[int, ...]:
+        """What the kernels must know, in the order in which `arrange` (kernels/tiles.py) wants it."""
+        sizes = (self.halves, self.slots_n, self.slots_k, self.tiles_n, self.tiles_k)
+        return (*sizes, self.vector, self.warps)
+
     def index(self) -> Tensor:
         """For every unit and code in it, the element it stands for: token * D + channel, `[U, unit codes]` int64."""
         per_lane = self.tiles_k * self.tiles_n

@@ -21,6 +21,10 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton looks when it is first imported
+
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor

@@ -1,0 +1,187 @@
+"""Tiles of keys and values in floating point, from any of the three sources, and the corrections of outliers.
+
+Called within the attention kernel. A dequantized element is `level * scale + zero`; scale and zero belong to the channel, or to
+the token where the range is dynamic (`scales`: `[tokens, 2]` fp16 of the sequence's page).
+"""
+
+import triton
+import triton.language as tl
+
+from deployment.kernels.phase import pair_of
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_codes, unit_codes
+
+
+@triton.jit
+def token_ranges(scales, token, ok):
+    """(scale, zero) fp32 of tokens."""
+    scale = tl.load(scales + token * 2, mask=ok, other=0).to(tl.float32)
+    zero = tl.load(scales + token * 2 + 1, mask=ok, other=0).to(tl.float32)
+    return scale, zero
+
+
+@triton.jit
+def key_halves(
+    words,  # of the block and head (fragments) or of the block (channels)
+    scales,
+    tables,  # levels, scale, zero, width, offset, first_level; those per channel at the head's first
+    dense,  # [tokens, D] of the head
+    dense_stride,
+    token0,
+    tokens,
+    first,
+    second,
+    pair_ok,
+    GEOMETRY: tl.constexpr,  # of fragments, `Fragment.constants`
+    SOURCE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BITS: tl.constexpr,  # of fragments; the planes of channels
+    PAIRS: tl.constexpr,
+):
+    """Two tiles `[PAIRS, 64]` fp32: channels `first` and `second` of the block's 64 tokens, not rotated."""
+    token = token0 + tl.arange(0, 64)
+    ok = token < tokens
+    if SOURCE == DENSE:
+        at = dense + token[None, :] * dense_stride
+        mask = pair_ok[:, None] & ok[None, :]
+        a = tl.load(at + first[:, None], mask=mask, other=0).to(tl.float32)
+        b = tl.load(at + second[:, None], mask=mask, other=0).to(tl.float32)
+    else:
+        levels, scale, zero, width, offset, first_level = tables
+        if SOURCE == FRAGMENT_ORDER:
+            a_codes, b_codes = tl.split(arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY))
+            a, b = tl.load(levels + a_codes), tl.load(levels + b_codes)
+        else:
+            a = channel_levels(words, levels, width, offset, first_level, first, pair_ok, BITS, PAIRS)
+            b = channel_levels(words, levels, width, offset, first_level, second, pair_ok, BITS, PAIRS)
+        if DYNAMIC:
+            s, z = token_ranges(scales, token, ok)
+            a, b = a * s[None, :] + z[None, :], b * s[None, :] + z[None, :]
+        else:
+            a = a * static(scale, first, pair_ok)[:, None] + static(zero, first, pair_ok)[:, None]
+            b = b * static(scale, second, pair_ok)[:, None] + static(zero, second, pair_ok)[:, None]
+    return a, b
+
+
+@triton.jit
+def value_tile(
+    words,
+    scales,
+    tables,
+    dense,
+    dense_stride,
+    token0,
+    tokens,
+    channel,
+    channel_ok,
+    GEOMETRY: tl.constexpr,
+    SOURCE: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A tile `[64, CHANNELS]` fp32; arguments as of `key_halves`."""
+    token = token0 + tl.arange(0, 64)
+    ok = token < tokens
+    if SOURCE == DENSE:
+        at = dense + token[:, None] * dense_stride + channel[None, :]
+        tile = tl.load(at, mask=ok[:, None] & channel_ok[None, :], other=0).to(tl.float32)
+    else:
+        levels, scale, zero, width, offset, first_level = tables
+        if SOURCE == FRAGMENT_ORDER:
+            codes = arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY)
+            tile = tl.load(levels + tl.reshape(codes, (64, CHANNELS)))
+        else:
+            tile = tl.trans(
+                channel_levels(words, levels, width, offset, first_level, channel, channel_ok, BITS, CHANNELS)
+            )
+        if DYNAMIC:
+            s, z = token_ranges(scales, token, ok)
+            tile = tile * s[:, None] + z[:, None]
+        else:
+            tile = tile * static(scale, channel, channel_ok)[None, :] + static(zero, channel, channel_ok)[None, :]
+    return tile
+
+
+@triton.jit
+def static(table, channel, ok):
+    """A calibrated number of every channel."""
+    return tl.load(table + channel, mask=ok, other=0)
+
+
+@triton.jit
+def channel_levels(words, levels, width, offset, first_level, channel, ok, PLANES: tl.constexpr, N: tl.constexpr):
+    """Levels `[N, 64]` of channels in channel order."""
+    bits = tl.load(width + channel, mask=ok, other=0)
+    start = tl.load(offset + channel, mask=ok, other=0)
+    base = tl.load(first_level + channel, mask=ok, other=0)
+    return tl.load(levels + base[:, None] + channel_codes(words, start, bits, ok, PLANES, N))
+
+
+@triton.jit
+def list_begin(starts, ends, stream, block, blocks):
+    """Where the outlier list of a block begins."""
+    if block > 0:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
+        begin = tl.load(ends + stream * blocks + block - 1)
+    else:
+        begin = tl.load(starts + stream)
+    return begin
+
+
+@triton.jit
+def outlier_deltas(
+    index,
+    value,
+    entry,
+    ok,
+    edges,  # ends of the lists of the chunk's first block
+    blocks,  # of the chunk
+    scales,
+    levels,
+    floor,
+    token0,
+    BLOCKS: tl.constexpr,
+    D: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+):
+    """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
+    place = tl.load(index + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
+    exact = tl.load(value + entry, mask=ok, other=0).to(tl.float32)
+    block = tl.zeros_like(place)
+    for earlier in tl.static_range(BLOCKS):
+        edge = tl.load(edges + earlier, mask=earlier < blocks, other=2147483647)
+        block += (entry >= edge).to(tl.int32)
+    token, channel = block * 64 + place // D, place % D
+    if DYNAMIC:
+        scale, zero = token_ranges(scales, token0 + token, ok)
+        coded = tl.load(levels) * scale + zero
+    else:
+        coded = tl.load(floor + channel, mask=ok, other=0)
+    return token, channel, exact - coded
+
+
+@triton.jit
+def turned_query(
+    rotated,
+    token,
+    channel,
+    row,
+    ok,
+    turn,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+):
+    """`[entries, ROWS]` fp32: the factor by which an element of the unrotated keys enters the scores.
+
+    rotated: `[blocks, ROWS, 2, PAIRS]`, queries rotated back to the blocks' first tokens.
+    """
+    pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
+    cos = tl.load(turn + pair * 64 + token % 64, mask=ok, other=0)
+    sin = tl.load(turn + (D // 2 + pair) * 64 + token % 64, mask=ok, other=0)
+    at = rotated + (((token // 64) * ROWS)[:, None] + row[None, :]) * (2 * PAIRS) + pair[:, None]
+    a = tl.load(at, mask=ok[:, None], other=0).to(tl.float32)
+    b = tl.load(at + PAIRS, mask=ok[:, None], other=0).to(tl.float32)
+    on_a = tl.where(is_second, -sin, cos)
+    on_b = tl.where(is_second, cos, sin)
+    return a * on_a[:, None] + b * on_b[:, None]

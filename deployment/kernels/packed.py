@@ -1,0 +1,285 @@
+"""Host side of the attention kernels: segments of the context in, the output of all queries out.
+
+`attend_packed` is the Triton twin of `attend_torch` (attend.py): the same softmax over the same segments, but it takes
+packed pages as they are. Nothing here waits for the device or depends on how full the cache is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from deployment.kernels.phase import Rotary
+from deployment.kernels.split import combine_kernel, split_kernel
+from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
+from deployment.layout import PackedTensor, Page
+from deployment.order import FragmentOrder
+
+_LOG2_E = math.log2(math.e)
+_MAX_ROWS = 64  # queries of a tile; more would not fit the registers
+_CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
+_MAX_CHUNK = 512
+_ENTRIES = 128  # outliers at a time
+_PARTS = 16  # put together at a time
+_WAVES = 4  # programs per multiprocessor
+_MAX_SPLITS = 256
+
+
+@dataclass(frozen=True)
+class DenseSegment:
+    """Tokens as they are, pre-RoPE: `key` and `value` `[B, G, n, D]` of equal strides.
+
+    Row b's first token is at position `start` + `origins[b]` (int64); before 0 lies padding. Tokens from position
+    `limits[b]` (int64) on are not there yet; None for a segment that is full.
+    """
+
+    key: Tensor
+    value: Tensor
+    origins: Tensor
+    limits: Tensor | None
+    start: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """There is room for so many per sequence."""
+        return self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class PackedSegment:
+    """A page of keys and one of values; `origins`, `limits` and `start` as above."""
+
+    key: PackedTensor
+    key_page: Page
+    value: PackedTensor
+    value_page: Page
+    origins: Tensor
+    limits: Tensor
+    start: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """There is room for so many per sequence."""
+        return self.key_page.end - self.key_page.start
+
+
+Segment = DenseSegment | PackedSegment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the work on some queries is cut up."""
+
+    rows: int
+    tiles: int
+    chunk: int
+    programs: int
+    splits: list[int]  # of each segment
+
+    @classmethod
+    def of(cls, rows: int, streams: int, segments: Sequence[int], device: torch.device) -> "Plan":
+        """For `rows` queries of each of `streams` (sequence, KV head), and segments of so many tokens."""
+        tile = min(_MAX_ROWS, triton.next_power_of_2(rows))
+        tiles = -(-rows // tile)
+        chunk = min(_MAX_CHUNK, _CHUNK_SCORES // max(tile, 16))
+        wanted = multiprocessors(device) * _WAVES
+        most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
+        splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
+        return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits)), splits)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; the interpreter gets two, so that splitting is tested."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def attend_packed(
+    query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
+) -> Tensor:
+    """Causal softmax attention over segments.
+
+    Args:
+        query: `[B, H, S, D]`, pre-RoPE; query head h reads KV head h // (H / G).
+        positions: `[B, S]` int64 of the queries; a query sees the tokens up to its own position, one at -1 none.
+        scaling: factor on the scores.
+
+    Returns `[B, S, H, D]` in the query's dtype.
+    """
+    batch, heads, new, dim = query.shape
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
+    precise = query.dtype == torch.float32
+    scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)
+    parts, streams = sum(plan.splits), batch * kv_heads
+    outputs = query.new_empty(parts, streams, plan.tiles * plan.rows, dim, dtype=torch.float32)
+    maxima, sums = (query.new_empty(parts, streams, plan.tiles * plan.rows, dtype=torch.float32) for _ in range(2))
+    part = 0
+    for segment, splits in zip(segments, plan.splits, strict=True):
+        works = streams * plan.tiles * splits
+        split_kernel[(min(works, plan.programs),)](
+            query=query,
+            query_stride_b=query.stride(0),
+            query_stride_h=query.stride(1),
+            query_stride_s=query.stride(2),
+            positions=positions,
+            origins=segment.origins,
+            shift=segment.start,
+            limits=segment.origins if segment.limits is None else segment.limits,
+            high=rotary.high,
+            low=rotary.low,
+            turn=rotary.turn,
+            scaling=scaling * _LOG2_E,
+            new=new,
+            segment_tokens=segment.tokens,
+            **_segment_arguments(segment),
+            **vars(scratch),
+            outputs=outputs,
+            maxima=maxima,
+            sums=sums,
+            part=part,
+            splits=splits,
+            tiles=plan.tiles,
+            works=works,
+            H=heads,
+            G=kv_heads,
+            D=dim,
+            ROWS=plan.rows,
+            CHUNK=plan.chunk,
+            PAIRS=max(16, triton.next_power_of_2(dim // 2)),
+            CHANNELS=max(16, triton.next_power_of_2(dim)),
+            ROTARY_HALF=rotary.half,
+            LIMITED=segment.limits is not None,
+            PRECISE=precise,
+            ENTRIES=_ENTRIES,
+            num_warps=_warps(plan.rows, dim),
+            num_stages=1,
+        )
+        part += splits
+    result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
+    combine_kernel[(batch * new * heads,)](
+        outputs,
+        maxima,
+        sums,
+        result,
+        new,
+        parts,
+        plan.tiles,
+        batch,
+        H=heads,
+        G=kv_heads,
+        D=dim,
+        ROWS=plan.rows,
+        CHANNELS=triton.next_power_of_2(dim),
+        PARTS=_PARTS,
+        num_warps=4,
+    )
+    return result
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Memory that a program's phases pass results through."""
+
+    rotated: Tensor
+    scores: Tensor
+    weights: Tensor
+    extra: Tensor
+    rescale: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, dim: int, device: torch.device, operand: torch.dtype) -> "_Scratch":
+        pairs = max(16, triton.next_power_of_2(dim // 2))
+
+        def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(plan.programs, *shape, dtype=dtype, device=device)
+
+        return cls(
+            rotated=new(plan.chunk // 64, plan.rows, 2, pairs, dtype=operand),
+            scores=new(plan.chunk, plan.rows),
+            weights=new(plan.chunk, plan.rows, dtype=operand),
+            extra=new(dim, plan.rows),
+            rescale=new(plan.rows),
+        )
+
+
+def _warps(rows: int, dim: int) -> int:
+    """As many as the fragments were laid out for; more for many queries, which share the tiles anyway."""
+    return 8 if dim > 128 or rows > 16 else 4
+
+
+def _segment_arguments(segment: Segment) -> dict[str, Any]:
+    if isinstance(segment, DenseSegment):
+        return _dense_arguments(segment)
+    page_arguments = {
+        **_packed_arguments("key", segment.key, segment.key_page),
+        **_packed_arguments("value", segment.value, segment.value_page),
+        "blocks": segment.key_page.blocks,
+    }
+    unused = segment.key_page.words
+    return {
+        **page_arguments,
+        "key_dense": unused,
+        "value_dense": unused,
+        "dense_stride_b": 0,
+        "dense_stride_g": 0,
+        "dense_stride_t": 0,
+    }
+
+
+_PACKED_NAMES = [
+    "words",
+    "scales",
+    "levels",
+    "scale",
+    "zero",
+    "floor",
+    "width",
+    "offset",
+    "first_level",
+    "index",
+    "value",
+    "starts",
+    "ends",
+]
+
+
+def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
+    key, value = segment.key, segment.value
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    arguments: dict[str, Any] = {f"{side}_{name}": key for side in ("key", "value") for name in _PACKED_NAMES}
+    for side in ("KEY", "VALUE"):
+        arguments |= {f"{side}_SOURCE": DENSE, f"{side}_BITS": 0, f"{side}_GEOMETRY": (), f"{side}_DYNAMIC": False}
+        arguments |= {f"{side}_OUTLIERS": False, f"{side.lower()}_block_words": 0}
+    strides = dict(zip(("dense_stride_b", "dense_stride_g", "dense_stride_t"), key.stride()[:3], strict=True))
+    return {**arguments, **strides, "key_dense": key, "value_dense": value, "blocks": 0}
+
+
+def _packed_arguments(side: str, packed: PackedTensor, page: Page) -> dict[str, Any]:
+    tables, order, streams, upper = packed.tables, packed.order, page.outliers, side.upper()
+    unused = page.words
+    tensors = {
+        "words": page.words,
+        "scales": unused if page.scales is None else page.scales,
+        **{name: getattr(tables, name) for name in _PACKED_NAMES[2:9]},
+        "index": unused if streams is None else streams.index,
+        "value": unused if streams is None else streams.value,
+        "starts": unused if streams is None else streams.starts,
+        "ends": unused if streams is None else streams.ends,
+    }
+    return {
+        **{f"{side}_{name}": tensor for name, tensor in tensors.items()},
+        f"{side}_block_words": order.words,
+        f"{upper}_SOURCE": FRAGMENT_ORDER if isinstance(order, FragmentOrder) else CHANNEL_ORDER,
+        f"{upper}_BITS": order.bits if isinstance(order, FragmentOrder) else tables.planes,
+        f"{upper}_GEOMETRY": order.geometry.constants() if isinstance(order, FragmentOrder) else (),
+        f"{upper}_DYNAMIC": page.scales is not None,
+        f"{upper}_OUTLIERS": streams is not None and streams.index.numel() > 0,
+    }

@@ -1,0 +1,81 @@
+"""From the words of a block to tiles of numbers: what the attention kernels know of the layout.
+
+Every function here is called within a kernel. A tile of keys is a pair of `[D/2, 64]` tiles, the first and the second halves
+of the rotary pairs; a tile of values is `[64, D]`. Two orders of codes exist (`deployment/order.py`), and a third
+source of tiles is a plain tensor: sinks, or the chunk that is being read.
+"""
+
+import triton
+import triton.language as tl
+
+CHANNEL_ORDER = tl.constexpr(0)
+FRAGMENT_ORDER = tl.constexpr(1)
+DENSE = tl.constexpr(2)
+
+
+@triton.jit
+def channel_codes(words, offset, width, ok, PLANES: tl.constexpr, N: tl.constexpr):
+    """Codes `[N, 64]` int32 of N channels in channel order.
+
+    words: pointer to the block's words. offset, width, ok: `[N]`. PLANES: the union of all widths' binary digits.
+    """
+    codes = tl.zeros([N, 64], tl.int32)
+    if PLANES & 8:
+        codes |= channel_plane(words, offset, width, ok, 8, N)
+    if PLANES & 4:
+        codes |= channel_plane(words, offset, width, ok, 4, N)
+    if PLANES & 2:
+        codes |= channel_plane(words, offset, width, ok, 2, N)
+    if PLANES & 1:
+        codes |= channel_plane(words, offset, width, ok, 1, N)
+    return codes
+
+
+@triton.jit
+def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr):
+    """The bits of `[N, 64]` codes that a plane of PLANE bits holds, in their place; 0 for channels without it."""
+    # the planes before this one are as many bits of the code as words of a group of 32 codes
+    shift = width & (16 - 2 * PLANE)
+    word = tl.arange(0, 2 * PLANE)[None, :]
+    at = words + offset[:, None] + word // PLANE * width[:, None] + shift[:, None] + word % PLANE
+    held = tl.load(at, mask=(ok & ((width & PLANE) != 0))[:, None], other=0)
+    fields = held[:, :, None] >> (tl.arange(0, 32 // PLANE) * PLANE)[None, None, :]
+    return tl.reshape(fields & ((1 << PLANE) - 1), [N, 64]) << shift[:, None]
+
+
+@triton.jit
+def unit_codes(words, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Codes `[units / (8 VECTOR), 8 VECTOR, codes of a unit]` int32 of a head's block in fragment order."""
+    ROW: tl.constexpr = 8 * GEOMETRY[5]
+    UNITS: tl.constexpr = GEOMETRY[3] * GEOMETRY[4] * GEOMETRY[6] * 32
+    at = words + tl.arange(0, UNITS // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    nibble = tl.arange(0, 8)[None, None, :] * 4
+    if BITS == 3:
+        first = tl.load(at)[:, :, None] >> nibble
+        second = tl.load(at + UNITS)[:, :, None] >> nibble
+        third = tl.load(at + 2 * UNITS)[:, :, None] >> nibble
+        spare = ((first >> 3) & 1) | ((second >> 2) & 2) | ((third >> 1) & 4)
+        quarters = tl.join(tl.join(first & 7, third & 7), tl.join(second & 7, spare))
+        return tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
+    if BITS == 4:
+        return (tl.load(at)[:, :, None] >> nibble) & 15
+    code = tl.arange(0, 16)[None, None, :]
+    return (tl.load(at)[:, :, None] >> (code % 8 * 4 + code // 8 * 2)) & 3
+
+
+@triton.jit
+def arrange(units, GEOMETRY: tl.constexpr):
+    """`[k, n, halves]` of what units hold, lane by lane; no element leaves its lane (see `Fragment.index`)."""
+    HALVES: tl.constexpr = GEOMETRY[0]
+    SLOTS_N: tl.constexpr = GEOMETRY[1]
+    SLOTS_K: tl.constexpr = GEOMETRY[2]
+    TILES_N: tl.constexpr = GEOMETRY[3]
+    TILES_K: tl.constexpr = GEOMETRY[4]
+    VECTOR: tl.constexpr = GEOMETRY[5]
+    WARPS: tl.constexpr = GEOMETRY[6]
+    REPEATS: tl.constexpr = TILES_N * TILES_K // VECTOR
+    lanes = tl.reshape(units, (REPEATS, WARPS, 4, 2, 4, VECTOR, HALVES, SLOTS_N, SLOTS_K, 2))
+    in_order = tl.permute(lanes, (0, 5, 1, 2, 3, 4, 6, 7, 8, 9))
+    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K, 2))
+    ordered = tl.permute(tiled, (1, 8, 5, 9, 0, 7, 2, 3, 4, 6))
+    return tl.reshape(ordered, (TILES_K * SLOTS_K * 8, TILES_N * SLOTS_N * WARPS * 8, HALVES))

@@ -1,0 +1,71 @@
+"""What the kernels must know of a quantizer: its tables, channel by channel, whatever kind it is."""
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from deployment.order import ChannelOrder, Order
+from quant.codebook import Codebook
+from quant.mixed import MixedQuantizer
+from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One layer's keys or values; where the range is dynamic `scale`, `zero` and `floor` are all zeros."""
+
+    levels: Tensor  # [sum of L] float32, the codebooks one after another
+    boundaries: Tensor  # [sum of L - 1] float32, at least one number
+    scale: Tensor  # [C] float32
+    zero: Tensor  # [C] float32
+    floor: Tensor  # [C] float32: what code 0 decodes to
+    width: Tensor  # [C] int32
+    offset: Tensor  # [C] int32: first word in a block, in channel order
+    first_level: Tensor  # [C] int32: where the channel's codebook begins in levels
+    first_boundary: Tensor  # [C] int32: and in boundaries
+    planes: int  # union of the binary digits of all widths
+    widest: int
+
+    @classmethod
+    def of(cls, quantizer: Quantizer, order: Order, channels: int) -> "Tables":
+        """The tables of a quantizer whose codes lie in `order`."""
+        device = next(iter(quantizer.tables.values())).device
+        codebooks = _codebooks(quantizer)
+        width = torch.zeros(channels, dtype=torch.int64, device=device)
+        first_level, first_boundary = width.clone(), width.clone()
+        levels = boundaries = 0
+        for bits, codebook in codebooks.items():
+            chosen = quantizer.channels[bits]
+            width[chosen], first_level[chosen], first_boundary[chosen] = bits, levels, boundaries
+            levels, boundaries = levels + len(codebook.levels), boundaries + len(codebook.boundaries)
+        all_levels = torch.cat([codebook.levels for codebook in codebooks.values()])
+        zeros = all_levels.new_zeros(channels)
+        scale = zero = zeros
+        if isinstance(quantizer, ChannelQuantizer | MixedQuantizer):
+            scale, zero = quantizer.scale, quantizer.zero
+        offset = order.offsets if isinstance(order, ChannelOrder) else torch.zeros_like(width)
+        occurring = [bits for bits in codebooks if (width == bits).any()]
+        return cls(
+            levels=all_levels,
+            # never an empty tensor: its pointer would be null
+            boundaries=torch.cat([*(codebook.boundaries for codebook in codebooks.values()), all_levels[:1]]),
+            scale=scale.contiguous(),
+            zero=zero.contiguous(),
+            floor=(all_levels[first_level] * scale + zero).contiguous(),
+            width=width.int(),
+            offset=offset.int(),
+            first_level=first_level.int(),
+            first_boundary=first_boundary.int(),
+            planes=reduce(or_, occurring, 0),
+            widest=max(occurring),
+        )
+
+
+def _codebooks(quantizer: Quantizer) -> dict[int, Codebook]:
+    if isinstance(quantizer, MixedQuantizer):
+        return quantizer.codebooks
+    assert isinstance(quantizer, ChannelQuantizer | TokenQuantizer)
+    return {int(quantizer.scheme.bits): quantizer.codebook}
