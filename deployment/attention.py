@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from deployment.cache import PackedLayer
 from deployment.kernels.attend import Segment, attend_torch
+from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.rope import Rope
 from gradients.models import decoder, kv_sites
 from gradients.rope import rotate
@@ -36,11 +37,14 @@ class _Context:
     """What the attention function must know of its module; a plain object, so that it is no submodule."""
 
     rope: Rope
+    backend: Backend | None
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
+def packed_attention(model: PreTrainedModel, backend: Backend | None = None) -> Iterator[None]:
     """Within the block, `model` attends through the packed layers of any `PackedCache` it is given.
+
+    `backend` overrides the environment's choice between kernels and torch (kernels/dispatch.py).
 
     Raises `NotImplementedError` for an unsupported architecture.
     """
@@ -53,7 +57,8 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     try:
         for module in modules:
             layer_type = module.layer_type if isinstance(rotary.rope_type, dict) else None
-            setattr(module, _CONTEXT, _Context(ropes.setdefault(layer_type, Rope(rotary, layer_type))))
+            rope = ropes.setdefault(layer_type, Rope(rotary, layer_type))
+            setattr(module, _CONTEXT, _Context(rope, backend))
         model.set_attn_implementation(NAME)
         yield
     finally:
@@ -119,12 +124,15 @@ def attention(
 
     Returns `[B, S, H, D]` in the query's dtype, and no weights.
     """
-    rope: Rope = getattr(module, _CONTEXT).rope
+    context: _Context = getattr(module, _CONTEXT)
+    rope = context.rope
     layer: PackedLayer | None = getattr(key, "packed_layer", None)
     if layer is None:
         return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     padding = _chunk_padding(attention_mask, layer, query.shape[2])
+    if runs_kernels(context.backend, layer, query.device):
+        return attend_and_store(layer, rope, query, key, value, padding, scaling), None
     output = _packed(layer, rope, query, key, value, padding, scaling)
     return output.transpose(1, 2).to(query.dtype).contiguous(), None
 

@@ -65,6 +65,7 @@ class PackedLayer(CacheLayerMixin):
         self.fragments = fragments  # whether codes may lie in the order of tensor cores (order.py)
         self.slots = 0  # tokens seen per row, padding included: what transformers calls the sequence length
         self.lengths: list[int] = []  # tokens stored per row
+        self.stored = torch.zeros(0, dtype=torch.int64)  # the same on the device, where the kernels keep count
         self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
         self.packed: dict[Kind, PackedTensor] = {}
         self._handed_on = False
@@ -79,6 +80,9 @@ class PackedLayer(CacheLayerMixin):
             if self.capacity is not None:
                 self.packed[kind].reserve(self.capacity - self.sink_tokens, exactly=True)
         self.lengths = [0] * batch
+        self.stored = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.no_padding = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.overflow = torch.zeros(1, dtype=torch.int32, device=self.device)
         self.is_initialized = True
 
     def update(
@@ -109,8 +113,48 @@ class PackedLayer(CacheLayerMixin):
             tokens = states.transpose(1, 2).flatten(2)  # [B, S, C]
             for rows, length, pad in self._aligned_rows(padding):
                 self._append_rows(kind, rows, length, tokens[rows, pad:])
+        self._count(new, padding)
+        self.stored = torch.tensor(self.lengths, device=self.device)
+
+    def append_with_kernels(self, key: Tensor, value: Tensor, padding: Sequence[int], pads: Tensor) -> None:
+        """The same on the device, `pads` `[B]` int64 being `padding` there; waits for it once in 64 tokens at most."""
+        from deployment.kernels.append import append_packed
+
+        self._handed_on = False
+        new, capturing = key.shape[2], is_capturing(self.device)
+        start = max(0, min(self.lengths) - self.sink_tokens)
+        span = max(0, max(self.lengths) + new - self.sink_tokens) - start
+        for kind, states in zip(KINDS, (key, value), strict=True):
+            packed = self.packed[kind]
+            pages = packed.pages if capturing else packed.make_room(start, span)
+            append_packed(packed, states, self.stored, pads, self.sinks[kind], pages, self.overflow)
+            if not capturing:
+                packed.trim(span)
+        self.stored += new - pads
+        self._count(new, padding)
+
+    def _count(self, new: int, padding: Sequence[int]) -> None:
         self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
         self.slots += new
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more per row, so that a captured graph of the kernels can store them.
+
+        Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
+        """
+        for packed in self.packed.values():
+            start = max(0, max(self.lengths) - self.sink_tokens)
+            packed.make_room(start, tokens)
+            for page in packed.pages:  # nothing was stored yet
+                page.room += tokens * packed.most_outliers if page.outliers is not None else 0
+
+    def recount(self) -> None:
+        """Take over the lengths that the device has counted. Raises RuntimeError if outliers found no room."""
+        lengths = self.stored.tolist()
+        if self.overflow.item():
+            raise RuntimeError("outliers were lost for want of room; reserve more tokens before capturing a graph")
+        self.slots += max(lengths, default=0) - max(self.lengths, default=0)
+        self.lengths = lengths
 
     def _aligned_rows(self, padding: Sequence[int]) -> Iterator[tuple[Rows, int, int]]:
         """Groups of rows that are equally long and equally padded: all of them, but for left-padded batches."""
@@ -164,6 +208,7 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, keeping quantizers and capacity."""
         self.slots, self.lengths = 0, []
+        self.stored = self.stored[:0]
         self.sinks, self.packed = {}, {}
         self.is_initialized = self._handed_on = False
 
@@ -175,6 +220,7 @@ class PackedLayer(CacheLayerMixin):
             return
         self.slots = max(0, self.slots + tokens_to_remove)
         self.lengths = [max(0, length + tokens_to_remove) for length in self.lengths]
+        self.stored = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         for packed in self.packed.values():
             packed.truncate([length - self.sink_tokens for length in self.lengths])
 
@@ -187,6 +233,8 @@ class PackedLayer(CacheLayerMixin):
         for packed in self.packed.values():
             packed.select(sequences)
         self.lengths = [self.lengths[row] for row in sequences.tolist()]
+        self.stored = self.stored[sequences]
+        self.no_padding = torch.zeros_like(self.stored)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row b continues row `beam_idx[b]`."""
@@ -203,6 +251,11 @@ class PackedLayer(CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor held for cached tokens."""
         return [*self.sinks.values(), *(tensor for packed in self.packed.values() for tensor in packed.tensors())]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: nothing may be allocated for good, or waited for."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class PackedCache(Cache):

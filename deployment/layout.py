@@ -22,12 +22,14 @@ from torch import Tensor
 from deployment.order import Order, Role, order_of
 from deployment.streams import OutlierStreams
 from deployment.tables import Tables
+from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
 PAGE_BLOCKS = 8  # of the smallest page, and of what is dequantized at once
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
+_ROOM_TOKENS = 64  # the append kernel's streams have room for all elements of so many tokens being outliers
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index
 
@@ -41,6 +43,7 @@ class Page:
     words: Tensor
     scales: Tensor | None
     outliers: OutlierStreams | None
+    room: int = 0  # every stream of outliers has at least so many free places
 
     @property
     def end(self) -> int:
@@ -72,6 +75,11 @@ class PackedTensor:
         return Tables.of(self.quantizer, self.order, self.heads * self.head_dim)
 
     @property
+    def keeps_outliers(self) -> bool:
+        """Whether lists of outliers exist at all."""
+        return keeps_outliers(self.quantizer)
+
+    @property
     def tokens_reserved(self) -> int:
         """Tokens per sequence that the pages have room for."""
         return self.pages[-1].end if self.pages else 0
@@ -87,10 +95,42 @@ class PackedTensor:
         scales = outliers = None
         if isinstance(self.quantizer, TokenQuantizer):
             scales = torch.zeros(self.batch, blocks * BLOCK_TOKENS, 2, dtype=torch.float16, device=self.device)
-        if keeps_outliers(self.quantizer):
+        if self.keeps_outliers:
             outliers = OutlierStreams.empty(self.batch, self.heads, blocks, self.device)
         words = torch.zeros(self.batch, blocks, self.order.words, dtype=torch.int32, device=self.device)
         return Page(self.tokens_reserved, blocks, words, scales, outliers)
+
+    def make_room(self, start: int, tokens: int) -> list[Page]:
+        """Prepare for the append kernel to store up to `tokens` tokens from `start` on; the pages it will write to.
+
+        Waits for the device only where room runs out, every 64 tokens.
+        """
+        self.reserve(start + tokens)
+        pages = [page for page in self.pages if page.start < start + tokens and page.end > start]
+        for page in pages:
+            if page.outliers is not None:
+                if page.room < tokens * self.most_outliers or page.outliers.starts is None:
+                    self._set_room(page, tokens + _ROOM_TOKENS)
+                page.room -= tokens * self.most_outliers
+        return pages
+
+    def trim(self, tokens: int) -> None:
+        """Give back the room that `tokens` tokens might have needed."""
+        for page in self.pages:
+            if tokens > _ROOM_TOKENS and page.room:
+                self._set_room(page, _ROOM_TOKENS)
+
+    def _set_room(self, page: Page, tokens: int) -> None:
+        page.room = tokens * self.most_outliers
+        page.outliers = page.outliers.with_room(page.room)
+
+    @property
+    def most_outliers(self) -> int:
+        """Of one token in one head."""
+        if isinstance(self.quantizer, TokenQuantizer):
+            channels = self.heads * self.head_dim
+            return min(self.head_dim, 2 * outliers_per_end(channels, self.quantizer.scheme.outliers))
+        return self.head_dim
 
     def write(self, rows: Rows, start: int, encoded: Encoded) -> None:
         """Append tokens `start`, `start + 1`, ... of the sequences `rows`; `encoded` holds `[R, n, C]` of them."""
@@ -133,7 +173,7 @@ class PackedTensor:
             block, slot = (token + start - page.start) // BLOCK_TOKENS, (token + start - page.start) % BLOCK_TOKENS
             lists = (sequence * self.heads + head) * page.blocks + block
             added = (lists[here], (slot * self.head_dim + dim)[here], encoded.exact[here])
-            page.outliers = page.outliers.with_added(*added)
+            page.outliers, page.room = page.outliers.with_added(*added), 0
 
     def read(self, page: Page, first: int = 0, blocks: int | None = None) -> Tensor:
         """Dequantized tokens of some blocks of a page, all from `first` on by default, `[B, G, n, D]` float32."""
@@ -162,6 +202,7 @@ class PackedTensor:
         for page in self.pages:
             if page.outliers is not None:
                 page.outliers = page.outliers.before(limits - page.start, self.head_dim, BLOCK_TOKENS)
+                page.room = 0
 
     def select(self, sequences: Tensor) -> None:
         """Keep the given sequences `[B']` int64, in this order; one may appear more than once."""
@@ -169,6 +210,7 @@ class PackedTensor:
             page.words = page.words[sequences]
             page.scales = None if page.scales is None else page.scales[sequences]
             page.outliers = None if page.outliers is None else page.outliers.select(sequences)
+            page.room = 0
         self.batch = len(sequences)
 
     def tensors(self) -> list[Tensor]:

@@ -184,6 +184,16 @@ class Fragment:
         return (token * self.head_dim + channel).reshape(self.units, -1)
 
 
+def fragment_index(order: FragmentOrder) -> Tensor:
+    """`Fragment.index` as the append kernel reads it, `[U, unit codes]` int32 on the order's device."""
+    return _fragment_index(order.bits, order.head_dim, order.role, order.device)
+
+
+@cache
+def _fragment_index(bits: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
+    return Fragment.of(bits, head_dim, role).index().int().contiguous().to(device)
+
+
 @cache
 def _fragment_tables(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of a head's codes (token * D + channel) comes where, in the order in which `pack` wants them; its inverse."""

@@ -7,13 +7,16 @@ their frequencies with the length of the sequence are told the current length wi
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from gradients.models import decoder_config
+
+if TYPE_CHECKING:
+    from deployment.kernels.phase import Rotary
 
 _MEMO_TABLES = 64  # tables of one page each: 32K positions, 16 MB at a head dimension of 64
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
@@ -30,6 +33,7 @@ class Rope:
     module: nn.Module
     layer_type: str | None = None
     _memo: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _rotary: dict[tuple[Any, ...], "Rotary"] = field(default_factory=dict)
 
     @property
     def length_dependent(self) -> bool:
@@ -50,6 +54,25 @@ class Rope:
         kind = {} if self.layer_type is None else {"layer_type": self.layer_type}
         cos, sin = self.module.forward(x, torch.cat([positions, last], dim=1), **kind)
         return cos[:, :tokens], sin[:, :tokens]
+
+    def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
+        """(radians per token `[R/2]`, factor on cos and sin) in a sequence that has `length` tokens by now."""
+        if self.length_dependent:  # calling it makes the module set them
+            self.tables(torch.zeros(1, 1, dtype=torch.int64, device=device), length)
+        prefix = "" if self.layer_type is None else f"{self.layer_type}_"
+        frequencies = getattr(self.module, f"{prefix}inv_freq")
+        return frequencies.to(device), float(getattr(self.module, f"{prefix}attention_scaling"))
+
+    def for_kernels(self, length: int, head_dim: int, device: torch.device) -> "Rotary":
+        """The embedding as the kernels read it, remembered from layer to layer."""
+        from deployment.kernels.phase import Rotary
+
+        key = (head_dim, device, length if self.length_dependent else None)
+        if key not in self._rotary:
+            self._rotary.clear()
+            frequencies, scaling = self.frequencies(length, device)
+            self._rotary[key] = Rotary.of(frequencies.float(), head_dim, scaling)
+        return self._rotary[key]
 
     def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) `[1, n, R]` float32 of the positions of a page, remembered from layer to layer and step to step."""

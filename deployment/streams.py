@@ -43,15 +43,18 @@ class OutlierStreams:
         """Outliers of every list, `[B, G, blocks]` int64."""
         if self.starts is None:
             return self.ends.long().flatten().diff(prepend=self.ends.new_zeros(1)).view_as(self.ends)
-        return self.ends.long().diff(prepend=self.starts.long()[..., None])
+        # the append kernel leaves the ends of blocks alone that it has not come to yet
+        return self.ends.long().cummax(-1).values.diff(prepend=self.starts.long()[..., None])
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(number of the list int64, index int64, value fp16) of every outlier, in order."""
-        lengths = self.lengths().flatten()
-        lists = torch.repeat_interleave(lengths)
-        begins = self.ends.flatten().long() - lengths
-        rank = torch.arange(len(lists), device=lists.device)
-        place = begins[lists] + rank - (lengths.cumsum(0) - lengths)[lists]
+        lengths = self.lengths()
+        totals = lengths.sum(-1, keepdim=True)
+        exact = totals.flatten().cumsum(0).view_as(totals) - totals
+        starts = exact if self.starts is None else self.starts.long()[..., None]
+        lists = torch.repeat_interleave(lengths.flatten())
+        rank = torch.arange(len(lists), device=lists.device) - exact.flatten()[lists // self.blocks]
+        place = starts.flatten()[lists // self.blocks] + rank
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
@@ -83,6 +86,10 @@ class OutlierStreams:
     def with_room(self, room: int) -> "OutlierStreams":
         """The same outliers with `room` free places after every stream."""
         return self.rebuilt(*self.entries(), room)
+
+    def with_starts(self) -> "OutlierStreams":
+        """The same outliers with `starts`, which the kernels read."""
+        return self if self.starts is not None else self.with_room(0)
 
     def before(self, limits: Tensor, head_dim: int, block_tokens: int) -> "OutlierStreams":
         """Only the outliers of tokens before `limits` `[B]` of their sequence, and no room."""

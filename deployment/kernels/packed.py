@@ -263,7 +263,10 @@ def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
 
 
 def _packed_arguments(side: str, packed: PackedTensor, page: Page) -> dict[str, Any]:
-    tables, order, streams, upper = packed.tables, packed.order, page.outliers, side.upper()
+    tables, order, upper = packed.tables, packed.order, side.upper()
+    if page.outliers is not None:
+        page.outliers = page.outliers.with_starts()
+    streams = page.outliers
     unused = page.words
     tensors = {
         "words": page.words,

@@ -122,6 +122,7 @@ def split_kernel(
     PRECISE: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
+    """Parts of the outputs, with the maxima and sums of their softmax; see the top of this file."""
     GROUP: tl.constexpr = H // G
     BLOCKS: tl.constexpr = CHUNK // 64
     MMA_ROWS: tl.constexpr = 16 if ROWS < 16 else ROWS

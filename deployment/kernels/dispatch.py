@@ -1,0 +1,110 @@
+"""Which of the two ways through a packed cache is taken: Triton kernels, or torch.
+
+On CUDA the kernels run; elsewhere torch does, since Triton's interpreter (`TRITON_INTERPRET=1`) is for tests. `KVQUANT_BACKEND`, or an
+argument, says otherwise: `triton`, `torch` or `auto`. What the kernels cannot do falls back to torch, with one warning.
+"""
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deployment.cache import PackedLayer, is_capturing
+from deployment.rope import Rope
+from gradients.cli import UserError
+
+Backend = Literal["auto", "triton", "torch"]
+VARIABLE = "KVQUANT_BACKEND"
+_MAX_HEAD_DIM = 256
+
+
+def runs_kernels(backend: Backend | None, layer: PackedLayer, device: torch.device) -> bool:
+    """Whether this layer's attention goes through the kernels. Raises `UserError` for a backend nobody knows."""
+    chosen = backend or os.environ.get(VARIABLE, "auto")
+    if chosen not in ("auto", "triton", "torch"):
+        raise UserError(f"backend {chosen!r} is unknown; use auto, triton or torch ({VARIABLE}, or an argument)")
+    if chosen == "torch" or (chosen == "auto" and device.type != "cuda"):
+        return False
+    obstacle = _no_triton(device.type) or _unsupported(layer)
+    if obstacle:
+        _warn_once(obstacle)
+    return not obstacle
+
+
+@cache
+def _no_triton(device_type: str) -> str:
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    interpreted = triton.knobs.runtime.interpret
+    return "" if device_type == "cuda" or interpreted else "Triton runs on CUDA devices, or with TRITON_INTERPRET=1"
+
+
+def _unsupported(layer: PackedLayer) -> str:
+    from deployment.kernels.append import takes
+
+    for kind, packed in layer.packed.items():
+        if packed.head_dim > _MAX_HEAD_DIM or packed.head_dim % 2:
+            return f"heads of {packed.head_dim} channels"
+        if not takes(packed):
+            return f"{kind} scheme {packed.quantizer.scheme.describe()}"
+    return ""
+
+
+@cache
+def _warn_once(obstacle: str) -> None:
+    warnings.warn(f"attention over the packed cache falls back to torch: {obstacle}", stacklevel=2)
+
+
+def attend_and_store(
+    layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: Sequence[int], scaling: float
+) -> Tensor:
+    """Attend over past and chunk, and store the chunk, with the kernels.
+
+    Args:
+        query: `[B, H, S, D]`, pre-RoPE; key, value `[B, G, S, D]`.
+        padding: how many of each row's new tokens are left padding.
+
+    Returns `[B, S, H, D]` in the query's dtype.
+    """
+    from deployment.kernels.packed import DenseSegment, attend_packed
+
+    new = query.shape[2]
+    pads = layer.no_padding if not any(padding) else torch.tensor(padding, device=query.device)
+    origins = layer.stored - pads if any(padding) else layer.stored.clone()
+    positions = origins[:, None]
+    if new > 1:
+        token = torch.arange(new, device=query.device)
+        positions = (positions + token).masked_fill(token < pads[:, None], -1)
+    length = max(stored + new - pad for stored, pad in zip(layer.lengths, padding, strict=True))
+    rotary = rope.for_kernels(length, query.shape[-1], query.device)
+    if not layer.exact_chunk:
+        layer.append_with_kernels(key, value, padding, pads)
+    segments = _stored_segments(layer)
+    if layer.exact_chunk:
+        segments.append(DenseSegment(key, value, origins, None))
+    output = attend_packed(query, positions, segments, rotary, scaling, key.shape[1])
+    if layer.exact_chunk:
+        layer.append_with_kernels(key, value, padding, pads)
+    return output
+
+
+def _stored_segments(layer: PackedLayer) -> list[Any]:
+    from deployment.kernels.packed import DenseSegment, PackedSegment
+
+    segments: list[Any] = []
+    longest = max(layer.lengths)
+    if layer.sink_tokens and longest:
+        sinks = layer.sinks["key"], layer.sinks["value"]
+        segments.append(DenseSegment(*sinks, layer.no_padding, layer.stored))
+    key, value = layer.packed["key"], layer.packed["value"]
+    for key_page, value_page in zip(key.pages, value.pages, strict=True):
+        start = layer.sink_tokens + key_page.start
+        if start < longest or is_capturing(layer.device):
+            segments.append(PackedSegment(key, key_page, value, value_page, layer.no_padding, layer.stored, start))
+    return segments
