@@ -160,24 +160,41 @@ def _packed(
     layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
 ) -> Tensor:
     """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` float32."""
-    new = query.shape[2]
-    before = torch.tensor(layer.lengths, device=query.device)
-    pads = torch.tensor(padding, device=query.device)
-    # position of every token of the chunk; negative for padding
-    positions = (before - pads)[:, None] + torch.arange(new, device=query.device)
-    positions = positions.masked_fill(torch.arange(new, device=query.device) < pads[:, None], -1)
-    length = max(stored + new - pad for stored, pad in zip(layer.lengths, padding, strict=True))
-    tables = rope.tables(positions.clamp(min=0), length)
-    rotated = rotate(query.float(), *tables)
-    if layer.exact_chunk:
-        past = _stored_segments(layer, rope, positions, length)
-        # chained, not listed: a list would hold the whole past dequantized
-        segments = chain(past, [_chunk_segment(key, value, positions, tables)])
-        output = attend_torch(rotated, segments, scaling)
+    if not layer.exact_chunk:
+        before = list(layer.lengths)
         layer.append(key, value, padding)
-        return output
+        return attend_with_torch(layer, rope, query, None, padding, scaling, before)
+    output = attend_with_torch(layer, rope, query, (key, value), padding, scaling, layer.lengths)
     layer.append(key, value, padding)
-    return attend_torch(rotated, _stored_segments(layer, rope, positions, length), scaling)
+    return output
+
+
+def attend_with_torch(
+    layer: PackedLayer,
+    rope: Rope,
+    query: Tensor,
+    chunk: tuple[Tensor, Tensor] | None,
+    padding: list[int],
+    scaling: float,
+    before: list[int],
+) -> Tensor:
+    """Attend over what is stored, and over the keys and values of the chunk if they are given.
+
+    `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` float32.
+    """
+    new, device = query.shape[2], query.device
+    pads = torch.tensor(padding, device=device)
+    # position of every token of the chunk; negative for padding
+    positions = (torch.tensor(before, device=device) - pads)[:, None] + torch.arange(new, device=device)
+    positions = positions.masked_fill(torch.arange(new, device=device) < pads[:, None], -1)
+    length = max(stored + new - pad for stored, pad in zip(before, padding, strict=True))
+    tables = rope.tables(positions.clamp(min=0), length)
+    # chained, not listed: a list would hold the whole past dequantized
+    segments = chain(
+        _stored_segments(layer, rope, positions, length),
+        [] if chunk is None else [_chunk_segment(*chunk, positions, tables)],
+    )
+    return attend_torch(rotate(query.float(), *tables), segments, scaling)
 
 
 def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:

@@ -72,26 +72,51 @@ def attend_and_store(
 
     Returns `[B, S, H, D]` in the query's dtype.
     """
+    if layer.exact_chunk:
+        output = attend(layer, rope, query, (key, value), padding, scaling)
+        layer.append_with_kernels(key, value, padding, _on_device(layer, padding))
+        return output
+    pads = _on_device(layer, padding)
+    origins = layer.stored - pads
+    layer.append_with_kernels(key, value, padding, pads)
+    return attend(layer, rope, query, None, padding, scaling, origins)
+
+
+def attend(
+    layer: PackedLayer,
+    rope: Rope,
+    query: Tensor,
+    chunk: tuple[Tensor, Tensor] | None,
+    padding: Sequence[int],
+    scaling: float,
+    origins: Tensor | None = None,
+) -> Tensor:
+    """Attend over what is stored, and over the keys and values of the chunk if they are given.
+
+    `origins` `[B]` int64 are the positions of the queries' first tokens, padding included, if the layer holds the
+    chunk already; else they follow what is stored.
+    """
     from deployment.kernels.packed import DenseSegment, attend_packed
 
-    new = query.shape[2]
-    pads = layer.no_padding if not any(padding) else torch.tensor(padding, device=query.device)
-    origins = layer.stored - pads if any(padding) else layer.stored.clone()
+    new, pads = query.shape[2], _on_device(layer, padding)
+    if origins is None:
+        origins = layer.stored - pads
     positions = origins[:, None]
     if new > 1:
         token = torch.arange(new, device=query.device)
         positions = (positions + token).masked_fill(token < pads[:, None], -1)
-    length = max(stored + new - pad for stored, pad in zip(layer.lengths, padding, strict=True))
+    held = 0 if chunk is None else new
+    length = max(stored + held - pad for stored, pad in zip(layer.lengths, padding, strict=True))
     rotary = rope.for_kernels(length, query.shape[-1], query.device)
-    if not layer.exact_chunk:
-        layer.append_with_kernels(key, value, padding, pads)
     segments = _stored_segments(layer)
-    if layer.exact_chunk:
-        segments.append(DenseSegment(key, value, origins, None))
-    output = attend_packed(query, positions, segments, rotary, scaling, key.shape[1])
-    if layer.exact_chunk:
-        layer.append_with_kernels(key, value, padding, pads)
-    return output
+    if chunk is not None:
+        segments.append(DenseSegment(*chunk, origins, None))
+    return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads)
+
+
+def _on_device(layer: PackedLayer, padding: Sequence[int]) -> Tensor:
+    """`padding` as a tensor; where there is none, nothing is copied."""
+    return torch.tensor(padding, device=layer.device) if any(padding) else layer.no_padding
 
 
 def _stored_segments(layer: PackedLayer) -> list[Any]:
