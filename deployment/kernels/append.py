@@ -130,11 +130,12 @@ def word_bits(code, j, BITS: tl.constexpr, WORD: tl.constexpr):
     if BITS == 3:
         own = tl.where(j // 8 == WORD, code << nibble, 0)
         spare = ((code >> WORD) & 1) << (nibble + 3)
-        return tl.where(j >= 24, spare, own)
-    elif BITS == 2:  # noqa: RET505  (branches on constants are compiled only where nothing follows them)
-        return code << (nibble + j // 8 * 2)
+        bits = tl.where(j >= 24, spare, own)
+    elif BITS == 2:
+        bits = code << (nibble + j // 8 * 2)
     else:
-        return code << nibble
+        bits = code << nibble
+    return bits
 
 
 @triton.jit

@@ -56,11 +56,13 @@ def unit_codes(words, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
         third = tl.load(at + 2 * UNITS)[:, :, None] >> nibble
         spare = ((first >> 3) & 1) | ((second >> 2) & 2) | ((third >> 1) & 4)
         quarters = tl.join(tl.join(first & 7, third & 7), tl.join(second & 7, spare))
-        return tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
-    if BITS == 4:
-        return (tl.load(at)[:, :, None] >> nibble) & 15
-    code = tl.arange(0, 16)[None, None, :]
-    return (tl.load(at)[:, :, None] >> (code % 8 * 4 + code // 8 * 2)) & 3
+        codes = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
+    elif BITS == 4:
+        codes = (tl.load(at)[:, :, None] >> nibble) & 15
+    else:
+        code = tl.arange(0, 16)[None, None, :]
+        codes = (tl.load(at)[:, :, None] >> (code % 8 * 4 + code // 8 * 2)) & 3
+    return codes
 
 
 @triton.jit
