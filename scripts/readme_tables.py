@@ -134,7 +134,28 @@ def speed() -> str:
             f"{recording['median_ratio']:.2f}x its time",
         ],
     ]
+    for row in {row["scheme"]: row for row in rows_of("benchmark_simulation")}.values():
+        what = f"{row['scheme']}: a forward of {row['seqlen']} tokens, simulated"
+        cells.append([what, "the unquantized forward", f"{row['median_ratio']:.2f}x its time"])
+    for row in {row["scheme"]: row for row in rows_of("fit_shape")}.values():
+        shape = (
+            f"{row['of_layers']} layers, C = {row['heads'] * row['head_dim']}, {row['windows'] * row['seqlen']} tokens"
+        )
+        minutes = f"{row['scaled_minutes']:.1f} minutes, {row['peak_gb']:.1f} GB"
+        cells.append([f"{row['scheme']}: a fit of {shape}", f"{row['layers']} layers measured, time scaled", minutes])
     return markdown(["what", "against", "result"], cells)
+
+
+def passkey() -> str:
+    """The share of pass keys retrieved and the NLL of their digits, a column for each context."""
+    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey")}
+    contexts = sorted({context for _, context in rows})
+    cells = []
+    for scheme in dict.fromkeys(scheme for scheme, _ in rows):
+        of_scheme = [rows.get((scheme, context)) for context in contexts]
+        shown = ("" if row is None else f"{row['retrieved']:.0%} ({row['answer_nll']:.2f})" for row in of_scheme)
+        cells.append([scheme, *(text.replace("%", " %") for text in shown)])
+    return markdown(["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], cells)
 
 
 def allocation() -> str:
@@ -154,6 +175,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
+    "passkey": passkey,
     "allocation": allocation,
 }
 

@@ -84,7 +84,7 @@ def test_a_sweep_of_fewer_calibration_windows_is_another(
     one, all_of_them = read_rows(results)
     assert (one["calibration_windows"], all_of_them["calibration_windows"]) == (1, 4)
     assert one["nll"] != all_of_them["nll"]
-    with pytest.raises(UserError, match="windows 5: records .* hold 4"):
+    with pytest.raises(UserError, match="5 calibration windows .* hold 4"):
         sweep_main([*arguments, "--calibration-windows", "5"])
 
 
