@@ -32,7 +32,7 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][
 _TYPES = {
     "*i64": "positions origins limits",
     "*i16": "key_index value_index",
-    "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights",
+    "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
         "turn key_levels key_scale key_zero key_floor value_levels value_scale value_zero value_floor scores extra "
         "rescale outputs maxima sums"

@@ -49,7 +49,7 @@ def key_halves(
         levels, scale, zero, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
             a_codes, b_codes = tl.split(arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY))
-            a, b = tl.load(levels + a_codes), tl.load(levels + b_codes)
+            a, b = looked_up(levels, a_codes, BITS), looked_up(levels, b_codes, BITS)
         else:
             a = channel_levels(words, levels, width, offset, first_level, first, pair_ok, BITS, PAIRS)
             b = channel_levels(words, levels, width, offset, first_level, second, pair_ok, BITS, PAIRS)
@@ -65,7 +65,6 @@ def key_halves(
 @triton.jit
 def value_tile(
     words,
-    scales,
     tables,
     dense,
     dense_stride,
@@ -79,7 +78,7 @@ def value_tile(
     BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """A tile `[64, CHANNELS]` fp32; arguments as of `key_halves`."""
+    """A tile `[64, CHANNELS]` fp32; arguments as of `key_halves`. Ranges of tokens are left to the weights."""
     token = token0 + tl.arange(0, 64)
     ok = token < tokens
     if SOURCE == DENSE:
@@ -89,17 +88,22 @@ def value_tile(
         levels, scale, zero, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
             codes = arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY)
-            tile = tl.load(levels + tl.reshape(codes, (64, CHANNELS)))
+            tile = looked_up(levels, tl.reshape(codes, (64, CHANNELS)), BITS)
         else:
             tile = tl.trans(
                 channel_levels(words, levels, width, offset, first_level, channel, channel_ok, BITS, CHANNELS)
             )
-        if DYNAMIC:
-            s, z = token_ranges(scales, token, ok)
-            tile = tile * s[:, None] + z[:, None]
-        else:
+        if not DYNAMIC:
             tile = tile * static(scale, channel, channel_ok)[None, :] + static(zero, channel, channel_ok)[None, :]
     return tile
+
+
+@triton.jit
+def looked_up(levels, codes, BITS: tl.constexpr):
+    """The levels of codes; gathered within the program, so that elements stay with their lanes."""
+    table = tl.load(levels + tl.arange(0, 1 << BITS))
+    flat = tl.gather(table, tl.reshape(codes, [codes.numel]), 0)
+    return tl.reshape(flat, codes.shape)
 
 
 @triton.jit

@@ -190,6 +190,7 @@ class _Scratch:
     rotated: Tensor
     scores: Tensor
     weights: Tensor
+    scaled: Tensor
     extra: Tensor
     rescale: Tensor
 
@@ -204,6 +205,7 @@ class _Scratch:
             rotated=new(plan.chunk // 64, plan.rows, 2, pairs, dtype=operand),
             scores=new(plan.chunk, plan.rows),
             weights=new(plan.chunk, plan.rows, dtype=operand),
+            scaled=new(plan.chunk, plan.rows, dtype=operand),
             extra=new(dim, plan.rows),
             rescale=new(plan.rows),
         )

@@ -18,7 +18,7 @@ is the same to the kernel.
 import triton
 import triton.language as tl
 
-from deployment.kernels.loads import key_halves, list_begin, outlier_deltas, turned_query, value_tile
+from deployment.kernels.loads import key_halves, list_begin, outlier_deltas, token_ranges, turned_query, value_tile
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
 from deployment.kernels.tiles import FRAGMENT_ORDER
 
@@ -91,6 +91,7 @@ def split_kernel(
     rotated,  # [programs, CHUNK / 64, ROWS, 2, PAIRS] operand dtype
     scores,  # [programs, CHUNK, ROWS] fp32
     weights,  # [programs, CHUNK, ROWS] operand dtype
+    scaled,  # [programs, CHUNK, ROWS] operand dtype
     extra,  # [programs, D, ROWS] fp32
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
@@ -130,6 +131,8 @@ def split_kernel(
     PRECISION: tl.constexpr = "ieee" if PRECISE else None
     # weights of 1 become 2^15 in fp16, so that those of 2^-29 are still normal numbers; sums see the same factor
     LIFT: tl.constexpr = 0.0 if PRECISE else 15.0
+    # times a token's scale they must not overflow either
+    LOWER: tl.constexpr = 0.00390625 if VALUE_DYNAMIC and not PRECISE else 1.0
 
     row, mma_row = tl.arange(0, ROWS), tl.arange(0, MMA_ROWS)
     pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
@@ -141,6 +144,7 @@ def split_kernel(
     rotated += program * (BLOCKS * ROWS * 2 * PAIRS)
     scores += program * (CHUNK * ROWS)
     weights += program * (CHUNK * ROWS)
+    scaled += program * (CHUNK * ROWS)
     extra += program * (D * ROWS)
     rescale += program * ROWS
     for work in range(tl.program_id(0), works, tl.num_programs(0)):
@@ -195,8 +199,12 @@ def split_kernel(
         key_plain = key_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
         value_plain = value_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
 
+        turn_at = turn + pair[:, None] * 64 + block_token[None, :]
+        turn_cos = tl.load(turn_at, mask=pair_ok[:, None], other=0).to(OPERAND)
+        turn_sin = tl.load(turn_at + D * 32, mask=pair_ok[:, None], other=0).to(OPERAND)
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        offset = tl.zeros([ROWS], tl.float32)
         output = tl.zeros([MMA_ROWS, CHANNELS], tl.float32)
         extra_at = extra + channel[None, :] * ROWS + mma_row[:, None]
         extra_ok = channel_ok[None, :] & (mma_row < ROWS)[:, None]
@@ -217,7 +225,6 @@ def split_kernel(
             tl.debug_barrier()
 
             # 2: scores
-            turn_at = turn + pair[:, None] * 64 + block_token[None, :]
             for j in range(here):
                 block = (token0 // 64 + j).to(tl.int64)
                 key_a, key_b = key_halves(
@@ -237,13 +244,12 @@ def split_kernel(
                     KEY_BITS,
                     PAIRS,
                 )
-                turn_cos = tl.load(turn_at, mask=pair_ok[:, None], other=0)
-                turn_sin = tl.load(turn_at + D * 32, mask=pair_ok[:, None], other=0)
                 read_at = rotated + (j * ROWS + mma_row)[:, None] * (2 * PAIRS) + pair[None, :]
                 back_a = tl.load(read_at, mask=(mma_row < ROWS)[:, None], other=0)
                 back_b = tl.load(read_at + PAIRS, mask=(mma_row < ROWS)[:, None], other=0)
-                dot = tl.dot(back_a, (key_a * turn_cos - key_b * turn_sin).to(OPERAND), input_precision=PRECISION)
-                dot = tl.dot(back_b, (key_b * turn_cos + key_a * turn_sin).to(OPERAND), dot, input_precision=PRECISION)
+                key_a, key_b = key_a.to(OPERAND), key_b.to(OPERAND)
+                dot = tl.dot(back_a, key_a * turn_cos - key_b * turn_sin, input_precision=PRECISION)
+                dot = tl.dot(back_b, key_b * turn_cos + key_a * turn_sin, dot, input_precision=PRECISION)
                 dot_at = scores + (j * 64 + block_token)[None, :] * ROWS + mma_row[:, None]
                 tl.store(dot_at, dot, mask=(mma_row < ROWS)[:, None])
             tl.debug_barrier()
@@ -286,7 +292,13 @@ def split_kernel(
             shrink = tl.exp2(highest - reference)
             total = total * shrink + tl.sum(weight, 1)
             highest = raised
-            tl.store(weights + chunk_token[None, :] * ROWS + row[:, None], weight.to(OPERAND))
+            weight_to = chunk_token[None, :] * ROWS + row[:, None]
+            tl.store(weights + weight_to, weight.to(OPERAND))
+            if VALUE_DYNAMIC:  # level * scale + zero: scales go to the weights, zeros add up on their own
+                token_ok = token0 + chunk_token < held
+                scale, zero = token_ranges(value_ranges, token0 + chunk_token, token_ok)
+                tl.store(scaled + weight_to, (weight * (scale * LOWER)[None, :]).to(OPERAND))
+                offset = offset * shrink + tl.sum(weight * zero[None, :], 1)
             tl.store(rescale + row, shrink)
             tl.debug_barrier()
 
@@ -296,7 +308,6 @@ def split_kernel(
                 block = (token0 // 64 + j).to(tl.int64)
                 tile_v = value_tile(
                     value_head + block * value_block_words,
-                    value_ranges,
                     value_tables,
                     value_plain,
                     dense_stride_t,
@@ -310,7 +321,9 @@ def split_kernel(
                     VALUE_BITS,
                     CHANNELS,
                 )
-                weight_at = weights + (j * 64 + block_token)[None, :] * ROWS + mma_row[:, None]
+                weight_at = (
+                    (scaled if VALUE_DYNAMIC else weights) + (j * 64 + block_token)[None, :] * ROWS + mma_row[:, None]
+                )
                 tile_w = tl.load(weight_at, mask=(mma_row < ROWS)[:, None], other=0)
                 output = tl.dot(tile_w, tile_v.to(OPERAND), output, input_precision=PRECISION)
             if VALUE_OUTLIERS:
@@ -340,12 +353,17 @@ def split_kernel(
                         add_at = extra + lane[:, None] * ROWS + row[None, :]
                         tl.atomic_add(add_at, share * delta[:, None], mask=ok[:, None], sem="relaxed")
                 tl.debug_barrier()
-                output += tl.load(extra_at, mask=extra_ok, other=0, cache_modifier=".cg")
+                output += tl.load(extra_at, mask=extra_ok, other=0, cache_modifier=".cg") * LOWER
                 tl.debug_barrier()
                 tl.store(extra_at, tl.zeros([MMA_ROWS, CHANNELS], tl.float32), mask=extra_ok)
             tl.debug_barrier()
 
         # what `combine` needs
+        if VALUE_DYNAMIC:
+            tl.store(rescale + row, offset)
+            tl.debug_barrier()
+            output = output / LOWER + tl.load(rescale + mma_row, mask=mma_row < ROWS, other=0)[:, None]
+            tl.debug_barrier()
         result = ((part + split).to(tl.int64) * (works // splits) + rest) * ROWS
         tl.store(maxima + result + row, highest)
         tl.store(sums + result + row, total)
