@@ -10,6 +10,7 @@ NLL; bits are those counted, with scales, outliers, sink tokens and exact recent
 import math
 import re
 from collections.abc import Mapping, Sequence
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,19 +64,21 @@ def method_of(scheme: str) -> str:
 
 def read_methods(path: Path) -> tuple[dict[str, list[Point]], dict[str, Any]]:
     """(every method's points by bits, one row). Raises `UserError` unless the rows are of one evaluation."""
-    rows = read_rows(path)
-    if not rows:
-        raise UserError(
-            f"--results {str(path)!r} holds no rows; run `python -m scripts.sweep_schemes --results {path}`"
-        )
     methods: dict[str, list[Point]] = {}
     try:
+        rows = read_rows(path)
         evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
         for row in rows:
             point = Point(row["bits_per_element"], row["nll"] - row["baseline_nll"], row["scheme"])
             methods.setdefault(method_of(point.scheme), []).append(point)
-    except KeyError as error:
-        raise UserError(f"--results {str(path)!r}: a row lacks {error}; give rows of scripts.sweep_schemes") from error
+    except (KeyError, JSONDecodeError) as error:
+        raise UserError(
+            f"--results {str(path)!r}: a row is damaged or lacks {error}; give rows of scripts.sweep_schemes"
+        ) from error
+    if not rows:
+        raise UserError(
+            f"--results {str(path)!r} holds no rows; run `python -m scripts.sweep_schemes --results {path}`"
+        )
     if len(evaluations) > 1:
         raise UserError(f"--results {str(path)!r} mixes evaluations, {' and '.join(evaluations)}; give a file of one")
     return {method: sorted(points) for method, points in methods.items()}, rows[0]
@@ -84,11 +87,14 @@ def read_methods(path: Path) -> tuple[dict[str, list[Point]], dict[str, Any]]:
 def draw(methods: Mapping[str, Sequence[Point]], evaluation: Mapping[str, Any]) -> "Figure":
     """All methods on a logarithmic axis; points that lose nothing lie below it, and arrows lead there."""
     figure, [[place]] = figures.panels(1, 1, (9.5, 5.8))
-    lossy = {method: [point for point in points if point.increase > 0] for method, points in methods.items()}
-    lossy = {method: points for method, points in lossy.items() if points}
+    lossy: dict[str, Sequence[Point]] = {}
+    for method, points in methods.items():
+        if drawable := [point for point in points if point.increase > 0]:
+            lossy[method] = drawable
     for method, points in lossy.items():
         draw_method(place, method, points)
     place.set_yscale("log")
+    place.set_ylim(place.get_ylim())  # the labels are placed on it
     place.yaxis.set_major_formatter("{x:g}")
     most = math.ceil(max(point.bits for points in methods.values() for point in points))
     place.set_xlim(0.6, most)

@@ -1,0 +1,337 @@
+"""What the plot commands draw: their lines, bars, levels and labels, not only that a file appears."""
+
+import json
+import struct
+import sys
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gradients.cli import UserError
+from gradients.models import KINDS
+from gradients.records import Records
+from gradients.rope import rotate
+from quant.fit import fit
+from quant.quantizer import token_range
+from quant.scheme import Scheme
+from scripts import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
+
+Draw = Callable[..., tuple[Any, dict[str, Any]]]
+
+
+@pytest.fixture
+def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Draw:
+    """`draw(command, *arguments)` runs a command and returns (its figure, its JSON summary); the PNG was looked at."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+
+    def keep(figure: Any, path: Path) -> None:
+        drawn.append(figure)
+        save(figure, path)
+
+    save = figures.save
+    monkeypatch.setattr(figures, "save", keep)
+
+    def run(command: Any, *arguments: str) -> tuple[Any, dict[str, Any]]:
+        path = tmp_path / "plots" / "drawn.png"
+        summary = command.main([*arguments, "--output", str(path)])
+        figure = drawn.pop()
+        check_png(path, figure)
+        assert summary["output"] == str(path) and json.dumps(summary)
+        return figure, summary
+
+    return run
+
+
+def check_png(path: Path, figure: Any) -> None:
+    from PIL import Image
+
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and 5_000 < len(data) < 120_000
+    size = struct.unpack(">II", data[16:24])
+    assert size == tuple((figure.get_size_inches() * figures.DPI).astype(int)) and min(size) > 300
+    assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 50, "hardly anything was drawn"
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name], "a temporary file was left"
+
+
+def texts(place: Any) -> list[str]:
+    return [text.get_text() for text in place.texts]
+
+
+# methods
+
+
+def row(scheme: str, bits: float, increase: float, **changes: Any) -> dict[str, Any]:
+    evaluation = {"model": "tiny", "text": "words.txt", "seqlen": 65, "tokens": 64}
+    return {
+        **evaluation,
+        "scheme": scheme,
+        "bits_per_element": bits,
+        "nll": 3 + increase,
+        "baseline_nll": 3.0,
+        **changes,
+    }
+
+
+ROWS = [
+    row("nuq3-1%", 3.46, 0.06),
+    row("nuq2-1%", 2.47, 0.31),
+    row("nuq2", 2.11, 0.60),
+    row("rdnuq2.4", 2.44, 0.08),
+    row("rdnuq3", 3.04, 0.028),
+    row("kivi2", 6.7, 0.04),
+    row("kivi4", 8.2, -0.0004),
+    row("kivi2 residual_tokens=0", 3.03, 0.44),
+    row("int2-1%", 2.46, 0.32),
+    row("novel3 group=8", 3.2, 0.31),
+]
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], Path]:
+    def write(rows: Sequence[dict[str, Any]]) -> Path:
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [
+        ("nuq3-1%", "nuq-1%"),
+        ("nuq3", "nuq"),
+        ("rdnuq2.4", "rdnuq"),
+        ("kivi2 residual_tokens=0", "kivi residual_tokens=0"),
+        ("turbo4", "turbo"),
+    ],
+)
+def test_a_method_is_a_scheme_without_its_bits(scheme: str, method: str) -> None:
+    assert plot_methods.method_of(scheme) == method
+
+
+def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None:
+    figure, summary = draw(plot_methods, "--results", str(rows_file(ROWS)))
+    (place,) = figure.axes
+    lines = {line.get_label(): line for line in place.lines}
+    assert summary["methods"] == len(lines) == 7 and summary["rows"] == len(ROWS)
+    paper = lines["nuq-1% (KVQuant)"]
+    assert paper.get_xdata() == pytest.approx([2.47, 3.46]) and paper.get_ydata() == pytest.approx([0.31, 0.06])
+    assert lines["rdnuq (ours)"].get_xdata() == pytest.approx([2.44, 3.04])
+    assert lines["KIVI"].get_xdata() == pytest.approx([6.7]), "what loses nothing has no place on a logarithm"
+    assert "kivi4: -0.0004" in texts(place)
+    assert lines["novel group=8"].get_color() == figures.GREY
+    others = [line.get_linewidth() for label, line in lines.items() if label != "rdnuq (ours)"]
+    assert lines["rdnuq (ours)"].get_linewidth() > 2 * max(others)
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines.values()]
+    assert len(set(looks)) == len(looks)
+
+
+def test_axes_and_labels_of_methods(draw: Draw, rows_file: Any) -> None:
+    figure, _ = draw(plot_methods, "--results", str(rows_file(ROWS)))
+    (place,) = figure.axes
+    assert place.get_yscale() == "log" and "bits" in place.get_xlabel() and "NLL" in place.get_ylabel()
+    assert place.get_xlim()[1] == 9 and place.get_xticks().tolist() == list(range(2, 10))
+    assert "tiny, words.txt, windows of 65 tokens" in place.get_title(loc="left")
+    assert {line.get_label() for line in place.lines} <= set(texts(place))
+    from matplotlib.text import Text
+
+    boxes = [Text.get_window_extent(text) for text in place.texts]  # an annotation's own includes its arrow
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    assert all(place.bbox.x0 <= box.x0 and box.x1 <= place.bbox.x1 for box in boxes)
+    lines = {line.get_label(): line.get_ydata()[0] for line in place.lines}
+    column = [text for text in place.texts if text.get_ha() == "right"]
+    assert len(column) == 6
+    by_height = sorted(column, key=lambda text: Text.get_window_extent(text).y0)
+    assert sorted(column, key=lambda text: lines[text.get_text()]) == by_height
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no rows"),
+        ([row("nuq2", 2.1, 0.6), row("nuq3", 3.1, 0.1, seqlen=512)], "mixes evaluations"),
+        ([{"scheme": "nuq2"}], "lacks 'model'"),
+        ([row("two bits", 2.0, 0.1)], "two bits"),
+    ],
+)
+def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match=message):
+        plot_methods.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_truncated_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROWS[0])[:40])
+    with pytest.raises(UserError, match="damaged"):
+        plot_methods.read_methods(path)
+
+
+def test_the_committed_rows_can_be_drawn() -> None:
+    methods, evaluation = plot_methods.read_methods(plot_methods.RESULTS)
+    assert {"rdnuq", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
+    assert all(one.bits < other.bits for points in methods.values() for one, other in pairwise(points))
+
+
+# records
+
+
+def keys_after_rope(records: Records, layer: int) -> torch.Tensor:
+    """`[N, C]` without first tokens, turned window by window with nothing of `quant.side`."""
+    cos, sin = records.read_rope()
+    turned = []
+    for window in range(records.manifest.windows):
+        x = records.read(window, layer, "key")[0].float()
+        heads = x.unflatten(-1, (-1, records.manifest.fingerprint.head_dim)).transpose(0, 1)[None]
+        turned.append(rotate(heads, cos[None], sin[None])[0].transpose(0, 1).flatten(1)[1:])
+    return torch.cat(turned)
+
+
+def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> None:
+    figure, summary = draw(plot_key_ranges, "--records", str(records.folder), "--layer", "1")
+    before, after = figure.axes
+    assert before.get_ylim() == after.get_ylim()
+    sides = (records.read_layer(1, "key", skip_tokens=1)[0].float().numpy(), keys_after_rope(records, 1).numpy())
+    for place, x, shown in zip((before, after), sides, summary["rows"], strict=True):
+        low, high = np.quantile(x, [0.005, 0.995], axis=0)
+        for bars, bottom, top in zip(place.containers, (x.min(0), low), (x.max(0), high), strict=True):
+            # keys after the rotary embedding are rounded to fp16
+            assert [bar.get_y() for bar in bars] == pytest.approx(list(bottom), abs=0.02)
+            assert [bar.get_y() + bar.get_height() for bar in bars] == pytest.approx(list(top), abs=0.02)
+        assert shown["mean_width"] == pytest.approx((high - low).mean(), abs=0.02)
+        assert f"{shown['keys']}: mean width {shown['mean_width']:.1f}" in place.get_title(loc="left")
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["minimum to maximum", "0.5 % to 99.5 % of the tokens, centre in white"]
+
+
+def test_fisher_by_layer(draw: Draw, records: Records) -> None:
+    figure, summary = draw(plot_fisher, "--records", str(records.folder), "--sink-tokens", "2")
+    (place,) = figure.axes
+    assert place.get_yscale() == "log"
+    assert [text.get_text() for text in place.get_legend().get_texts()] == ["keys", "values"]
+    bands = place.collections
+    for kind, line, band, shown in zip(KINDS, place.lines, bands, summary["rows"], strict=True):
+        channels = [records.read_layer(layer, kind, skip_tokens=2)[1].double().mean(0).numpy() for layer in (0, 1)]
+        assert line.get_xdata().tolist() == [0, 1]
+        assert line.get_ydata() == pytest.approx([one.mean() for one in channels])
+        ends = band.get_paths()[0].get_extents()
+        quantiles = np.quantile(channels, [0.1, 0.9], axis=1)
+        assert (ends.y0, ends.y1) == pytest.approx((quantiles[0].min(), quantiles[1].max()))
+        assert shown["greatest_mean"] == pytest.approx(max(one.mean() for one in channels))
+
+
+def tick_rows(place: Any) -> dict[str, list[float]]:
+    """Levels by the name beside them."""
+    rows = {line.get_label(): line.get_xdata().tolist() for line in place.lines if line.get_marker() == "|"}
+    assert list(rows) == [label.get_text() for label in place.get_yticklabels()]
+    return rows
+
+
+def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
+    figure, summary = draw(
+        plot_levels, "--records", str(records.folder), "--layer", "1", "--schemes", "nuq3-1%", "rdnuq3.4"
+    )
+    assert len(figure.axes) == 8 and len(summary["rows"]) == 4
+    keys, values, key_ticks, value_ticks, *_, key_widths, _ = figure.axes
+    fitted = fit(records, Scheme.parse("nuq3-1%")).layers[1]
+    for kind, place in zip(KINDS, (key_ticks, value_ticks), strict=True):
+        rows = tick_rows(place)
+        assert list(rows) == ["nuq3-1%", "int3", "nf3"]
+        assert rows["nuq3-1%"] == pytest.approx(fitted[kind].tables["levels"].tolist())
+        assert rows["int3"] == pytest.approx(np.linspace(-1, 1, 8), abs=1e-6)
+    mixed = fit(records, Scheme.parse("rdnuq3.4")).layers[1]["key"]
+    names = [f"{len(channels)} ch. of {width} bits" for width, channels in sorted(mixed.channels.items(), reverse=True)]
+    rows = tick_rows(key_widths)
+    assert list(rows) == names and [len(row) for row in rows.values()] == sorted(map(len, rows.values()), reverse=True)
+    for place, kind in ((keys, "keys per channel"), (values, "values per token")):
+        assert place.get_title(loc="left").startswith(f"{kind}, nuq3-1%: ")
+        assert [line.get_xdata()[0] for line in place.lines] == [-1, 1]
+
+
+def test_densities_of_values(draw: Draw, records: Records) -> None:
+    figure, summary = draw(plot_levels, "--records", str(records.folder), "--layer", "0", "--schemes", "nuq2-1%")
+    plain, weighted = (patch.get_data().values for patch in figure.axes[1].patches)
+    x, fisher = (part.float() for part in records.read_layer(0, "value", skip_tokens=1))
+    outliers, scale, _ = token_range(x, 0.01)
+    inside = (plot_levels.EDGES[:-1] >= -1) & (plot_levels.EDGES[1:] <= 1)
+    widths = np.diff(plot_levels.EDGES)[inside]
+    kept = outliers.float().mean().item()
+    assert summary["rows"][1]["outliers"] == pytest.approx(kept)
+    assert (plain[inside] * widths).sum() == pytest.approx(1 - kept)
+    weights = (fisher * scale.float().square()).double()
+    inliers = (weights * ~outliers).sum() / weights.sum()
+    assert (weighted[inside] * widths).sum() == pytest.approx(inliers.item())
+    assert not np.allclose(plain, weighted)
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        (plot_key_ranges, ["--layer", "7"], "--layer 7: .* hold 0, 1"),
+        (plot_key_ranges, ["--layer", "0", "--sink-tokens", "65"], "leaves nothing"),
+        (plot_fisher, ["--sink-tokens", "65"], "leaves nothing"),
+        (plot_levels, ["--layer", "0", "--schemes", "kivi2"], "kivi2: ranges of groups"),
+        (plot_levels, ["--layer", "0", "--schemes", "turbo2"], "turbo2: ranges of groups"),
+    ],
+)
+def test_bad_arguments(command: Any, arguments: list[str], message: str, records: Records, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match=message):
+        command.main(["--records", str(records.folder), *arguments, "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
+
+
+# what all share
+
+
+@pytest.mark.parametrize("command", [plot_methods, plot_key_ranges, plot_levels, plot_fisher])
+def test_without_matplotlib(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    name = command.__name__.split("plot_")[1]
+    needed = {"methods": [], "fisher": ["--records", "."], "key_ranges": ["--records", ".", "--layer", "0"]}
+    needed["levels"] = [*needed["key_ranges"], "--schemes", "nuq3"]
+    with pytest.raises(UserError, match=r"plots need matplotlib.*\[plots\]"):
+        command.main([*needed[name], "--output", str(tmp_path / "none.png")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("")
+    with figures.style():
+        figure, _ = figures.panels(1, 1, (2, 2))
+        with pytest.raises(UserError, match="cannot write"):
+            figures.save(figure, tmp_path / "file" / "plot.png")
+
+
+def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("one.png", "two.png"):
+        with figures.style():
+            figure, [[place]] = figures.panels(1, 1, (2, 2))
+            place.plot([1, 2], [3, 4])
+            figures.save(figure, tmp_path / name)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "placed"),
+    [
+        ([], []),
+        ([0.0, 5.0], [0.0, 5.0]),
+        ([3.0, 3.0], [2.5, 3.5]),
+        ([9.0, 0.0, 0.2], [9.0, -0.4, 0.6]),
+        ([0.0, 0.0, 1.5], [-0.5, 0.5, 1.5]),
+        ([0.0, 0.0, 1.2], [-0.6, 0.4, 1.4]),  # the third is pushed, and pushes back
+    ],
+)
+def test_labels_are_spread_out(wanted: list[float], placed: list[float]) -> None:
+    assert figures.spread_out(wanted, 1.0) == pytest.approx(placed)
