@@ -71,13 +71,15 @@ def all_schemes() -> str:
 
 def laboratory() -> str:
     """The paper's tables, one after the other, as `scripts.reproduce_tables` filled them."""
-    rows = rows_of("tables")
-    known = {table.name: table for table in TABLES_OF_THE_PAPER}
+    rows = {(row["table"], row["cell"]): row for row in rows_of("tables")}
     parts = []
-    for name in dict.fromkeys(row["table"] for row in rows):
-        title = known[name].title if name in known else corpus_table([]).title
-        of_table = list({row["cell"]: row for row in rows if row["table"] == name}.values())
-        parts.append(f"**{title}** ({of_table[0]['source']})\n\n{cell_table(of_table)}")
+    for table in [*TABLES_OF_THE_PAPER, corpus_table([])]:
+        order = [cell.label for cell in table.cells]
+        labels = [label for name, label in rows if name == table.name]
+        labels.sort(key=lambda label: order.index(label) if label in order else len(order))
+        parts.append(
+            f"**{table.title}** ({table.source})\n\n{cell_table([rows[table.name, label] for label in labels])}"
+        )
     return "\n".join(parts)
 
 
