@@ -203,10 +203,14 @@ class Records:
 
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[N, C]`: all windows without their first `skip_tokens` tokens."""
-        windows = [self.read(window, layer, kind) for window in range(self.manifest.windows)]
-        activation = torch.cat([activation[skip_tokens:] for activation, _ in windows])
-        fisher = torch.cat([fisher[skip_tokens:] for _, fisher in windows])
-        return activation, fisher
+        first = [part[skip_tokens:] for part in self.read(0, layer, kind)]
+        # filled window by window: a list of them and its concatenation would take twice the memory
+        both = [part.new_empty(self.manifest.windows, *part.shape) for part in first]
+        for window in range(self.manifest.windows):
+            parts = first if window == 0 else [part[skip_tokens:] for part in self.read(window, layer, kind)]
+            for whole, part in zip(both, parts, strict=True):
+                whole[window] = part
+        return both[0].flatten(0, 1), both[1].flatten(0, 1)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -24,6 +24,7 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer, normali
 from quant.rotated import RotatedQuantizer, gaussian_codebook, random_rotation
 from quant.scheme import Axis, Scheme
 
+_CHUNK_CHANNELS = 256  # sorted at a time
 _CHUNK_ELEMENTS = 1 << 22  # elements handled at a time: 16 MB of float32 for each intermediate
 
 
@@ -63,7 +64,8 @@ def read_side(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Side:
         raise UserError(
             f"--sink-tokens {scheme.sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens"
         )
-    if not activation.isfinite().all() or not fisher.isfinite().all():
+    # some at a time: the masks of all would take as much memory as the data
+    if not all(part.isfinite().all() for x in (activation, fisher) for part in x.split(records.manifest.seqlen)):
         raise UserError(f"records: layer {layer} {kind} has NaN or infinite elements; record again")
     window = records.manifest.seqlen - scheme.sink_tokens
     side = Side(activation, fisher, window, records.manifest.fingerprint.head_dim)
@@ -132,11 +134,12 @@ def channel_quantiles(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
     position = share / 2 * (tokens - 1)
     index, weight = int(position), position - int(position)
     ends = min(index + 2, tokens)
-    columns = x.T.contiguous().float()
-    lowest = columns.topk(ends, dim=1, largest=False).values
-    highest = columns.topk(ends, dim=1).values
     after = min(index + 1, ends - 1)
-    low, high = (torch.lerp(extreme[:, index], extreme[:, after], weight) for extreme in (lowest, highest))
+    quantiles = []
+    for columns in (some.T.contiguous().float() for some in x.split(_CHUNK_CHANNELS, dim=1)):
+        extremes = (columns.topk(ends, dim=1, largest=largest).values for largest in (False, True))
+        quantiles.append([torch.lerp(extreme[:, index], extreme[:, after], weight) for extreme in extremes])
+    low, high = (torch.cat(parts) for parts in zip(*quantiles, strict=True))
     return low, high
 
 

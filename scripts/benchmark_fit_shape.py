@@ -5,17 +5,18 @@
 
 The default is LLaMA-7B's shape with the paper's 16 x 2K calibration tokens: two layers are fitted, reading and checking
 included, and the time is scaled to 32; memory does not grow with the number of layers. Activations are heavy-tailed,
-channels of unequal size, Fisher information log-normal. Memory is the sum over processes of their peak resident
-sizes, so it counts shared pages more than once.
+channels of unequal size, Fisher information log-normal. Memory is the greatest sum, over this process and its workers,
+of proportional set sizes (pages that processes share are divided among them), looked at ten times a second.
 """
 
-import resource
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 from transformers import LlamaConfig
@@ -64,10 +65,34 @@ def synthetic_records(folder: Path, layers: int, heads: int, head_dim: int, wind
     return records
 
 
-def peak_bytes(jobs: int) -> int:
-    """Upper bound of resident memory so far: this process, and every worker as large as the largest."""
-    largest_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss if jobs > 1 else 0
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + jobs * largest_child)
+class PeakMemory:
+    """Within the block: watches this process and its children; `bytes` is the most they held together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        me = psutil.Process()
+        while True:
+            held = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    held += process.memory_full_info().pss
+                except psutil.Error:  # it has just ended
+                    continue
+            self.bytes = max(self.bytes, held)
+            if self._done.wait(0.1):
+                return
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -86,15 +111,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         shape = (arguments.layers, arguments.heads, arguments.head_dim, arguments.windows, arguments.seqlen)
         records = synthetic_records(Path(folder), *shape)
         for name in arguments.schemes:
-            started = time.perf_counter()
-            fit(records, Scheme.parse(name), arguments.jobs)
-            seconds = time.perf_counter() - started
+            with PeakMemory() as memory:
+                started = time.perf_counter()
+                fit(records, Scheme.parse(name), arguments.jobs)
+                seconds = time.perf_counter() - started
             row = {
                 "scheme": name,
                 **{size: getattr(arguments, size) for size in sizes},
                 "seconds": seconds,
                 "scaled_minutes": seconds * arguments.of_layers / arguments.layers / 60,
-                "peak_gb": peak_bytes(arguments.jobs) / 1e9,
+                "peak_gb": memory.bytes / 1e9,
             }
             append_row(arguments.results, row, packages=("torch", "numpy"))
             rows.append(row)
