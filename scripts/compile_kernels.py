@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deployment.kernels.packed import _REGISTERS, _WIDTH
 from deployment.kernels.split import split_kernel
 from deployment.order import Fragment
 from gradients.cli import command_parser, format_table, positive_int, run_command
@@ -51,8 +52,9 @@ def attention_constants(bits: int, group: int) -> dict[str, Any]:
     both = {"SOURCE": 1, "BITS": bits, "OUTLIERS": True}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
     heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": 512}
-    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": 128}
+    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": 256}
     flags = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
+    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "WIDTH": _WIDTH}
     return {**heads, **sizes, **sides, **geometry, **flags}
 
 
@@ -68,7 +70,8 @@ def compile_for(target: int, bits: int, group: int) -> dict[str, Any]:
         if signature[name].startswith("*") or name.endswith("block_words")
     }
     source = ASTSource(split_kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 4, "num_stages": 1})
+    options = {"num_warps": 4, "num_stages": 1, "maxnreg": _REGISTERS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     keys, values = _loops(_disassemble(compiled.asm["cubin"], "-sass"))
     usage = _disassemble(compiled.asm["cubin"], "-res-usage")
     per_lane = 64 * HEAD_DIM / (4 * 32)

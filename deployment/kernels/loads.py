@@ -7,8 +7,9 @@ the token where the range is dynamic (`scales`: `[tokens, 2]` fp16 of the sequen
 import triton
 import triton.language as tl
 
+from deployment.kernels.lookup import prepared
 from deployment.kernels.phase import pair_of
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_codes, unit_codes
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_codes, units
 
 
 @triton.jit
@@ -24,6 +25,7 @@ def key_halves(
     words,  # of the block and head (fragments) or of the block (channels)
     scales,
     tables,  # levels, scale, zero, width, offset, first_level; those per channel at the head's first
+    ready,  # what does not change from block to block: `prepared`, and scale and zero of `first`, then of `second`
     dense,  # [tokens, D] of the head
     dense_stride,
     token0,
@@ -36,8 +38,10 @@ def key_halves(
     DYNAMIC: tl.constexpr,
     BITS: tl.constexpr,  # of fragments; the planes of channels
     PAIRS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """Two tiles `[PAIRS, 64]` fp32: channels `first` and `second` of the block's 64 tokens, not rotated."""
+    """Two tiles `[PAIRS, 64]` fp32 (fp16 if FAST): channels `first` and `second` of the block's 64 tokens, not rotated."""
     token = token0 + tl.arange(0, 64)
     ok = token < tokens
     if SOURCE == DENSE:
@@ -48,17 +52,17 @@ def key_halves(
     else:
         levels, scale, zero, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
-            a_codes, b_codes = tl.split(arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY))
-            a, b = looked_up(levels, a_codes, BITS), looked_up(levels, b_codes, BITS)
+            a, b = tl.split(arrange(units(words, ready[0], BITS, GEOMETRY, FAST), GEOMETRY, WIDTH))
         else:
             a = channel_levels(words, levels, width, offset, first_level, first, pair_ok, BITS, PAIRS)
             b = channel_levels(words, levels, width, offset, first_level, second, pair_ok, BITS, PAIRS)
         if DYNAMIC:
             s, z = token_ranges(scales, token, ok)
+            s, z = s.to(a.dtype), z.to(a.dtype)
             a, b = a * s[None, :] + z[None, :], b * s[None, :] + z[None, :]
         else:
-            a = a * static(scale, first, pair_ok)[:, None] + static(zero, first, pair_ok)[:, None]
-            b = b * static(scale, second, pair_ok)[:, None] + static(zero, second, pair_ok)[:, None]
+            a = a * ready[1][:, None] + ready[2][:, None]
+            b = b * ready[3][:, None] + ready[4][:, None]
     return a, b
 
 
@@ -66,6 +70,7 @@ def key_halves(
 def value_tile(
     words,
     tables,
+    ready,
     dense,
     dense_stride,
     token0,
@@ -77,8 +82,10 @@ def value_tile(
     DYNAMIC: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FAST: tl.constexpr,
 ):
-    """A tile `[64, CHANNELS]` fp32; arguments as of `key_halves`. Ranges of tokens are left to the weights."""
+    """A tile `[64, CHANNELS]` fp32 (fp16 if FAST), tokens of fragments in `operand_order`; arguments as of `key_halves`. Ranges of tokens are left to the weights."""
     token = token0 + tl.arange(0, 64)
     ok = token < tokens
     if SOURCE == DENSE:
@@ -87,29 +94,34 @@ def value_tile(
     else:
         levels, scale, zero, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
-            codes = arrange(unit_codes(words, BITS, GEOMETRY), GEOMETRY)
-            tile = looked_up(levels, tl.reshape(codes, (64, CHANNELS)), BITS)
+            tile = arrange(units(words, ready[0], BITS, GEOMETRY, FAST), GEOMETRY, WIDTH)
+            tile = tl.reshape(tile, (64, CHANNELS))
         else:
             tile = tl.trans(
                 channel_levels(words, levels, width, offset, first_level, channel, channel_ok, BITS, CHANNELS)
             )
         if not DYNAMIC:
-            tile = tile * static(scale, channel, channel_ok)[None, :] + static(zero, channel, channel_ok)[None, :]
+            tile = tile * ready[1][None, :] + ready[2][None, :]
     return tile
 
 
 @triton.jit
-def looked_up(levels, codes, BITS: tl.constexpr):
-    """The levels of codes; gathered within the program, so that elements stay with their lanes."""
-    table = tl.load(levels + tl.arange(0, 1 << BITS))
-    flat = tl.gather(table, tl.reshape(codes, [codes.numel]), 0)
-    return tl.reshape(flat, codes.shape)
+def static(scale, zero, channel, ok, FAST: tl.constexpr):
+    """(scale, zero) of every channel as calibrated."""
+    s, z = tl.load(scale + channel, mask=ok, other=0), tl.load(zero + channel, mask=ok, other=0)
+    if FAST:
+        s, z = s.to(tl.float16), z.to(tl.float16)
+    return s, z
 
 
 @triton.jit
-def static(table, channel, ok):
-    """A calibrated number of every channel."""
-    return tl.load(table + channel, mask=ok, other=0)
+def table_of(levels, SOURCE: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
+    """`prepared` for fragments."""
+    if SOURCE == FRAGMENT_ORDER:
+        table = prepared(levels, BITS, FAST)
+    else:
+        table = (0,)
+    return table
 
 
 @triton.jit

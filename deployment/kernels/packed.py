@@ -24,8 +24,13 @@ _LOG2_E = math.log2(math.e)
 _MAX_ROWS = 64  # queries of a tile; more would not fit the registers
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
 _MAX_CHUNK = 512
-_ENTRIES = 128  # outliers at a time
+_ENTRIES = 256  # outliers at a time
 _PARTS = 16  # put together at a time
+# neighbours along k in a lane of a tensor core's operand: Triton's choice, which a wrong number costs speed only
+_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 2
+_REGISTERS = (
+    128  # of a lane at most when decoding: more programs at a time hide each other's latencies, spills stay cheap
+)
 _WAVES = 4  # programs per multiprocessor
 _MAX_SPLITS = 256
 
@@ -158,8 +163,11 @@ def attend_packed(
             LIMITED=segment.limits is not None,
             PRECISE=precise,
             ENTRIES=_ENTRIES,
+            WIDTH=_WIDTH,
+            **_fast(segment, precise),
             num_warps=_warps(plan.rows, dim),
             num_stages=1,
+            maxnreg=_REGISTERS if plan.rows <= 16 else None,
         )
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
@@ -209,6 +217,14 @@ class _Scratch:
             extra=new(dim, plan.rows),
             rescale=new(plan.rows),
         )
+
+
+def _fast(segment: Segment, precise: bool) -> dict[str, bool]:
+    """Which sides look levels up with inline PTX: fragments in half precision, on a GPU."""
+    if isinstance(segment, DenseSegment) or precise or not segment.key_page.words.is_cuda:
+        return {"KEY_FAST": False, "VALUE_FAST": False}
+    orders = {"KEY_FAST": segment.key.order, "VALUE_FAST": segment.value.order}
+    return {name: isinstance(order, FragmentOrder) for name, order in orders.items()}
 
 
 def _warps(rows: int, dim: int) -> int:

@@ -18,9 +18,18 @@ is the same to the kernel.
 import triton
 import triton.language as tl
 
-from deployment.kernels.loads import key_halves, list_begin, outlier_deltas, token_ranges, turned_query, value_tile
+from deployment.kernels.loads import (
+    key_halves,
+    list_begin,
+    outlier_deltas,
+    static,
+    table_of,
+    token_ranges,
+    turned_query,
+    value_tile,
+)
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
-from deployment.kernels.tiles import FRAGMENT_ORDER
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, operand_order
 
 # numbers that change from call to call must not make the compiler specialise
 _RUNTIME = [
@@ -122,6 +131,9 @@ def split_kernel(
     LIMITED: tl.constexpr,
     PRECISE: tl.constexpr,
     ENTRIES: tl.constexpr,
+    KEY_FAST: tl.constexpr,
+    VALUE_FAST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Parts of the outputs, with the maxima and sums of their softmax; see the top of this file."""
     GROUP: tl.constexpr = H // G
@@ -138,6 +150,11 @@ def split_kernel(
     pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
     pair_ok, channel_ok = pair < D // 2, channel < D
     first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
+    # fragments come in an order of their own along what a product sums over
+    KEY_WIDTH: tl.constexpr = WIDTH if KEY_SOURCE == FRAGMENT_ORDER else 2
+    VALUE_WIDTH: tl.constexpr = WIDTH if VALUE_SOURCE == FRAGMENT_ORDER else 2
+    key_pair = operand_order(pair, KEY_WIDTH)
+    key_first, key_second = first_of_pair(key_pair, ROTARY_HALF), second_of_pair(key_pair, ROTARY_HALF, D // 2)
     block_token, chunk_token = tl.arange(0, 64), tl.arange(0, CHUNK)
 
     program = tl.program_id(0).to(tl.int64)
@@ -199,7 +216,16 @@ def split_kernel(
         key_plain = key_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
         value_plain = value_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
 
-        turn_at = turn + pair[:, None] * 64 + block_token[None, :]
+        key_ready = (table_of(key_levels, KEY_SOURCE, KEY_BITS, KEY_FAST), 0, 0, 0, 0)
+        if KEY_SOURCE != DENSE and not KEY_DYNAMIC:
+            first_scale, first_zero = static(key_tables[1], key_tables[2], key_first, pair_ok, KEY_FAST)
+            second_scale, second_zero = static(key_tables[1], key_tables[2], key_second, pair_ok, KEY_FAST)
+            key_ready = (key_ready[0], first_scale, first_zero, second_scale, second_zero)
+        value_ready = (table_of(value_levels, VALUE_SOURCE, VALUE_BITS, VALUE_FAST), 0, 0)
+        if VALUE_SOURCE != DENSE and not VALUE_DYNAMIC:
+            value_s, value_z = static(value_tables[1], value_tables[2], channel, channel_ok, VALUE_FAST)
+            value_ready = (value_ready[0], value_s, value_z)
+        turn_at = turn + key_pair[:, None] * 64 + block_token[None, :]
         turn_cos = tl.load(turn_at, mask=pair_ok[:, None], other=0).to(OPERAND)
         turn_sin = tl.load(turn_at + D * 32, mask=pair_ok[:, None], other=0).to(OPERAND)
         highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -231,20 +257,23 @@ def split_kernel(
                     key_head + block * key_block_words,
                     key_ranges,
                     key_tables,
+                    key_ready,
                     key_plain,
                     dense_stride_t,
                     token0 + j * 64,
                     held,
-                    first,
-                    second,
+                    key_first,
+                    key_second,
                     pair_ok,
                     KEY_GEOMETRY,
                     KEY_SOURCE,
                     KEY_DYNAMIC,
                     KEY_BITS,
                     PAIRS,
+                    KEY_WIDTH,
+                    KEY_FAST,
                 )
-                read_at = rotated + (j * ROWS + mma_row)[:, None] * (2 * PAIRS) + pair[None, :]
+                read_at = rotated + (j * ROWS + mma_row)[:, None] * (2 * PAIRS) + key_pair[None, :]
                 back_a = tl.load(read_at, mask=(mma_row < ROWS)[:, None], other=0)
                 back_b = tl.load(read_at + PAIRS, mask=(mma_row < ROWS)[:, None], other=0)
                 key_a, key_b = key_a.to(OPERAND), key_b.to(OPERAND)
@@ -309,6 +338,7 @@ def split_kernel(
                 tile_v = value_tile(
                     value_head + block * value_block_words,
                     value_tables,
+                    value_ready,
                     value_plain,
                     dense_stride_t,
                     token0 + j * 64,
@@ -320,9 +350,13 @@ def split_kernel(
                     VALUE_DYNAMIC,
                     VALUE_BITS,
                     CHANNELS,
+                    VALUE_WIDTH,
+                    VALUE_FAST,
                 )
                 weight_at = (
-                    (scaled if VALUE_DYNAMIC else weights) + (j * 64 + block_token)[None, :] * ROWS + mma_row[:, None]
+                    (scaled if VALUE_DYNAMIC else weights)
+                    + (j * 64 + operand_order(block_token, VALUE_WIDTH))[None, :] * ROWS
+                    + mma_row[:, None]
                 )
                 tile_w = tl.load(weight_at, mask=(mma_row < ROWS)[:, None], other=0)
                 output = tl.dot(tile_w, tile_v.to(OPERAND), output, input_precision=PRECISION)

@@ -8,6 +8,8 @@ source of tiles is a plain tensor: sinks, or the chunk that is being read.
 import triton
 import triton.language as tl
 
+from deployment.kernels.lookup import unit_levels
+
 CHANNEL_ORDER = tl.constexpr(0)
 FRAGMENT_ORDER = tl.constexpr(1)
 DENSE = tl.constexpr(2)
@@ -44,30 +46,42 @@ def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def unit_codes(words, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
-    """Codes `[units / (8 VECTOR), 8 VECTOR, codes of a unit]` int32 of a head's block in fragment order."""
+def units(words, table, BITS: tl.constexpr, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
+    """Levels `[units / (8 VECTOR), 8 VECTOR, codes of a unit]` of a head's block in fragment order."""
     ROW: tl.constexpr = 8 * GEOMETRY[5]
     UNITS: tl.constexpr = GEOMETRY[3] * GEOMETRY[4] * GEOMETRY[6] * 32
     at = words + tl.arange(0, UNITS // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    nibble = tl.arange(0, 8)[None, None, :] * 4
     if BITS == 3:
-        first = tl.load(at)[:, :, None] >> nibble
-        second = tl.load(at + UNITS)[:, :, None] >> nibble
-        third = tl.load(at + 2 * UNITS)[:, :, None] >> nibble
-        spare = ((first >> 3) & 1) | ((second >> 2) & 2) | ((third >> 1) & 4)
-        quarters = tl.join(tl.join(first & 7, third & 7), tl.join(second & 7, spare))
-        codes = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
+        first = tl.load(at)
+        second = tl.load(at + UNITS)
+        third = tl.load(at + 2 * UNITS)
+        spare = ((first >> 3) & 0x11111111) | ((second >> 2) & 0x22222222) | ((third >> 1) & 0x44444444)
+        a = unit_levels(first & 0x77777777, table, BITS, FAST)
+        b = unit_levels(second & 0x77777777, table, BITS, FAST)
+        c = unit_levels(third & 0x77777777, table, BITS, FAST)
+        quarters = tl.join(tl.join(a, c), tl.join(b, unit_levels(spare, table, BITS, FAST)))
+        levels = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
     elif BITS == 4:
-        codes = (tl.load(at)[:, :, None] >> nibble) & 15
+        levels = unit_levels(tl.load(at), table, BITS, FAST)
     else:
-        code = tl.arange(0, 16)[None, None, :]
-        codes = (tl.load(at)[:, :, None] >> (code % 8 * 4 + code // 8 * 2)) & 3
-    return codes
+        held = tl.load(at)
+        low = unit_levels(held & 0x33333333, table, BITS, FAST)
+        high = unit_levels((held >> 2) & 0x33333333, table, BITS, FAST)
+        levels = tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [UNITS // ROW, ROW, 16])
+    return levels
 
 
 @triton.jit
-def arrange(units, GEOMETRY: tl.constexpr):
-    """`[k, n, halves]` of what units hold, lane by lane; no element leaves its lane (see `Fragment.index`)."""
+def operand_order(k, WIDTH: tl.constexpr):
+    """Which of a fragment's k comes k-th: Triton gives a lane 2 or 4 neighbours along k, the layout has pairs 8 apart."""
+    if WIDTH == 4:
+        k = (k & ~15) | (((k >> 1) & 1) * 8) | (((k >> 2) & 3) * 2) | (k & 1)
+    return k
+
+
+@triton.jit
+def arrange(units, GEOMETRY: tl.constexpr, WIDTH: tl.constexpr):
+    """`[k, n, halves]` of what units hold, k in `operand_order`; no element leaves its lane (see `Fragment.index`)."""
     HALVES: tl.constexpr = GEOMETRY[0]
     SLOTS_N: tl.constexpr = GEOMETRY[1]
     SLOTS_K: tl.constexpr = GEOMETRY[2]
@@ -76,8 +90,9 @@ def arrange(units, GEOMETRY: tl.constexpr):
     VECTOR: tl.constexpr = GEOMETRY[5]
     WARPS: tl.constexpr = GEOMETRY[6]
     REPEATS: tl.constexpr = TILES_N * TILES_K // VECTOR
+    NEXT: tl.constexpr = WIDTH // 2
     lanes = tl.reshape(units, (REPEATS, WARPS, 4, 2, 4, VECTOR, HALVES, SLOTS_N, SLOTS_K, 2))
     in_order = tl.permute(lanes, (0, 5, 1, 2, 3, 4, 6, 7, 8, 9))
-    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K, 2))
-    ordered = tl.permute(tiled, (1, 8, 5, 9, 0, 7, 2, 3, 4, 6))
+    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K // NEXT, NEXT, 2))
+    ordered = tl.permute(tiled, (1, 8, 5, 9, 10, 0, 7, 2, 3, 4, 6))
     return tl.reshape(ordered, (TILES_K * SLOTS_K * 8, TILES_N * SLOTS_N * WARPS * 8, HALVES))
