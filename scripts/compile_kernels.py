@@ -53,7 +53,7 @@ def attention_constants(bits: int, group: int) -> dict[str, Any]:
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
     heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": 512}
     sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": 256}
-    flags = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
+    flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
     flags |= {"KEY_FAST": True, "VALUE_FAST": True, "WIDTH": _WIDTH}
     return {**heads, **sizes, **sides, **geometry, **flags}
 

@@ -10,8 +10,8 @@ import torch
 from conftest import REPOSITORY
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program may take
-# per dequantized element, keys and values averaged, of the portable code; the study's inline assembly got 4.0, 3.3, 3.1
-MOST_INSTRUCTIONS = {4: 10.0, 3: 11.0, 2: 10.0}
+# per dequantized element, keys and values averaged, of the byte permutes; the study's inline assembly got 4.0, 3.3, 3.1
+MOST_INSTRUCTIONS = {4: 8.0, 3: 7.0, 2: 6.0}
 
 
 def test_decode_compiles_for_both_architectures() -> None:

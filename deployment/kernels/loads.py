@@ -50,7 +50,7 @@ def key_halves(
         a = tl.load(at + first[:, None], mask=mask, other=0).to(tl.float32)
         b = tl.load(at + second[:, None], mask=mask, other=0).to(tl.float32)
     else:
-        levels, scale, zero, width, offset, first_level = tables
+        levels, _, _, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
             a, b = tl.split(arrange(units(words, ready[0], BITS, GEOMETRY, FAST), GEOMETRY, WIDTH))
         else:
@@ -92,7 +92,7 @@ def value_tile(
         at = dense + token[:, None] * dense_stride + channel[None, :]
         tile = tl.load(at, mask=ok[:, None] & channel_ok[None, :], other=0).to(tl.float32)
     else:
-        levels, scale, zero, width, offset, first_level = tables
+        levels, _, _, width, offset, first_level = tables
         if SOURCE == FRAGMENT_ORDER:
             tile = arrange(units(words, ready[0], BITS, GEOMETRY, FAST), GEOMETRY, WIDTH)
             tile = tl.reshape(tile, (64, CHANNELS))
@@ -117,7 +117,7 @@ def static(scale, zero, channel, ok, FAST: tl.constexpr):
 @triton.jit
 def table_of(levels, SOURCE: tl.constexpr, BITS: tl.constexpr, FAST: tl.constexpr):
     """`prepared` for fragments."""
-    if SOURCE == FRAGMENT_ORDER:
+    if SOURCE == FRAGMENT_ORDER:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
         table = prepared(levels, BITS, FAST)
     else:
         table = (0,)

@@ -60,14 +60,14 @@ def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
         table = (low, high)
         if BITS == 3:
             low_4, high_4 = level_bytes(levels, 4)
-            table = (low, low_4, high, high_4)
+            table = (low, low_4, high, high_4)  # type: ignore[assignment]
         if BITS == 4:
             low_4, high_4 = level_bytes(levels, 4)
             low_8, high_8 = level_bytes(levels, 8)
             low_12, high_12 = level_bytes(levels, 12)
-            table = (low, low_4, low_8, low_12, high, high_4, high_8, high_12)
+            table = (low, low_4, low_8, low_12, high, high_4, high_8, high_12)  # type: ignore[assignment]
     else:
-        table = (tl.load(levels + tl.arange(0, 1 << BITS)),)
+        table = (tl.load(levels + tl.arange(0, 1 << BITS)),)  # type: ignore[assignment]
     return table
 
 
