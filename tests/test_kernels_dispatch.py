@@ -93,7 +93,8 @@ def test_left_padding_cropping_and_growing(
         with packed_attention(wide_llama, backend), torch.inference_mode():
             logits[backend] = wide_llama(input_ids=tokens[:, :2], attention_mask=longer, past_key_values=cache).logits
         assert cache.layers[0].lengths == cache.layers[0].stored.tolist() == [6, 11]
-    assert torch.allclose(logits["torch"], logits["triton"], atol=1e-3)
+    error = (logits["torch"] - logits["triton"]).abs()
+    assert error.max() < 1e-2 and (error < 1e-3).float().mean() > 0.9  # a code may flip, as above
 
 
 def test_variable_argument_and_fallback(

@@ -251,7 +251,7 @@ def _segment_arguments(segment: Segment) -> dict[str, Any]:
     }
 
 
-_PACKED_NAMES = "words scales levels scale zero floor width offset first_level index value starts ends".split()
+_PACKED_NAMES = "words scales levels scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
 
 
 def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
