@@ -171,6 +171,21 @@ def allocation() -> str:
     return markdown(["error (bits per element)", *(f"{bits} bits" for bits in widths)], cells)
 
 
+def gpu() -> str:
+    """Decode attention of one layer from the packed cache against fp16, in one run."""
+    cells = []
+    for row in rows_of("gpu-benchmark"):
+        decode = next(op for op in row["ops"] if op["op"] == "decode")
+        what = [
+            row["shape"],
+            row["scheme"],
+            f"{row['context']:,}",
+            f"{row['fp16_bytes_per_token'] / row['bytes_per_token']:.1f}x",
+        ]
+        cells.append([*what, f"{decode['us']:.0f}", f"{decode['fp16_us']:.0f}"])
+    return markdown(["shape", "scheme", "context", "smaller than fp16", "decode, us", "fp16 SDPA, us"], cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "all_schemes": all_schemes,
@@ -178,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packed": packed,
     "speed": speed,
     "passkey": passkey,
+    "gpu": gpu,
     "allocation": allocation,
 }
 
