@@ -93,9 +93,11 @@ def test_left_padding_cropping_and_growing(
         with packed_attention(wide_llama, backend), torch.inference_mode():
             logits[backend] = wide_llama(input_ids=tokens[:, :2], attention_mask=longer, past_key_values=cache).logits
         assert cache.layers[0].lengths == cache.layers[0].stored.tolist() == [6, 11]
+    error = logits["torch"] - logits["triton"]
     # a code may flip, as above, and moves all logits of its sequence a little; a wrong token would move them by their own size
-    error = (logits["torch"] - logits["triton"]).square().mean().sqrt()
-    assert error < 5e-3 * logits["torch"].square().mean().sqrt()
+    assert error.square().mean().sqrt() < 5e-3 * logits["torch"].square().mean().sqrt()
+    if DEVICE.type == "cpu":  # where none does
+        assert error.abs().max() < 1e-3
 
 
 def test_variable_argument_and_fallback(
