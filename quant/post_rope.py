@@ -81,8 +81,7 @@ def attend_with_residual(
     groups = exact[0].shape[1]
     grouped = query.float().reshape(batch, groups, -1, dim) * scaling
     token = torch.arange(tokens, device=query.device)
-    key_step = scheme.group or 1 if scheme.key_axis == "channel" else 1
-    value_step = scheme.group or 1 if scheme.value_axis == "channel" else 1
+    key_step, value_step = scheme.residual_step(scheme.key_axis), scheme.residual_step(scheme.value_axis)
 
     def pick(step: int, recent: Tensor, old: Tensor) -> Tensor:
         mask = (token >= first_exact(token[:, None], scheme, step)).repeat(heads // groups, 1)

@@ -169,6 +169,10 @@ class Scheme:
         forms = {self.form(self.key_axis), self.form(self.value_axis)}
         return bool(forms & {"grouped", "rotated"}) or self.key_rope == "post" or self.thresholds == "matrix"
 
+    def residual_step(self, axis: Axis) -> int:
+        """How many tokens leave the residual window together: a whole group of them, where groups lie along tokens."""
+        return self.group or 1 if axis == "channel" else 1
+
     def describe(self) -> str:
         """The name, then every field that departs from it: `nuq2-1% sink_tokens=5 q_norm=True`, `kivi2`."""
         described = [

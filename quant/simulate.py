@@ -81,8 +81,7 @@ class RoundTrip:
     @property
     def step(self) -> int:
         """How many tokens leave the residual window together."""
-        along_tokens = axis_of(self.scheme, self.site.kind) == "channel"
-        return self.scheme.group or 1 if along_tokens else 1
+        return self.scheme.residual_step(axis_of(self.scheme, self.site.kind))
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` as attention would find it in the cache."""
