@@ -21,6 +21,7 @@ from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder
 
 _LOG2_E = math.log2(math.e)
+_DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
 _MAX_ROWS = 64  # queries of a tile; more would not fit the registers
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
 _MAX_CHUNK = 512
@@ -117,6 +118,10 @@ def attend_packed(
     Returns `[B, S, H, D]` in the query's dtype.
     """
     batch, heads, new, dim = query.shape
+    if new * heads // kv_heads > _DECODED_ROWS:
+        from deployment.kernels.prefill import attend_many
+
+        return attend_many(query, positions, segments, rotary, scaling, kv_heads)
     if query.stride(-1) != 1:
         query = query.contiguous()
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
