@@ -10,7 +10,7 @@ from torch import Tensor
 from deployment.kernels import packed, prefill
 from deployment.kernels.packed import DenseSegment, PackedSegment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import attend_many, stretch_blocks
+from deployment.kernels.prefill import Tile, attend_many, stretch_blocks
 from deployment.kernels.unpacking import Unpacking
 
 
@@ -92,8 +92,12 @@ def test_scratch_is_bounded() -> None:
     assert stretch_blocks([10**7], prefill.SCRATCH_BYTES) == 1
 
 
-def test_left_padding() -> None:
-    assert run_case(new=70, heads=(1, 1), lengths=(0, 90), pads=(66, 0), sinks=0) < 2e-3
+@pytest.mark.parametrize("wide", [False, True])
+def test_left_padding_and_large_tiles(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "_is_wide", lambda device: wide)
+    tile = Tile.of(2 * 70, 64, False, wide)
+    assert (tile.rows, tile.tokens) == (128, 128 if wide else 64)
+    assert run_case(new=70, heads=(2, 1), lengths=(0, 90), pads=(66, 0), sinks=0) < 2e-3
 
 
 def test_a_query_that_sees_nothing_gets_zeros() -> None:
@@ -135,7 +139,7 @@ def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], share: 
     rotary = Rotary.of(frequencies, dim)
     turn = rotary.turn.transpose(1, 2).contiguous()
     key, value = torch.empty(2, len(lengths), heads, (blocks + 1) * 64, dim, device=DEVICE)
-    Unpacking.of(segment, rotary, turn, len(lengths), dim).run(first, blocks, key, value)
+    Unpacking.of(segment, rotary, turn, key, value).run(first, blocks)
 
     positions = base + first * 64 + torch.arange(blocks * 64, device=DEVICE)
     expected_key, expected_value = (side.read(side.pages[0], first, blocks) for side in sides)

@@ -88,7 +88,8 @@ def flash_kernel(
     PRECISE: tl.constexpr,
 ):
     """Adds what a split of the stretch contributes to the state of a tile of queries."""
-    tile, split = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    # late queries see most, and begin first
+    tile, split = tiles - 1 - tl.program_id(0) % tiles, tl.program_id(0) // tiles
     stream = tl.program_id(1).to(tl.int64)
     b = stream // G
     row, channel = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)

@@ -1,9 +1,9 @@
 """Attention of many queries over packed segments: unpack a bounded stretch, attend to it, go on.
 
 `attend_many` has the contract of `attend_packed` (packed.py), which hands over to it. One query reads every block once, and so
-should never write it down unpacked; but hundreds share what it costs to unpack a block, and then plain attention
-(flash.py) over plain tensors (unpack.py) is as fast as over an fp16 cache. All stretches go through the same memory, of
-`SCRATCH_BYTES`, however long the context is. Nothing waits for the device: lengths are its own business.
+should never write it down unpacked; but hundreds share what it costs to unpack a block (unpack.py), and what is left to do
+is plain attention over plain tensors (flash.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most,
+however long the context is. Nothing waits for the device: how much is stored only programs know, and end early.
 """
 
 import math
@@ -21,11 +21,13 @@ from deployment.kernels.phase import Rotary
 from deployment.kernels.unpacking import Unpacking
 from quant.storage import BLOCK_TOKENS
 
-SCRATCH_BYTES = 64 * 2**20  # of unpacked keys and values together
+SCRATCH_BYTES = (
+    128 * 2**20
+)  # of unpacked keys and values together; with less, launching would take longer than computing
 _LOG2_E = math.log2(math.e)
 _WAVES = 2  # programs per multiprocessor
 _MAX_SPLITS = 32
-_FINISHED_ROWS = 16  # of a program
+_ROWS = 16  # queries of a program that rotates or finishes them
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def attend_many(
     tile = Tile.of(new * group, dim, precise, _is_wide(query.device))
     state = _State.of(streams, new * group, tile, query, operand)
     shape = {"G": kv_heads, "GROUP": group, "D": dim}
-    rotate_kernel[(state.room // _FINISHED_ROWS, streams)](
+    rotate_kernel[(state.room // _ROWS, streams)](
         query,
         *query.stride()[:3],
         positions,
@@ -113,12 +115,12 @@ def attend_many(
         state.room,
         **shape,
         ROTARY_HALF=rotary.half,
-        ROWS=_FINISHED_ROWS,
+        ROWS=_ROWS,
         PAIRS=triton.next_power_of_2(dim // 2),
     )
     _walk(state, positions, segments, rotary, tile, shape)
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
-    finish_kernel[(-(-new * group // _FINISHED_ROWS), streams)](
+    finish_kernel[(-(-new * group // _ROWS), streams)](
         state.maxima,
         state.sums,
         state.outputs,
@@ -127,7 +129,7 @@ def attend_many(
         state.room,
         state.splits,
         **shape,
-        ROWS=_FINISHED_ROWS,
+        ROWS=_ROWS,
         CHANNELS=triton.next_power_of_2(dim),
     )
     return result
@@ -146,9 +148,9 @@ def _walk(
     tiles = state.room // tile.rows
     for segment in segments:
         held = -(-segment.tokens // BLOCK_TOKENS)
-        unpacking = Unpacking.of(segment, rotary, turn, batch, dim)
+        unpacking = Unpacking.of(segment, rotary, turn, key, value)
         for first in range(0, held, blocks):
-            unpacking.run(first, min(blocks, held - first), key, value)
+            unpacking.run(first, min(blocks, held - first))
             flash_kernel[(tiles * state.splits, batch * heads)](
                 state.rotated,
                 positions,

@@ -24,72 +24,67 @@ _STRIDES = ("dense_stride_b", "dense_stride_g", "dense_stride_t")
 
 @dataclass(frozen=True)
 class Unpacking:
-    """How to unpack the blocks of a segment: the arguments of `unpack_kernel` that are the same for all stretches."""
+    """A segment on its way to `key` and `value` `[B, G, room, D]`: the kernel's arguments, the same for all stretches."""
 
-    segment: Segment
-    bases: Tensor  # [B, blocks, 2, D/2] float32
-    turn: Tensor  # [2, 64, D/2] float32
-    half: int
+    arguments: list[dict[str, Any]]  # of keys, then of values
+    streams: int  # sequences times heads
 
     @classmethod
-    def of(cls, segment: Segment, rotary: Rotary, turn: Tensor, batch: int, head_dim: int) -> "Unpacking":
+    def of(cls, segment: Segment, rotary: Rotary, turn: Tensor, key: Tensor, value: Tensor) -> "Unpacking":
         """`turn` is the rotary embedding's with tokens before pairs, so that neighbouring lanes load neighbours."""
-        blocks = -(-segment.tokens // BLOCK_TOKENS)
-        bases = torch.empty(batch, blocks, 2, head_dim // 2, dtype=torch.float32, device=turn.device)
-        bases_kernel[(blocks, batch)](
-            segment.origins,
-            segment.start,
-            rotary.high,
-            rotary.low,
-            bases,
-            D=head_dim,
-            PAIRS=triton.next_power_of_2(head_dim // 2),
-            num_warps=1,
-        )
-        return cls(segment, bases, turn, rotary.half)
+        batch, heads, room, dim = key.shape
+        bases = _bases(segment, rotary, batch, dim)
+        if isinstance(segment, DenseSegment):
+            sources = [_dense_arguments(segment.key), _dense_arguments(segment.value)]
+        else:
+            sources = [_packed_arguments(segment.key, segment.key_page)]
+            sources += [_packed_arguments(segment.value, segment.value_page)]
+        place = {
+            "origins": segment.origins,
+            "shift": segment.start,
+            "limits": segment.origins if segment.limits is None else segment.limits,
+            "LIMITED": segment.limits is not None,
+            "tokens": segment.tokens,
+            "segment_blocks": bases.shape[1],
+            "bases": bases,
+            "turn": turn,
+            "ROTARY_HALF": rotary.half,
+        }
+        shape = {"room": room, "G": heads, "D": dim, "ENTRIES": _ENTRIES, "WIDTH": _WIDTH}
+        shape |= {"PAIRS": triton.next_power_of_2(dim // 2), "CHANNELS": triton.next_power_of_2(dim)}
+        for source, result, rotated in zip(sources, (key, value), (True, False), strict=True):
+            is_fragments = source["SOURCE"] == FRAGMENT_ORDER
+            # permutes make fp16 levels, and are inline PTX
+            source["FAST"] = is_fragments and result.is_cuda and result.dtype == torch.float16
+            source |= {**place, **shape, "result": result, "ROTATED": rotated}
+            # as many as fragments are laid out for, and channels have registers for
+            source["num_warps"] = 4 if dim <= 128 and source["SOURCE"] != CHANNEL_ORDER else 8
+        return cls(sources, batch * heads)
 
-    def run(self, first: int, blocks: int, key: Tensor, value: Tensor) -> None:
-        """Unpack blocks `first`, ..., `first + blocks - 1` to `[B, G, room, D]`, keys rotated.
+    def run(self, first: int, blocks: int) -> None:
+        """Unpack blocks `first`, ..., `first + blocks - 1` of every sequence.
 
         What a sequence does not hold is left as it is, but for finite numbers to the end of its last block.
         """
-        segment = self.segment
-        if isinstance(segment, DenseSegment):
-            keys, values = _dense_arguments(segment.key), _dense_arguments(segment.value)
-        else:
-            keys = _packed_arguments(segment.key, segment.key_page)
-            values = _packed_arguments(segment.value, segment.value_page)
-        self._launch(keys, first, blocks, key, True)
-        self._launch(values, first, blocks, value, False)
+        for arguments in self.arguments:
+            unpack_kernel[(blocks, self.streams)](**arguments, first_block=first)
 
-    def _launch(self, arguments: dict[str, Any], first: int, blocks: int, result: Tensor, rotated: bool) -> None:
-        segment = self.segment
-        batch, heads, room, dim = result.shape
-        unpack_kernel[(blocks, batch * heads)](
-            **arguments,
-            origins=segment.origins,
-            shift=segment.start,
-            limits=segment.origins if segment.limits is None else segment.limits,
-            bases=self.bases,
-            turn=self.turn,
-            tokens=segment.tokens,
-            first_block=first,
-            segment_blocks=self.bases.shape[1],
-            room=room,
-            result=result,
-            G=heads,
-            D=dim,
-            PAIRS=triton.next_power_of_2(dim // 2),
-            CHANNELS=triton.next_power_of_2(dim),
-            ROTARY_HALF=self.half,
-            LIMITED=segment.limits is not None,
-            ROTATED=rotated,
-            # permutes make fp16 levels, and are inline PTX
-            FAST=arguments["SOURCE"] == FRAGMENT_ORDER and result.is_cuda and result.dtype == torch.float16,
-            ENTRIES=_ENTRIES,
-            WIDTH=_WIDTH,
-            num_warps=8 if dim > 128 else 4,  # as many as fragments are laid out for
-        )
+
+def _bases(segment: Segment, rotary: Rotary, batch: int, head_dim: int) -> Tensor:
+    """Cos and sin at the first position of every block, `[B, blocks, 2, D/2]` float32."""
+    blocks = -(-segment.tokens // BLOCK_TOKENS)
+    bases = torch.empty(batch, blocks, 2, head_dim // 2, dtype=torch.float32, device=rotary.turn.device)
+    bases_kernel[(blocks, batch)](
+        segment.origins,
+        segment.start,
+        rotary.high,
+        rotary.low,
+        bases,
+        D=head_dim,
+        PAIRS=triton.next_power_of_2(head_dim // 2),
+        num_warps=1,
+    )
+    return bases
 
 
 def _packed_arguments(packed: PackedTensor, page: Page) -> dict[str, Any]:
