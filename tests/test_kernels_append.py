@@ -5,7 +5,7 @@ import torch
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
-from deployment.kernels.append import append_packed
+from deployment.kernels.append import Side, append
 from deployment.layout import PackedTensor
 from quant.quantizer import as_stored
 
@@ -32,7 +32,7 @@ def append_both(
             page.outliers.index.fill_(-1)
     for chunk, padding in zip(chunks, pads, strict=True):
         pad = torch.tensor(padding, device=DEVICE)
-        append_packed(packed, chunk, stored, pad, held, packed.pages, overflow)
+        append([Side(packed, chunk, held, packed.pages)], stored, pad, overflow)
         stored += chunk.shape[2] - pad
         for row, skipped in enumerate(padding):
             tokens = chunk[row, :, skipped:].transpose(0, 1).flatten(1)[None]
@@ -119,7 +119,7 @@ def test_a_full_stream_is_reported_and_nothing_else_is_overwritten() -> None:
     overflow, none = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     x = torch.zeros(1, HEADS, 1, 64, device=DEVICE)
     x[:, 0] = 100.0
-    append_packed(packed, x, none, none, x.new_zeros(1, HEADS, 0, 64).half(), [page], overflow)
+    append([Side(packed, x, x.new_zeros(1, HEADS, 0, 64).half(), [page])], none, none, overflow)
     lists, index, value = page.outliers.entries()
     assert overflow.item() == 1
     assert index[lists == 0].tolist() == list(range(10)) and (value[lists == 0] == 100).all()
