@@ -70,7 +70,7 @@ def test_everything_stored_is_what_torch_stores(kind: str, sizes: list[int]) -> 
 @pytest.mark.parametrize("bits", [2, 4, 5])
 @pytest.mark.parametrize("dim", [64, 20, 128])
 def test_widths_and_heads(bits: int, dim: int) -> None:
-    append_both("channel", bits, dim, make_chunks(dim, [40, 30]), [[0], [0]], sinks=0)
+    append_both("channel", bits, dim, make_chunks(dim, [40, 29, 1]), [[0]] * 3, sinks=0)
 
 
 @pytest.mark.parametrize("kind", ["channel", "token"])
@@ -86,21 +86,23 @@ def test_tokens_beyond_the_span_of_an_index(dim: int, span: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_dtypes(kind: str, dtype: torch.dtype) -> None:
-    append_both(kind, 4, 64, make_chunks(64, [10], dtype=dtype), [[0]], sinks=1)
+    append_both(kind, 4, 64, make_chunks(64, [9, 1], dtype=dtype), [[0], [0]], sinks=1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_shares(kind: str, share: float) -> None:
-    append_both(kind, 3, 64, make_chunks(64, [9]), [[0]], sinks=0, share=share)
+    append_both(kind, 3, 64, make_chunks(64, [8, 1]), [[0], [0]], sinks=0, share=share)
 
 
 @pytest.mark.parametrize("levels", [[0.0], [1.0, 1.0, 2.0], [-0.0, 0.0], [3.0, -3.0], [1e5, -1e5, 0.5]])
 def test_ties_and_extremes(levels: list[float]) -> None:
     """Nothing but ties, both zeros, numbers beyond fp16: the choice of outliers must still agree."""
-    pattern = torch.tensor(levels).repeat(HEADS * 64)[: HEADS * 64].view(1, 1, HEADS, 64).expand(1, 5, -1, -1)
+    pattern = (
+        torch.tensor(levels).repeat(HEADS * 64)[: HEADS * 64].view(1, 1, HEADS, 64).expand(1, 3, -1, -1).transpose(1, 2)
+    )
     for kind in ("token", "channel"):
-        append_both(kind, 3, 64, [pattern.to(DEVICE).transpose(1, 2)], [[0]], sinks=0)
+        append_both(kind, 3, 64, [pattern.to(DEVICE), pattern[:, :, :1].to(DEVICE)], [[0], [0]], sinks=0)
 
 
 def test_boundaries_belong_to_the_lower_code() -> None:
