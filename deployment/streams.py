@@ -1,19 +1,43 @@
 """The outliers of a page: for every sequence and KV head a stream that tokens are appended to.
 
-    index  :: [N]             int16  token * D + channel within its block and head, unsigned
+    index  :: [N]             int16  (token % span) * D + channel within its page and head, unsigned
     value  :: [N]             fp16   the element itself
     ends   :: [B, G, blocks]  int32  where a block's list ends; it begins where the one before ends
     starts :: [B, G]          int32  where a stream begins, if there is room between streams
 
+16 bits tell `span` tokens of D channels apart (`index_span`): 512 of 128, 256 of 256. A list belongs to one block of 64
+tokens, so its number says the rest; whoever reads a whole stretch of `span` tokens needs no lists at all.
+
 A token's outliers come after those of all earlier tokens, so an append writes at the end of the stream and moves
 nothing, if there is room. The torch path leaves no room and needs no starts: it rebuilds the streams, exactly as long
-as need be. The append kernel needs room, which `with_room` makes.
+as need be. The append kernels need room, which `moved` makes (how much, says room.py).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gradients.cli import UserError
+from quant.storage import BLOCK_TOKENS
+
+_INDICES = 1 << 16
+_MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
+
+
+def index_span(head_dim: int) -> int:
+    """Tokens of `head_dim` channels that a 16-bit index tells apart: a power of two, and whole blocks.
+
+    Raises `UserError` for heads of more channels than an index can number within one block.
+    """
+    most = _INDICES // head_dim
+    if most < BLOCK_TOKENS:
+        limit = _INDICES // BLOCK_TOKENS
+        raise UserError(
+            f"heads of {head_dim} channels are too large for 16-bit indices of outliers, which end at {limit}; "
+            "use a scheme without outliers"
+        )
+    return 1 << (most.bit_length() - 1)
 
 
 @dataclass
@@ -45,6 +69,10 @@ class OutlierStreams:
             return self.ends.long().flatten().diff(prepend=self.ends.new_zeros(1)).view_as(self.ends)
         # the append kernel leaves the ends of blocks alone that it has not come to yet
         return self.ends.long().cummax(-1).values.diff(prepend=self.starts.long()[..., None])
+
+    def counts(self) -> Tensor:
+        """Outliers of every stream, `[B, G]` int64."""
+        return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(number of the list int64, index int64, value fp16) of every outlier, in order."""
@@ -87,14 +115,42 @@ class OutlierStreams:
         """The same outliers with `room` free places after every stream."""
         return self.rebuilt(*self.entries(), room)
 
+    def moved(self, places: Tensor) -> "OutlierStreams":
+        """The same outliers with `places` for each stream, `[B * G]` int64 on the host; the device is not waited for.
+
+        Raises `UserError` for 2^31 places or more.
+        """
+        before = self.with_starts()
+        assert before.starts is not None
+        starts = sent((places.cumsum(0) - places).int(), self.index.device)
+        ends = sent(places.cumsum(0).int(), self.index.device)
+        shift = starts - before.starts.flatten()
+        total = int(places.sum())
+        if total >= 1 << 31:
+            raise UserError(
+                f"room for {total} outliers goes beyond 32-bit numbers; use fewer sequences or shorter chunks"
+            )
+        index, value = self.index.new_zeros(total), self.value.new_zeros(total)
+        for first in range(0, total if len(before.index) else 0, _MOVED):
+            place = torch.arange(first, min(first + _MOVED, total), dtype=torch.int32, device=starts.device)
+            stream = torch.searchsorted(ends, place, right=True, out_int32=True)
+            # a place without an outlier gets any
+            source = (place - shift.index_select(0, stream)).clamp_(0, len(before.index) - 1)
+            index[first : first + len(place)] = before.index.index_select(0, source)
+            value[first : first + len(place)] = before.value.index_select(0, source)
+        by_head = before.starts.shape
+        return OutlierStreams(index, value, before.ends + shift.view(*by_head, 1), starts.view(by_head))
+
     def with_starts(self) -> "OutlierStreams":
         """The same outliers with `starts`, which the kernels read."""
+        if self.starts is None and not len(self.index):  # known without asking the device
+            return OutlierStreams(self.index, self.value, self.ends, torch.zeros_like(self.ends[..., 0]))
         return self if self.starts is not None else self.with_room(0)
 
-    def before(self, limits: Tensor, head_dim: int, block_tokens: int) -> "OutlierStreams":
+    def before(self, limits: Tensor, head_dim: int) -> "OutlierStreams":
         """Only the outliers of tokens before `limits` `[B]` of their sequence, and no room."""
         lists, index, value = self.entries()
-        token = lists % self.blocks * block_tokens + index // head_dim
+        token = lists % self.blocks * BLOCK_TOKENS + index // head_dim % BLOCK_TOKENS
         kept = token < limits[lists // self.ends[0].numel()]
         return self.rebuilt(lists[kept], index[kept], value[kept])
 
@@ -111,3 +167,8 @@ class OutlierStreams:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` of the host on a device, which is not waited for."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
