@@ -199,8 +199,8 @@ class PackedLayer(CacheLayerMixin):
             key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
             yield Stretch(0, sinks, key, value)
         for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
-            needed = -(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS)
-            for first in range(0, min(needed, pages[0].blocks), layout.PAGE_BLOCKS):
+            needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
+            for first in range(0, needed, layout.PAGE_BLOCKS):
                 blocks = min(layout.PAGE_BLOCKS, needed - first)
                 start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
                 key = self.packed["key"].read(pages[0], first, blocks)
