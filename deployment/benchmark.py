@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deployment.attention import attend_with_torch
 from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import attend, runs_kernels
 from deployment.rope import Rope
+from deployment.step import attend_with_torch
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.models import decoder_config
 from quant.codebook import Codebook, int_codebook, nf_codebook
