@@ -22,8 +22,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import Backend
+from deployment.registered import step
 from deployment.rope import Rope
-from deployment.step import attend_step
 from gradients.models import decoder, kv_sites
 from gradients.rope import rotate
 
@@ -130,7 +130,7 @@ def attention(
     if layer is None:
         return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_step(layer, rope, context.backend, query, key, value, attention_mask, scaling), None
+    return step(layer, rope, context.backend, query, key, value, attention_mask, scaling), None
 
 
 def _native(
