@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from deployment.attention import padding_mask
 from deployment.benchmark import Shape, synthetic_quantizers
 from deployment.cache import PackedLayer
+from deployment.kernels.dispatch import Backend
 from deployment.rope import Rope
 from deployment.step import attend_step
 from quant.scheme import Scheme
@@ -31,19 +32,19 @@ class Decoder:
         self.rope = Rope(LlamaRotaryEmbedding(config).to(DEVICE))
         mask = torch.ones(2, past, dtype=torch.bool, device=DEVICE)
         mask[0, :PADDING] = False
-        self.step(self.tokens(past, seed=0), mask)
+        self.step(self.tokens(past, seed=0), mask, "torch")  # which is faster than to interpret kernels
 
     @staticmethod
     def tokens(new: int, seed: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return [torch.randn(2, heads, new, 64, generator=generator).half().to(DEVICE) for heads in (2, 1, 1)]
 
-    def step(self, tokens: list[Tensor], mask: Tensor) -> Tensor:
+    def step(self, tokens: list[Tensor], mask: Tensor, backend: Backend = "triton") -> Tensor:
         """One step, as the attention function takes it; `mask` `[B, T + S]`."""
         new, total = tokens[0].shape[2], mask.shape[1]
         seen = padding_mask(2, new, total, q_offset=total - new, attention_mask=mask)
         self.layer.expect(*tokens[1:])
-        return attend_step(self.layer, self.rope, "triton", *tokens, seen, 0.125)
+        return attend_step(self.layer, self.rope, backend, *tokens, seen, 0.125)
 
 
 def grown(total: int) -> Tensor:
