@@ -9,11 +9,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 pytest.importorskip("triton")
 
 from deployment.attention import padding_mask
-from deployment.benchmark import Shape, synthetic_quantizers
 from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import Backend
 from deployment.rope import Rope
 from deployment.step import attend_step
+from deployment.synthetic import Shape, synthetic_quantizers
 from quant.scheme import Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,10 +12,10 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployment.attention import packed_attention
-from deployment.benchmark import Shape, synthetic_quantizers
 from deployment.cache import PackedCache, PackedLayer
 from deployment.registered import registered_step, step
 from deployment.rope import Rope
+from deployment.synthetic import Shape, synthetic_quantizers
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
