@@ -1,10 +1,10 @@
 """Whether the kernels work with another version of Triton than the one that is installed.
 
-    python -m scripts.check_triton 3.6.0
     python -m scripts.check_triton 3.7.1 3.8.0 --jobs 4
+    python -m scripts.check_triton 3.6.0 --with "numpy<2.4"     # which its interpreter needs
 
-For each version a virtual environment is made in a temporary folder: that Triton, and everything else from the environment this
-runs in. There the kernels are compiled for GPUs that need not be there, and their tests run in the interpreter. Exits with
+For each version a virtual environment is made in a temporary folder: that Triton, what --with names, and everything else from the
+environment this runs in. There the kernels are compiled for GPUs that need not be there, and their tests run in the interpreter. Exits with
 1 if anything fails. pip must be able to install the version, and takes it from wherever it is configured to.
 """
 
@@ -28,29 +28,21 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped)")
 
 
-def make_environment(folder: Path, version: str) -> Path:
-    """A virtual environment with one package of its own; returns its interpreter. Raises `UserError` if pip fails."""
+def make_environment(folder: Path, version: str, others: Sequence[str] = ()) -> Path:
+    """A virtual environment with few packages of its own; returns its interpreter. Raises `UserError` if pip fails."""
     venv.create(folder)
     names = {"base": str(folder), "platbase": str(folder)}
     own = Path(sysconfig.get_path("purelib", scheme="venv", vars=names))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--target",
-        str(own),
-        f"triton=={version}",
-    ]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(own)]
+    command += [f"triton=={version}", *others]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"triton {version} cannot be installed: {reason}; give a version that pip finds")
+        what = " and ".join([f"triton {version}", *others])
+        raise UserError(f"{what} cannot be installed: {reason}; give versions that pip finds")
     # what a .pth file names comes after the environment's own packages
-    others = [path for path in sys.path if path and Path(path).name.endswith("-packages")]
-    (own / "others.pth").write_text("".join(f"{path}\n" for path in others))
+    outside = [path for path in sys.path if Path(path).name.endswith("-packages")]
+    (own / "outside.pth").write_text("".join(f"{path}\n" for path in outside))
     return Path(sysconfig.get_path("scripts", scheme="venv", vars=names)) / "python"
 
 
@@ -82,11 +74,11 @@ def installed_version(python: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def check(version: str, jobs: int, minutes: int) -> list[dict[str, Any]]:
+def check(version: str, others: Sequence[str], jobs: int, minutes: int) -> list[dict[str, Any]]:
     """A row for each part; what failed goes to stderr."""
     rows = []
     with tempfile.TemporaryDirectory(prefix="triton-") as folder:
-        python = make_environment(Path(folder), version)
+        python = make_environment(Path(folder), version, others)
         if (imported := installed_version(python)) != version:
             raise RuntimeError(f"the environment imports triton {imported}, not {version}")
         for part, files in parts().items():
@@ -101,13 +93,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     parser = command_parser("scripts.check_triton", __doc__)
     parser.add_argument("versions", nargs="+", metavar="VERSION")
+    parser.add_argument(
+        "--with", dest="others", nargs="+", default=[], metavar="PACKAGE", help="install these, too, as pip names them"
+    )
     parser.add_argument("--jobs", type=positive_int, default=1, help="tests at a time (1)")
     parser.add_argument("--minutes", type=positive_int, default=30, help="limit for each part (30)")
     arguments = parser.parse_args(argv)
     for version in arguments.versions:
         if not _VERSION.fullmatch(version):
             raise UserError(f"version {version!r} is not of the form 3.6.0")
-    rows = [row for version in arguments.versions for row in check(version, arguments.jobs, arguments.minutes)]
+    rows = []
+    for version in arguments.versions:
+        rows += check(version, arguments.others, arguments.jobs, arguments.minutes)
     print(format_table(rows))
     return {"works": all(row["works"] for row in rows), "rows": rows}
 
