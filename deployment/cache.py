@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from deployment import layout
 from deployment.layout import PackedTensor, Rows
+from deployment.numbered import Numbered
 from deployment.room import LOST
 from deployment.rope import rotates_whole_heads
 from gradients.cli import UserError
@@ -38,7 +39,7 @@ class Stretch:
     value: Tensor
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(Numbered, CacheLayerMixin):
     """The packed cache of one layer.
 
     `update` only hands the new tokens on, with itself attached to the keys: the attention function reads the past,
@@ -90,14 +91,19 @@ class PackedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
+        if not torch.compiler.is_compiling():  # else the operator does it: a compiler would, after all steps
+            self.expect(key_states, value_states)
+        key_states.packed_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def expect(self, key: Tensor, value: Tensor) -> None:
+        """Get ready to store a chunk. Raises RuntimeError if nobody stored the one before."""
         if self._handed_on:
             raise RuntimeError("a PackedCache needs the model to run within `with packed_attention(model):`")
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check_capacity(key_states.shape[2])
+            self.lazy_initialization(key, value)
+        self._check_capacity(key.shape[2])
         self._handed_on = True
-        key_states.packed_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
 
     def _check_capacity(self, new: int) -> None:
         if self.capacity is not None and self.slots + new > self.capacity:

@@ -53,7 +53,7 @@ def pages_of(packed: PackedTensor, parts: dict[str, Tensor], room: int) -> list[
             raise ValueError(f"outliers {tuple(index.shape)}, {tuple(value.shape)}, {tuple(ends.shape)}")
         streams = OutlierStreams(index, value, torch.cat([ends, _last(ends, page.blocks - held)], dim=-1))
         lists, within, _ = streams.entries()
-        span = getattr(packed, "span", BLOCK_TOKENS)  # the tokens that a page's indices tell apart
+        span = packed.span  # the tokens that a page's indices tell apart
         streams.index = (within + lists % page.blocks * BLOCK_TOKENS % span * packed.head_dim).short()
         page.outliers = streams
     return [page]
