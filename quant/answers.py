@@ -12,6 +12,8 @@ exact) and checked by one simulated forward over prompt and draft: by the induct
 difference is what greedy decoding gives, and so is the pick at that difference. There the next draft begins.
 
 **With a cache** the prompt is read once and its cache doubled: one row is fed the expected answer, the other what it picks.
+
+Either way nothing is decoded beyond an answer that is the expected one to the last token: its score is settled.
 """
 
 from collections.abc import Callable
@@ -63,7 +65,7 @@ def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantize
         logits = model(input_ids=tokens, logits_to_keep=len(answer), **kept).logits[0]
     require_finite(logits, model, tokens)
     greedy = agreed(answer, logits.argmax(-1)) if new_tokens else None
-    while greedy is not None and len(greedy) < new_tokens and not _ended(model, greedy):
+    while greedy is not None and not _said(model, greedy, answer, new_tokens):
         drafted = _draft(model, cache, prompt, greedy, new_tokens)
         with simulated(model, quantizers):
             checked = torch.cat([prompt, drafted[:-1]])[None]
@@ -107,17 +109,20 @@ def reply_cached(
     if new_tokens:
         cache.batch_repeat_interleave(2)
     forced, greedy = [logits[0]], [logits[-1].argmax()]
-    for step in range(max(len(answer), new_tokens) - 1):
-        fed = [answer[min(step, len(answer) - 1)], *([greedy[-1]] if new_tokens else [])]
+    while len(forced) < len(answer) or not _said(model, torch.stack(greedy), answer, new_tokens):
+        fed = [answer[min(len(forced), len(answer)) - 1], *([greedy[-1]] if new_tokens else [])]
         logits = model(input_ids=torch.stack(fed)[:, None], past_key_values=cache).logits[:, -1]
         forced.append(logits[0])
         greedy.append(logits[-1].argmax())
-        if len(forced) >= len(answer) and _ended(model, greedy[-1]):
-            break
     expected = torch.stack(forced[: len(answer)])
     require_finite(expected, model, torch.cat([prompt, answer])[None])
     said = _cut(model, torch.stack(greedy[:new_tokens])) if new_tokens else None
     return Reply.of(expected, answer, measure(), said)
+
+
+def _said(model: PreTrainedModel, greedy: Tensor, answer: Tensor, new_tokens: int) -> bool:
+    """Whether nothing is left to say: all tokens, an end of text, or the expected answer, which cannot be unsaid."""
+    return len(greedy) >= new_tokens or torch.equal(greedy, answer) or _ended(model, greedy)
 
 
 def _ends(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -62,6 +62,10 @@ def add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _same(quantizers: Quantizers) -> Quantizers:
+    return quantizers
+
+
 def candidates_from(arguments: argparse.Namespace) -> list[Candidate]:
     """The unquantized model, the `--schemes`, the `--quantizers`. Raises `UserError` for unusable ones."""
     candidates = [Candidate()]
@@ -73,7 +77,7 @@ def candidates_from(arguments: argparse.Namespace) -> list[Candidate]:
         candidates += [Candidate(scheme, records.manifest.digest, partial(fit, records, scheme)) for scheme in schemes]
     for path in arguments.quantizers:
         quantizers = load_quantizers(path)
-        candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, lambda fitted=quantizers: fitted))
+        candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, partial(_same, quantizers)))
     for candidate in candidates:
         if arguments.mode == "packed" and candidate.scheme and candidate.scheme.simulated_only:
             raise UserError(f"scheme {candidate.scheme.describe()!r} has no packed cache; use --simulated")

@@ -60,7 +60,7 @@ def draw(schemes: Mapping[str, Mapping[tuple[int, float], Row]]) -> "Figure":
     from matplotlib.colors import LinearSegmentedColormap
 
     places = {place for cells in schemes.values() for place in cells}
-    lengths, depths = (sorted({place[i] for place in places}) for i in (0, 1))
+    lengths, depths = sorted({length for length, _ in places}), sorted({depth for _, depth in places})
     columns = min(_COLUMNS, len(schemes))
     lines = -(-len(schemes) // columns)
     size = (1.3 + columns * (0.7 + 0.72 * len(lengths)), lines * (0.9 + 0.42 * len(depths)))

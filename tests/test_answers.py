@@ -71,8 +71,21 @@ def test_simulated_replies_equal_uncached_greedy_decoding(
         found = simulated_greedy(llama, quantizers, prompt, NEW)
         for answer in (found, found[:2], *spoiled(found)):
             reply = reply_simulated(llama, Sample(prompt, answer), quantizers, NEW)
-            assert reply.greedy.tolist() == found.tolist()
+            assert reply.greedy.tolist() == (answer if reply.exact else found).tolist()
             assert reply.exact == torch.equal(answer, found[: len(answer)])
+
+
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_nothing_is_said_beyond_the_expected_answer(
+    first: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
+) -> None:
+    prompt = passkey(tokenizer).prompt
+    plain, quantized = generated(llama, prompt, NEW)[:first], simulated_greedy(llama, quantizers, prompt, first)
+    assert len(plain) == len(quantized) == first
+    cache = DynamicCache(config=llama.config)
+    assert reply_cached(llama, Sample(prompt, plain), cache, 100, NEW).greedy.tolist() == plain.tolist()
+    assert cache.get_seq_length() == len(prompt) + first - 1
+    assert reply_simulated(llama, Sample(prompt, quantized), quantizers, NEW).greedy.tolist() == quantized.tolist()
 
 
 def test_a_wrong_draft_is_mended(

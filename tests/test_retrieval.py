@@ -22,7 +22,7 @@ from scripts.haystack import Haystack
 from scripts.needle import NeedleTask
 from scripts.ruler_tasks import NAMES, TASKS
 
-LONG = {"cwe": 6000, "fwe": 900, "niah_multiquery": 900}  # what a byte for a token makes of these
+LONG = {"cwe": 6500, "fwe": 900, "niah_multiquery": 900}  # what a byte for a token makes of these
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_a_chain_of_variables(prompter: Prompter) -> None:
 
 
 def test_common_words(prompter: Prompter) -> None:
-    for tokens in (6000, 12_000):
+    for tokens in (6500, 12_000):
         text, expected = text_of("cwe", prompter, tokens)
         counts = Counter(re.findall(r"\d+\. (\S+)", text))
         common = counts.most_common(10)
