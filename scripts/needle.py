@@ -22,7 +22,7 @@ from gradients.text import load_text
 from quant.prompts import Prompter, Sample
 from scripts.haystack import Haystack
 from scripts.plot_needle import draw_rows, require_matplotlib
-from scripts.retrieval import Cell, Row, mean, retrieval_parser, run, table
+from scripts.retrieval import Cell, Row, asked, means, retrieval_parser, run, table
 
 CITIES = ["Lisbon", "Oslo", "Cairo", "Lima", "Dublin", "Hanoi", "Prague", "Quito", "Riga", "Tunis", "Vienna", "Zagreb"]
 FOODS = ["mangoes", "pancakes", "dumplings", "olives", "waffles", "noodles", "chestnuts", "pretzels", "oysters", "figs"]
@@ -76,11 +76,6 @@ class NeedleTask:
         return prompter.sample(text, LEAD.format_map(words), ANSWER.format_map(words), expected, self.tokens)
 
 
-def questions(tasks: Sequence[NeedleTask], prompter: Prompter) -> list[Sample]:
-    """The tasks in the model's tokens."""
-    return [task.sample(prompter) for task in tasks]
-
-
 def cells_from(arguments: argparse.Namespace) -> list[Cell]:
     """A cell for every length and depth. Raises `UserError` for a text without sentences."""
     source = None if arguments.text is None else load_text(arguments.text, "evaluation")
@@ -91,7 +86,7 @@ def cells_from(arguments: argparse.Namespace) -> list[Cell]:
             seeds = range(arguments.seed, arguments.seed + arguments.samples)
             tasks = [NeedleTask(tokens=tokens, depth=depth, seed=seed, source=source) for seed in seeds]
             fields = {"text": Path(arguments.text).name if arguments.text else "generated"}
-            cells.append(Cell(fields | {"context": tokens, "depth": depth}, partial(questions, tasks)))
+            cells.append(Cell(fields | {"context": tokens, "depth": depth}, partial(asked, tasks)))
     return cells
 
 
@@ -113,11 +108,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     if arguments.heat_map:
         require_matplotlib()  # before hours of measuring
     rows, added = run(arguments, cells_from(arguments), SPARE_TOKENS)
-    shown = table(
-        rows,
-        lambda row: str(row["context"]),
-        lambda own: f"{mean(own, 'found'):.2f} ({mean(own, 'nll_per_token'):.2f})",
-    )
+    shown = table(rows, lambda row: str(row["context"]), means("found", "nll_per_token"))
     print(f"share of the needle's words found (NLL per token of the answer, nats), {arguments.mode}\n{shown}")
     if arguments.heat_map:
         draw_rows(rows, arguments.heat_map)

@@ -15,19 +15,13 @@ from functools import partial
 from gradients.cli import run_command
 from quant.answers import Reply
 from quant.passkey import PasskeyTask, passkey_tasks
-from quant.prompts import Prompter, Sample
-from scripts.retrieval import Cell, Row, mean, retrieval_parser, run, table
+from scripts.retrieval import Cell, Row, asked, means, retrieval_parser, run, table
 
 
 def cell(tokens: int, samples: int, seed: int) -> Cell:
     """The questions of one length."""
     tasks = passkey_tasks(tokens, samples, seed)
-    return Cell({"context": tokens}, partial(questions, tasks), partial(missed, tasks))
-
-
-def questions(tasks: Sequence[PasskeyTask], prompter: Prompter) -> list[Sample]:
-    """The tasks in the model's tokens."""
-    return [task.sample(prompter) for task in tasks]
+    return Cell({"context": tokens}, partial(asked, tasks), partial(missed, tasks))
 
 
 def missed(tasks: Sequence[PasskeyTask], replies: Sequence[Reply]) -> Row:
@@ -40,11 +34,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     arguments = retrieval_parser("passkey", __doc__, lengths=(512, 1024, 2048), samples=10).parse_args(argv)
     cells = [cell(length, arguments.samples, arguments.seed) for length in sorted(set(arguments.lengths))]
     rows, added = run(arguments, cells)
-    shown = table(
-        rows,
-        lambda row: str(row["context"]),
-        lambda own: f"{mean(own, 'retrieved'):.2f} ({mean(own, 'answer_nll'):.2f})",
-    )
+    shown = table(rows, lambda row: str(row["context"]), means("retrieved", "answer_nll"))
     print(f"share retrieved (NLL of the answer, nats), {arguments.samples} samples, {arguments.mode}\n{shown}")
     return {"results": arguments.results, "rows_added": added}
 

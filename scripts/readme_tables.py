@@ -8,7 +8,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a f
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,42 @@ def passkey() -> str:
     return markdown(["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], cells)
 
 
+def graded(name: str, part: str, label: str) -> str:
+    """Share of the answers found and their NLL, a column for each `part` of a cell, over cells that all schemes have."""
+    rows = {(row["scheme"], row["context"], row[part]): row for row in rows_of(name)}
+    schemes = sorted({key[0] for key in rows}, key=lambda scheme: -bits_of(rows.values(), scheme))
+    cells = [cell for cell in dict.fromkeys(key[1:] for key in rows) if all((one, *cell) in rows for one in schemes)]
+    lengths, parts = sorted({length for length, _ in cells}), list(dict.fromkeys(which for _, which in cells))
+    columns = {
+        **{f"{length} tokens": [cell for cell in cells if cell[0] == length] for length in lengths},
+        **{f"{label} {which:g}" if label else which: [cell for cell in cells if cell[1] == which] for which in parts},
+    }
+    lines = []
+    for scheme in schemes:
+        shown = []
+        for column in columns.values():
+            own = [rows[scheme, *cell] for cell in column]
+            found, nll = (sum(row[field] for row in own) / len(own) for field in ("found", "nll_per_token"))
+            shown.append(f"{100 * found:.0f} % ({nll:.2f})")
+        lines.append([scheme, f"{bits_of(rows.values(), scheme):.2f}", *shown])
+    return markdown(["found (NLL per token)", "bits/element", *columns], lines)
+
+
+def bits_of(rows: Iterable[Row], scheme: str) -> float:
+    """What a scheme stores in the longest context."""
+    return max((row["context"], row["bits_per_element"]) for row in rows if row["scheme"] == scheme)[1]
+
+
+def needle() -> str:
+    """A sentence hidden in a long text, by length over all depths, and by depth over all lengths."""
+    return graded("needle", "depth", "depth")
+
+
+def ruler() -> str:
+    """RULER's needles, by length over all tasks, and by task over all lengths."""
+    return graded("ruler", "task", "")
+
+
 def allocation() -> str:
     """Held-out error of ways to spend bits, a column for each width of the paper's scheme."""
     rows = {(row["idea"], row["bits"]): row for row in rows_of("allocation")}
@@ -193,6 +229,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "packed": packed,
     "speed": speed,
     "passkey": passkey,
+    "needle": needle,
+    "ruler": ruler,
     "gpu": gpu,
     "allocation": allocation,
 }

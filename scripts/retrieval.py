@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -49,6 +49,18 @@ class Cell:
     fields: Row
     samples: Callable[[Prompter], list[Sample]]
     note: Callable[[Sequence[Reply]], Row] = lambda _replies: {}
+
+
+class Question(Protocol):
+    """What makes one sample."""
+
+    def sample(self, prompter: Prompter) -> Sample:
+        """The question in the model's tokens."""
+
+
+def asked(questions: Sequence[Question], prompter: Prompter) -> list[Sample]:
+    """The questions in the model's tokens."""
+    return [question.sample(prompter) for question in questions]
 
 
 def retrieval_parser(name: str, description: str | None, lengths: Sequence[int], samples: int) -> Any:
@@ -214,6 +226,11 @@ def table(rows: Sequence[Row], column: Callable[[Row], str], show: Callable[[Seq
     return format_table(lines)
 
 
-def mean(rows: Sequence[Row], field: str) -> float:
-    """The mean of a field over rows."""
-    return sum(row[field] for row in rows) / len(rows)
+def means(share: str, nll: str) -> Callable[[Sequence[Row]], str]:
+    """Shows the means of these two fields over rows, `0.75 (1.20)`."""
+
+    def show(rows: Sequence[Row]) -> str:
+        first, second = (sum(row[field] for row in rows) / len(rows) for field in (share, nll))
+        return f"{first:.2f} ({second:.2f})"
+
+    return show

@@ -10,19 +10,28 @@ One JSONL row per scheme, length and task; rows that the results file holds are 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from gradients.cli import run_command
 from quant.prompts import Prompter, Sample
-from scripts.retrieval import Cell, Row, mean, retrieval_parser, run, table
+from scripts.retrieval import Cell, Row, asked, means, retrieval_parser, run, table
 from scripts.ruler_tasks import TASKS
 
 SPARE_TOKENS = 8
 
 
-def questions(task: str, tokens: int, seeds: Sequence[int], prompter: Prompter) -> list[Sample]:
-    """The task's questions in the model's tokens, one for each seed."""
-    return [TASKS[task](prompter, tokens, seed) for seed in seeds]
+@dataclass(frozen=True)
+class RulerTask:
+    """One question of a task: a prompt of `tokens`, everything in it drawn with a `seed`."""
+
+    task: str
+    tokens: int
+    seed: int
+
+    def sample(self, prompter: Prompter) -> Sample:
+        """Prompt and answer in tokens. Raises `UserError` for a length that cannot be had."""
+        return TASKS[self.task](prompter, self.tokens, self.seed)
 
 
 def main(argv: Sequence[str] | None = None) -> Row:
@@ -32,18 +41,15 @@ def main(argv: Sequence[str] | None = None) -> Row:
     arguments = parser.parse_args(argv)
     seeds = range(arguments.seed, arguments.seed + arguments.samples)
     cells = [
-        Cell({"context": tokens, "task": task}, partial(questions, task, tokens, seeds))
+        Cell({"context": tokens, "task": task}, partial(asked, [RulerTask(task, tokens, seed) for seed in seeds]))
         for tokens in sorted(set(arguments.lengths))
         for task in dict.fromkeys(arguments.tasks)
     ]
     rows, added = run(arguments, cells, SPARE_TOKENS)
     print(f"share of the answers found (NLL per token of the expected answer, nats), {arguments.mode}")
     for tokens in sorted(set(arguments.lengths)):
-        shown = table(
-            [row for row in rows if row["context"] == tokens],
-            lambda row: row["task"],
-            lambda own: f"{mean(own, 'found'):.2f} ({mean(own, 'nll_per_token'):.2f})",
-        )
+        own = [row for row in rows if row["context"] == tokens]
+        shown = table(own, lambda row: row["task"], means("found", "nll_per_token"))
         print(f"\n{tokens} tokens\n{shown}")
     return {"results": arguments.results, "rows_added": added}
 
