@@ -7,9 +7,9 @@ prompt and answer tells whether the answer is found, within `simulated(model, qu
 NLL, which still grades models that are too small or too damaged to hit.
 
 **Greedy decoding in simulation.** The simulation takes each sequence in one piece, so a token at a time would cost a
-forward over the whole text each. Instead, tokens are drafted from a cache of simulated keys and values (the drafted ones
-exact) and checked by one simulated forward over prompt and draft: by the induction above, everything up to the first
-difference is what greedy decoding gives, and so is the pick at that difference. There the next draft begins.
+forward over the whole text each. Instead, tokens are drafted from a cache of simulated keys and values and checked by
+one simulated forward over prompt and draft: by the induction above, everything up to the first difference is what greedy
+decoding gives, and so is the pick at that difference. There the next draft begins; hardly ever is there one.
 
 **With a cache** the prompt is read once and its cache doubled: one row is fed the expected answer, the other what it picks.
 
@@ -17,7 +17,8 @@ Either way nothing is decoded beyond an answer that is the expected one to the l
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantize
     require_finite(logits, model, tokens)
     greedy = agreed(answer, logits.argmax(-1)) if new_tokens else None
     while greedy is not None and not _said(model, greedy, answer, new_tokens):
-        drafted = _draft(model, cache, prompt, greedy, new_tokens)
+        with _drafting(model, quantizers):
+            drafted = _draft(model, cache, prompt, greedy, new_tokens)
         with simulated(model, quantizers):
             checked = torch.cat([prompt, drafted[:-1]])[None]
             picks = model(input_ids=checked, use_cache=False, logits_to_keep=len(drafted)).logits[0].argmax(-1)
@@ -78,6 +80,17 @@ def agreed(proposed: Tensor, picks: Tensor) -> Tensor:
     """`proposed` `[N]` up to the first token that differs from the `picks` `[N]` at its place, and that pick."""
     differ = (proposed != picks).nonzero()
     return proposed if not len(differ) else picks[: int(differ[0]) + 1]
+
+
+def _drafting(model: PreTrainedModel, quantizers: Quantizers) -> AbstractContextManager[object]:
+    """Within the block, single tokens are quantized as they would be in the middle of a text, where that is possible.
+
+    Keys quantized after the rotary embedding and residual windows need the whole text: their drafts stay exact.
+    """
+    scheme = quantizers.scheme
+    if scheme.key_rope == "post" or scheme.residual_tokens:
+        return nullcontext()
+    return simulated(model, replace(quantizers, scheme=replace(scheme, sink_tokens=0)))  # the sinks are at the start
 
 
 def _draft(model: PreTrainedModel, cache: DynamicCache, prompt: Tensor, greedy: Tensor, new_tokens: int) -> Tensor:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parent / "results" / "needle.jsonl"
 _EVALUATION = ("model", "text", "samples", "seed")
 _COLUMNS = 3  # panels side by side
-_WHITE_FROM = 0.55  # share found from which the ground is dark enough for white figures
+_WHITE_FROM = 0.7  # share found from which the ground is dark enough for white figures
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ def draw(schemes: Mapping[str, Mapping[tuple[int, float], Row]]) -> "Figure":
     lines = -(-len(schemes) // columns)
     size = (1.3 + columns * (0.7 + 0.72 * len(lengths)), lines * (0.9 + 0.42 * len(depths)))
     figure, axes = figures.panels(lines, columns, size, sharex=True, sharey=True)
-    colours = LinearSegmentedColormap.from_list("found", ["#FFFFFF", figures.PALE_BLUE, figures.BLUE])
+    colours = LinearSegmentedColormap.from_list("found", ["#F1EEE9", figures.PALE_BLUE, figures.BLUE])
     flat = [place for line in axes for place in line]
     for place, (scheme, cells) in zip(flat, schemes.items(), strict=False):
         draw_panel(place, scheme, cells, lengths, depths, colours)
@@ -73,11 +73,17 @@ def draw(schemes: Mapping[str, Mapping[tuple[int, float], Row]]) -> "Figure":
         place.set_axis_off()
     for line in axes:
         line[0].set_ylabel("depth of the needle (%)")
-    for column, place in enumerate(flat[max(0, len(schemes) - columns) : len(schemes)]):
+    for place in flat[max(0, len(schemes) - columns) : len(schemes)]:  # the lowest of their columns
         place.set_xlabel("tokens")
         place.tick_params(labelbottom=True)
-        assert column < columns
-    figure.colorbar(ScalarMappable(cmap=colours), ax=flat, label="share of its words found", shrink=0.8, pad=0.02)
+    bar = figure.colorbar(ScalarMappable(cmap=colours), ax=flat, shrink=0.8, pad=0.02, format="{x:.0%}")
+    bar.set_label("words of the needle found")
+    bar.outline.set_visible(False)
+    any_row = next(iter(next(iter(schemes.values())).values()))
+    figure.suptitle(
+        "{model}, {samples} needles per cell; below, NLL of the answer per token".format_map(any_row), fontsize=9
+    )
+    figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     return figure
 
 
@@ -103,6 +109,7 @@ def draw_panel(
     place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     place.set_yticks(range(len(depths)), [f"{100 * depth:g}" for depth in depths])
     place.tick_params(length=0)
+    place.spines[:].set_visible(False)
 
 
 def draw_rows(rows: Sequence[Row], path: Path) -> None:

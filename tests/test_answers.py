@@ -10,10 +10,11 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.cli import UserError
-from quant.answers import Reply, agreed, reply_cached, reply_simulated, share_found
+from quant.answers import Reply, _draft, agreed, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.passkey import PasskeyTask, passkey_tasks
 from quant.prompts import Prompter, Sample, fitting_size, largest
+from quant.scheme import Scheme
 from quant.simulate import simulated
 from quant.storage import StoredSize
 
@@ -73,6 +74,28 @@ def test_simulated_replies_equal_uncached_greedy_decoding(
             reply = reply_simulated(llama, Sample(prompt, answer), quantizers, NEW)
             assert reply.greedy.tolist() == (answer if reply.exact else found).tolist()
             assert reply.exact == torch.equal(answer, found[: len(answer)])
+
+
+def test_one_draft_is_enough(
+    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafted tokens are quantized, too: a scheme whose ranges do not depend on the text is drafted right at once."""
+    drafts = []
+    monkeypatch.setattr("quant.answers._draft", lambda *a: drafts.append(_draft(*a)) or drafts[-1])
+    prompt = passkey(tokenizer).prompt
+    reply = reply_simulated(llama, Sample(prompt, torch.tensor([7, 7])), quantizers, 40)
+    assert len(drafts) == 1 and len(reply.greedy) > 5
+    assert drafts[0].tolist()[: len(reply.greedy)] == reply.greedy.tolist()
+
+
+@pytest.mark.parametrize("scheme", ["kivi2", "turbo3", "int3"])
+def test_any_scheme_speaks(
+    scheme: str, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fit_model: Any
+) -> None:
+    """Those that quantize keys after the rotary embedding, or keep a window exact, by drafts that may be wrong."""
+    fitted, prompt = fit_model(llama, Scheme.parse(scheme)), passkey(tokenizer).prompt
+    found = simulated_greedy(llama, fitted, prompt, NEW)
+    assert reply_simulated(llama, Sample(prompt, torch.tensor([7])), fitted, NEW).greedy.tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("first", [1, 2, 5])
