@@ -43,7 +43,8 @@ def panels_of(rows: Sequence[Row]) -> dict[str, dict[tuple[int, float], Row]]:
         evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
         by_scheme: dict[str, dict[tuple[int, float], Row]] = {}
         for row in sorted(rows, key=lambda row: -row["bits_per_element"]):
-            by_scheme.setdefault(row["scheme"], {})[row["context"], row["depth"]] = row
+            name = row["scheme"] + (", packed" if row["mode"] == "packed" else "")
+            by_scheme.setdefault(name, {})[row["context"], row["depth"]] = row
         complete = all(name in row for row in rows for name in ("found", "nll_per_token"))
     except KeyError as error:
         raise UserError(f"a row lacks {error}; give rows of scripts.needle") from error

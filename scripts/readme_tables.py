@@ -162,7 +162,7 @@ def passkey() -> str:
 
 def graded(name: str, part: str, label: str) -> str:
     """Share of the answers found and their NLL, a column for each `part` of a cell, over cells that all schemes have."""
-    rows = {(row["scheme"], row["context"], row[part]): row for row in rows_of(name)}
+    rows = {(row["scheme"], row["context"], row[part]): row for row in rows_of(name) if row["mode"] != "packed"}
     schemes = sorted({key[0] for key in rows}, key=lambda scheme: -bits_of(rows.values(), scheme))
     cells = [cell for cell in dict.fromkeys(key[1:] for key in rows) if all((one, *cell) in rows for one in schemes)]
     lengths, parts = sorted({length for length, _ in cells}), list(dict.fromkeys(which for _, which in cells))

@@ -1,167 +1,20 @@
-"""Needle and RULER: questions of exact length whose answers are there, three ways to run, resumed runs, heat maps."""
+"""The needle and RULER commands: three ways to run, resumed runs, heat maps."""
 
 import json
-import random
 import re
-from collections import Counter
+import sys
 from collections.abc import Callable
-from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
-from gradients.cli import UserError
+from gradients.cli import UserError, run_command
 from quant.artefact import Quantizers
-from quant.prompts import Prompter
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts import figures, needle, plot_needle, ruler, ruler_tasks
-from scripts.haystack import Haystack
-from scripts.needle import NeedleTask
-from scripts.ruler_tasks import NAMES, TASKS
-
-LONG = {"cwe": 6500, "fwe": 900, "niah_multiquery": 900}  # what a byte for a token makes of these
-
-
-@pytest.fixture
-def prompter(tokenizer: PreTrainedTokenizerFast) -> Prompter:
-    return Prompter(tokenizer)
-
-
-# haystacks
-
-
-def test_a_haystack_is_endless_and_always_the_same() -> None:
-    hay = Haystack(3)
-    text = hay.text(5000)
-    assert hay.text(100) == text[:100] and Haystack(3).text(20_000).startswith(text) and len(text) == 5000
-    assert Haystack(4).text(100) != text[:100]
-    sentences = text.split(". ")[:-1]
-    assert len(set(sentences)) == len(sentences) and all(sentence[0].isupper() for sentence in sentences)
-    assert Haystack(source="One. Two.").text(25) == "One. Two.\n\nOne. Two.\n\nOne"
-    with pytest.raises(UserError, match="--text holds no whole sentence"):
-        Haystack(source="no end")
-
-
-@pytest.mark.parametrize("depth", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_needles_lie_between_sentences_at_their_depth(depth: float) -> None:
-    hay, size = Haystack(1), 3000
-    text = hay.hiding([(depth, "Here it is.")], size)
-    before, after = text.split("Here it is. ")
-    assert before + after == hay.text(size)
-    assert len(before) / size == pytest.approx(depth, abs=60 / size)
-    assert not before or before.endswith(". ")
-    many = hay.hiding([(1.0, "Last."), (0.0, "First."), (0.5, "B."), (0.5, "C.")], size)
-    assert many.startswith("First. ") and "B. C. " in many and many.index("C. ") < many.index("Last. ")
-
-
-# questions
-
-
-@pytest.mark.parametrize(("tokens", "depth"), list(product([400, 511, 2000], [0, 0.5, 1])))
-def test_needle_questions(tokens: int, depth: float, prompter: Prompter) -> None:
-    task = NeedleTask(tokens=tokens, depth=depth, seed=5)
-    sample = task.sample(prompter)
-    assert len(sample.prompt) == tokens
-    text = prompter.tokenizer.decode(sample.prompt)
-    hidden = needle.NEEDLE.format_map(task.words)
-    assert text.count(hidden) == 1 and text.endswith(needle.LEAD.format_map(task.words))
-    answer = prompter.tokenizer.decode(sample.answer)
-    assert hidden.endswith(answer) and all(answer.count(word) == 1 for word in sample.expected)
-    hay = text.removeprefix(needle.INTRODUCTION).split(needle.QUESTION.format_map(task.words))[0]
-    start, size = hay.index(hidden), len(hay) - len(hidden) - 1
-    assert start / size == pytest.approx(depth, abs=120 / size)
-    # no word of the answer can be had from anything but the needle
-    assert not any(word in hay.replace(hidden, "") for word in sample.expected)
-
-
-def test_a_needle_in_a_text_of_ones_own(prompter: Prompter) -> None:
-    source = "All work and no play. " * 3
-    text = prompter.tokenizer.decode(NeedleTask(tokens=600, depth=0.5, seed=0, source=source).sample(prompter).prompt)
-    assert text.count("no play") > 10
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_ruler_questions(task: str, prompter: Prompter) -> None:
-    least = LONG.get(task, 600)
-    for tokens, seed in product((least, least + 1, 3 * least), (0, 1)):
-        sample = TASKS[task](prompter, tokens, seed)
-        assert len(sample.prompt) == tokens
-        assert sample.prompt.equal(TASKS[task](prompter, tokens, seed).prompt)
-        text, answer = (prompter.tokenizer.decode(part) for part in (sample.prompt, sample.answer))
-        assert all(one in text for one in sample.expected)
-        assert answer == " " + ", ".join(sample.expected) + "."
-        assert not any(one in other for one, other in permutations(sample.expected, 2))
-    assert not sample.prompt.equal(TASKS[task](prompter, tokens, 7).prompt)
-
-
-def text_of(task: str, prompter: Prompter, tokens: int = 3000) -> tuple[str, tuple[str, ...]]:
-    sample = TASKS[task](prompter, tokens, 2)
-    return prompter.tokenizer.decode(sample.prompt), sample.expected
-
-
-@pytest.mark.parametrize(
-    ("task", "keys", "values", "asked"),
-    [
-        ("niah_single", 1, 1, 1),
-        ("niah_multikey", 4, 1, 1),
-        ("niah_multivalue", 1, 4, 1),
-        ("niah_multiquery", 4, 1, 4),
-    ],
-)
-def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: int, prompter: Prompter) -> None:
-    text, expected = text_of(task, prompter)
-    stated = re.findall(r"The special number of (\S+) is (\d{7})\.", text)
-    assert len(stated) == keys * values and len({name for name, _ in stated}) == keys
-    question = text.split("\n\n")[-1]
-    names = [name for name in re.findall(r"[a-z]+-[a-z]+", question.split("?")[0])]
-    assert len(names) == asked
-    assert list(expected) == [number for name in names for key, number in stated if key == name]
-
-
-def test_a_chain_of_variables(prompter: Prompter) -> None:
-    text, expected = text_of("vt", prompter)
-    value: dict[str, str] = {}
-    for name, source in re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)\.", text):
-        value[name] = value.get(source, source)
-    number = re.search(r"have the value (\d{5})\?", text)[1]  # type: ignore[index]
-    assert tuple(value) == expected and set(value.values()) == {number} and len(value) == 5
-
-
-def test_common_words(prompter: Prompter) -> None:
-    for tokens in (6500, 12_000):
-        text, expected = text_of("cwe", prompter, tokens)
-        counts = Counter(re.findall(r"\d+\. (\S+)", text))
-        common = counts.most_common(10)
-        assert {word for word, _ in common} == set(expected)
-        assert min(count for _, count in common) >= 3 * counts.most_common(11)[10][1]
-    assert common[0][1] == 30 and counts.most_common(11)[10][1] == 3
-
-
-def test_frequent_words(prompter: Prompter) -> None:
-    text, expected = text_of("fwe", prompter)
-    counts = Counter(text.split("\n\n")[1].split())
-    assert [word for word, _ in counts.most_common(3)] == list(expected)
-    first, second, third, fourth = (count for _, count in counts.most_common(4))
-    assert first > second > third > fourth and first / second == pytest.approx(4, rel=0.1)
-
-
-def test_no_name_hides_in_another() -> None:
-    adjectives, nouns = ruler_tasks.ADJECTIVES.split(), ruler_tasks.NOUNS.split()
-    assert not any(one.endswith(other) for one, other in permutations(adjectives, 2))
-    assert not any(one.startswith(other) for one, other in permutations(nouns, 2))
-    assert len(set(NAMES)) == len(NAMES)
-    with pytest.raises(UserError, match="lower --lengths"):
-        ruler_tasks.things(random.Random(0), len(NAMES) + 1)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_too_short_for_the_task(task: str, prompter: Prompter) -> None:
-    with pytest.raises(UserError, match="more than the 100 asked for|raise --lengths"):
-        TASKS[task](prompter, 100, 0)
-
+from scripts import figures, needle, plot_needle, retrieval, ruler
 
 # the commands
 
@@ -222,7 +75,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return reply(*a, **kwargs)
 
-    reply = __import__("scripts.retrieval", fromlist=["reply"]).reply
+    reply = retrieval.reply
     monkeypatch.setattr("scripts.retrieval.reply", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.main(arguments)
@@ -300,11 +153,23 @@ def test_quantizers_of_another_model(
     assert not (tmp_path / "rows.jsonl").exists()
 
 
+@COMMANDS
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Any, common: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *common, *CELLS[command], "--quantizers", "missing.st"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(command.main)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.fullmatch(r"error: quantizers 'missing.st' cannot be read.*\n", captured.err)
+
+
 # the heat map
 
 
 def row(scheme: str, bits: float, context: int, depth: float, found: float, **changes: Any) -> dict[str, Any]:
-    evaluation = {"model": "tiny", "text": "generated", "samples": 2, "seed": 0}
+    evaluation = {"model": "tiny", "text": "generated", "samples": 2, "seed": 0, "mode": "simulated"}
     cell = {"scheme": scheme, "bits_per_element": bits, "context": context, "depth": depth}
     return {**evaluation, **cell, "found": found, "nll_per_token": 1 - found / 2, **changes}
 
@@ -322,13 +187,16 @@ def test_a_heat_map_shows_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyP
     drawn, save = [], figures.save
     monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
     results = tmp_path / "rows.jsonl"
-    results.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+    packed = row("nuq4-1%", 4.6, 2048, 0.5, 0.3, mode="packed")
+    results.write_text("".join(json.dumps(one) + "\n" for one in (*ROWS, packed)))
     summary = plot_needle.main(["--results", str(results), "--output", str(tmp_path / "map.png")])
-    assert summary["rows"] == len(ROWS) and summary["schemes"] == 4
+    assert summary["rows"] == len(ROWS) + 1 and summary["schemes"] == 5
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     shown = [place for place in drawn[0].axes if place.texts]
     titles = [place.get_title(loc="left") for place in shown]
-    assert titles == ["unquantized, 32 bits", "nuq4-1%, 4.5 bits", "nuq2-1%, 2.5 bits", "rdnuq2, 2 bits"]
+    assert titles[:2] == ["unquantized, 32 bits", "nuq4-1%, packed, 4.6 bits"]
+    assert titles[2:] == ["nuq4-1%, 4.5 bits", "nuq2-1%, 2.5 bits", "rdnuq2, 2 bits"]
+    assert [text.get_text() for text in shown.pop(1).texts] == ["30%\n0.85"], "packed rows have a panel of their own"
     for place in shown:
         scheme = place.get_title(loc="left").split(",")[0]
         cells = {text.get_position(): text.get_text() for text in place.texts}
@@ -359,7 +227,7 @@ def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, tmp
 def test_a_heat_map_at_the_end_of_a_run(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as without:
-        without.setitem(__import__("sys").modules, "matplotlib", None)
+        without.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(UserError, match="plots need matplotlib"):
             needle.main([*common, "--depths", "0", "--heat-map", str(tmp_path / "map.png")])
         assert not list(tmp_path.iterdir()), "it is said before anything is measured"
