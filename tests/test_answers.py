@@ -98,6 +98,22 @@ def test_any_scheme_speaks(
     assert reply_simulated(llama, Sample(prompt, torch.tensor([7])), fitted, NEW).greedy.tolist() == found.tolist()
 
 
+@pytest.mark.parametrize("mode", ["simulated", "packed"])
+def test_models_with_sliding_windows_speak(
+    mode: str, make_model: Any, tokenizer: PreTrainedTokenizerFast, fit_model: Any
+) -> None:
+    model = make_model("gemma3")
+    fitted, prompt = fit_model(model, Scheme.parse("nuq3-1%")), passkey(tokenizer).prompt
+    found = simulated_greedy(model, fitted, prompt, NEW)
+    sample = Sample(prompt, torch.tensor([7, 7]))
+    if mode == "simulated":
+        assert reply_simulated(model, sample, fitted, NEW).greedy.tolist() == found.tolist()
+        return
+    with packed_attention(model):
+        cache = PackedCache(fitted, model.config, exact_chunk=False)
+        assert reply_cached(model, sample, cache, 50, NEW).greedy.tolist() == found.tolist()
+
+
 @pytest.mark.parametrize("first", [1, 2, 5])
 def test_nothing_is_said_beyond_the_expected_answer(
     first: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers

@@ -18,8 +18,6 @@ from scripts import figures, needle, plot_needle, retrieval, ruler
 
 # the commands
 
-Command = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture
 def common(llama_folder: Path, tmp_path: Path) -> list[str]:
