@@ -8,7 +8,8 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a f
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def speed() -> str:
 
 def passkey() -> str:
     """The share of pass keys retrieved and the NLL of their digits, a column for each context."""
-    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey")}
+    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey") if row["mode"] != "packed"}
     contexts = sorted({context for _, context in rows})
     cells = []
     for scheme in dict.fromkeys(scheme for scheme, _ in rows):
@@ -160,40 +161,41 @@ def passkey() -> str:
     return markdown(["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], cells)
 
 
-def graded(name: str, part: str, label: str) -> str:
-    """Share of the answers found and their NLL, a column for each `part` of a cell, over cells that all schemes have."""
-    rows = {(row["scheme"], row["context"], row[part]): row for row in rows_of(name) if row["mode"] != "packed"}
-    schemes = sorted({key[0] for key in rows}, key=lambda scheme: -bits_of(rows.values(), scheme))
+def needle() -> str:
+    """A sentence hidden in a long text: a column for each length, over the depths at which all schemes were asked."""
+    rows, schemes = graded_rows("needle", "depth")
     cells = [cell for cell in dict.fromkeys(key[1:] for key in rows) if all((one, *cell) in rows for one in schemes)]
-    lengths, parts = sorted({length for length, _ in cells}), list(dict.fromkeys(which for _, which in cells))
-    columns = {
-        **{f"{length} tokens": [cell for cell in cells if cell[0] == length] for length in lengths},
-        **{f"{label} {which:g}" if label else which: [cell for cell in cells if cell[1] == which] for which in parts},
-    }
+    lengths = sorted({length for length, _ in cells})
     lines = []
     for scheme in schemes:
-        shown = []
-        for column in columns.values():
-            own = [rows[scheme, *cell] for cell in column]
-            found, nll = (sum(row[field] for row in own) / len(own) for field in ("found", "nll_per_token"))
-            shown.append(f"{100 * found:.0f} % ({nll:.2f})")
-        lines.append([scheme, f"{bits_of(rows.values(), scheme):.2f}", *shown])
-    return markdown(["found (NLL per token)", "bits/element", *columns], lines)
-
-
-def bits_of(rows: Iterable[Row], scheme: str) -> float:
-    """What a scheme stores in the longest context."""
-    return max((row["context"], row["bits_per_element"]) for row in rows if row["scheme"] == scheme)[1]
-
-
-def needle() -> str:
-    """A sentence hidden in a long text, by length over all depths, and by depth over all lengths."""
-    return graded("needle", "depth", "depth")
+        own = {length: [rows[scheme, *cell] for cell in cells if cell[0] == length] for length in lengths}
+        bits = own[lengths[-1]][0]["bits_per_element"]
+        lines.append([scheme, f"{bits:.2f}", *map(graded, own.values())])
+    return markdown(["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines)
 
 
 def ruler() -> str:
-    """RULER's needles, by length over all tasks, and by task over all lengths."""
-    return graded("ruler", "task", "")
+    """RULER's needles: a line for each length and scheme, a column for each task."""
+    rows, schemes = graded_rows("ruler", "task")
+    tasks, lengths = list(dict.fromkeys(task for *_, task in rows)), sorted({length for _, length, _ in rows})
+    lines = []
+    for length, scheme in product(lengths, schemes):
+        own = [rows.get((scheme, length, task)) for task in tasks]
+        lines.append([scheme, str(length), *("" if row is None else graded([row]) for row in own)])
+    return markdown(["found (NLL per token)", "tokens", *tasks], lines)
+
+
+def graded_rows(name: str, part: str) -> tuple[dict[Any, Row], list[str]]:
+    """Rows by scheme, length and `part` of a test, and the schemes, the largest first."""
+    simulated = [row for row in rows_of(name) if row["mode"] != "packed"]
+    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
+    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
+
+
+def graded(rows: Sequence[Row]) -> str:
+    """The mean share of the answers found, and their NLL."""
+    found, nll = (sum(row[field] for row in rows) / len(rows) for field in ("found", "nll_per_token"))
+    return f"{100 * found:.0f} % ({nll:.2f})"
 
 
 def allocation() -> str:
