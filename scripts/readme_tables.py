@@ -9,6 +9,7 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a f
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def speed() -> str:
 
 def passkey() -> str:
     """The share of pass keys retrieved and the NLL of their digits, a column for each context."""
-    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey")}
+    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey") if row["mode"] != "packed"}
     contexts = sorted({context for _, context in rows})
     cells = []
     for scheme in dict.fromkeys(scheme for scheme, _ in rows):
@@ -158,6 +159,43 @@ def passkey() -> str:
         shown = ("" if row is None else f"{row['retrieved']:.0%} ({row['answer_nll']:.2f})" for row in of_scheme)
         cells.append([scheme, *(text.replace("%", " %") for text in shown)])
     return markdown(["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], cells)
+
+
+def needle() -> str:
+    """A sentence hidden in a long text: a column for each length, over the depths at which all schemes were asked."""
+    rows, schemes = graded_rows("needle", "depth")
+    cells = [cell for cell in dict.fromkeys(key[1:] for key in rows) if all((one, *cell) in rows for one in schemes)]
+    lengths = sorted({length for length, _ in cells})
+    lines = []
+    for scheme in schemes:
+        own = {length: [rows[scheme, *cell] for cell in cells if cell[0] == length] for length in lengths}
+        bits = own[lengths[-1]][0]["bits_per_element"]
+        lines.append([scheme, f"{bits:.2f}", *map(graded, own.values())])
+    return markdown(["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines)
+
+
+def ruler() -> str:
+    """RULER's needles: a line for each length and scheme, a column for each task."""
+    rows, schemes = graded_rows("ruler", "task")
+    tasks, lengths = list(dict.fromkeys(task for *_, task in rows)), sorted({length for _, length, _ in rows})
+    lines = []
+    for length, scheme in product(lengths, schemes):
+        own = [rows.get((scheme, length, task)) for task in tasks]
+        lines.append([scheme, str(length), *("" if row is None else graded([row]) for row in own)])
+    return markdown(["found (NLL per token)", "tokens", *tasks], lines)
+
+
+def graded_rows(name: str, part: str) -> tuple[dict[Any, Row], list[str]]:
+    """Rows by scheme, length and `part` of a test, and the schemes, the largest first."""
+    simulated = [row for row in rows_of(name) if row["mode"] != "packed"]
+    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
+    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
+
+
+def graded(rows: Sequence[Row]) -> str:
+    """The mean share of the answers found, and their NLL."""
+    found, nll = (sum(row[field] for row in rows) / len(rows) for field in ("found", "nll_per_token"))
+    return f"{100 * found:.0f} % ({nll:.2f})"
 
 
 def allocation() -> str:
@@ -204,6 +242,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "packed": packed,
     "speed": speed,
     "passkey": passkey,
+    "needle": needle,
+    "ruler": ruler,
     "gpu": gpu,
     "roofline": roofline,
     "allocation": allocation,

@@ -1,4 +1,4 @@
-"""Passkey retrieval: prompts of exact length, scores that equal greedy generation, both modes, resumed runs."""
+"""Passkey retrieval: prompts of exact length, one key at its depth, rows of the command, resumed runs."""
 
 import json
 from collections.abc import Callable
@@ -7,32 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deployment.attention import packed_attention
-from deployment.cache import PackedCache
 from gradients.cli import UserError
-from gradients.models import LoadedModel
 from gradients.records import Records
 from quant.artefact import Quantizers
-from quant.passkey import (
-    DESCRIPTION,
-    INFORMATION,
-    QUESTION,
-    PasskeySample,
-    PasskeyScore,
-    PasskeyTask,
-    passkey_samples,
-    passkey_tasks,
-    score_simulated,
-)
+from quant.passkey import DESCRIPTION, INFORMATION, LEAD, QUESTION, PasskeyTask, passkey_tasks
+from quant.prompts import Prompter
 from quant.results import read_rows
 from quant.scheme import Scheme
-from quant.simulate import simulated
-from quant.storage import StoredSize
 from scripts.passkey import main as passkey_main
-from scripts.passkey import score_packed
 
 
 @pytest.mark.parametrize("tokens", [300, 301, 377, 1000])
@@ -41,10 +25,10 @@ def test_prompt_has_exactly_the_length_and_one_key(
     tokens: int, depth: float, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     task = PasskeyTask(tokens=tokens, depth=depth, seed=3)
-    sample = task.sample(tokenizer)
+    sample = task.sample(Prompter(tokenizer))
     assert sample.prompt.shape == (tokens,) and sample.prompt.dtype == torch.int64
     text = tokenizer.decode(sample.prompt)
-    assert text.startswith(DESCRIPTION) and text.endswith("\n" + QUESTION)
+    assert text.startswith(DESCRIPTION) and text.endswith("\n" + QUESTION + LEAD)
     assert text.count(INFORMATION.format(key=task.key)) == 1
     assert text.count(str(task.key)) == 2  # the line says it twice
     assert tokenizer.decode(sample.answer) == f" {task.key}"
@@ -52,7 +36,7 @@ def test_prompt_has_exactly_the_length_and_one_key(
 
 def test_depth_moves_the_key_and_seed_changes_it(tokenizer: PreTrainedTokenizerFast) -> None:
     tasks = passkey_tasks(500, 4)
-    lines = [tokenizer.decode(task.sample(tokenizer).prompt).split("\n") for task in tasks]
+    lines = [tokenizer.decode(task.sample(Prompter(tokenizer)).prompt).split("\n") for task in tasks]
     garbage = [(len(before), len(after)) for _, before, _, after, _ in lines]
     total = sum(garbage[0])
     assert [before / total for before, _ in garbage] == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8], abs=1 / total)
@@ -74,115 +58,14 @@ def test_a_tokenizer_of_words_is_fitted_too() -> None:
             return type("Encoding", (), {"input_ids": tokens})
 
     for tokens in range(400, 420):
-        assert len(PasskeyTask(tokens=tokens, depth=0.4, seed=0).sample(Words()).prompt) == tokens  # type: ignore[arg-type]
-
-
-def test_too_short_and_too_long(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    loaded = LoadedModel("tiny", llama, tokenizer)
-    with pytest.raises(UserError, match="more than the 100 asked for"):
-        passkey_samples(loaded, passkey_tasks(100, 1))
-    with pytest.raises(UserError, match="'tiny' has 512"):
-        passkey_samples(loaded, passkey_tasks(507, 1))
-    assert len(passkey_samples(loaded, passkey_tasks(506, 2))) == 2
-
-
-def greedy(model: PreTrainedModel, prompt: Tensor, count: int, **kwargs: Any) -> Tensor:
-    """What `model.generate` gives, end of text or not."""
-    output = model.generate(
-        input_ids=prompt[None],
-        attention_mask=torch.ones_like(prompt[None]),
-        max_new_tokens=count,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=2,
-        **kwargs,
-    )
-    return output[0, len(prompt) :]
-
-
-def spoiled(answer: Tensor) -> list[Tensor]:
-    """The answer with one token changed, at each place in turn."""
-    return [torch.where(torch.arange(len(answer)) == i, (answer + 1) % 259, answer) for i in range(len(answer))]
-
-
-def test_scores_equal_greedy_generation(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A random model retrieves no passkey, but what it does say is retrieved, and nothing else."""
-    for task in passkey_tasks(320, 3):
-        sample = task.sample(tokenizer)
-        found = greedy(llama, sample.prompt, 6)
-        assert score_simulated(llama, PasskeySample(sample.prompt, found), None).retrieved
-        for wrong in (sample.answer, *spoiled(found)):
-            assert not torch.equal(wrong, found)
-            assert not score_simulated(llama, PasskeySample(sample.prompt, wrong), None).retrieved
-
-
-def test_quantized_scores_equal_uncached_greedy_decoding(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
-    """The simulation has no cache, so decoding runs the whole text for every token."""
-    sample = PasskeyTask(tokens=300, depth=0.5, seed=0).sample(tokenizer)
-    found = torch.empty(0, dtype=torch.int64)
-    with torch.no_grad(), simulated(llama, quantizers):
-        for _ in range(5):
-            tokens = torch.cat([sample.prompt, found])[None]
-            found = torch.cat([found, llama(input_ids=tokens, use_cache=False).logits[0, -1].argmax()[None]])
-    assert score_simulated(llama, PasskeySample(sample.prompt, found), quantizers).retrieved
-    for wrong in spoiled(found):
-        assert not score_simulated(llama, PasskeySample(sample.prompt, wrong), quantizers).retrieved
-
-
-def test_nll_is_of_the_whole_answer(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    sample = PasskeyTask(tokens=300, depth=0.5, seed=0).sample(tokenizer)
-    tokens = torch.cat([sample.prompt, sample.answer])[None]
-    with torch.no_grad():
-        log_p = llama(input_ids=tokens).logits[0].log_softmax(-1)
-    by_hand = -sum(float(log_p[299 + i, token]) for i, token in enumerate(sample.answer.tolist()))
-    assert score_simulated(llama, sample, None).nll == pytest.approx(by_hand, rel=1e-5)
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
-    assert PasskeyScore.of(logits, torch.tensor([0, 1]), StoredSize()) == PasskeyScore(
-        True, pytest.approx(2 * torch.log(torch.tensor(2.0)).item()), StoredSize()
-    )
-    assert not PasskeyScore.of(logits, torch.tensor([0, 2]), StoredSize()).retrieved
-
-
-@pytest.mark.parametrize("chunk", [64, 1000])
-@pytest.mark.parametrize("exact_chunk", [True, False])
-def test_packed_scores_equal_generation_from_the_packed_cache(
-    chunk: int, exact_chunk: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
-    sample = PasskeyTask(tokens=300, depth=0.5, seed=1).sample(tokenizer)
-    cache = PackedCache(quantizers, llama.config, exact_chunk=exact_chunk)
-    with torch.inference_mode(), packed_attention(llama):
-        found = greedy(llama, sample.prompt, 5, past_key_values=cache, prefill_chunk_size=chunk)
-    assert score_packed(llama, PasskeySample(sample.prompt, found), quantizers, chunk, exact_chunk).retrieved
-    for wrong in spoiled(found):
-        assert not score_packed(llama, PasskeySample(sample.prompt, wrong), quantizers, chunk, exact_chunk).retrieved
-
-
-@pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_packed_without_exact_chunk_equals_simulated(
-    chunk: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
-    for task in passkey_tasks(290, 2):
-        sample = task.sample(tokenizer)
-        packed = score_packed(llama, sample, quantizers, chunk, exact_chunk=False)
-        expected = score_simulated(llama, sample, quantizers)
-        assert packed.nll == pytest.approx(expected.nll, rel=1e-3)
-        assert packed.retrieved == expected.retrieved
-        assert packed.size.bits_per_element == pytest.approx(expected.size.bits_per_element, rel=1e-3)
-
-
-def test_packed_without_quantizers_is_the_model_itself(model: PreTrainedModel, tokenizer: Any) -> None:
-    sample = PasskeyTask(tokens=280, depth=0.5, seed=1).sample(tokenizer)
-    packed = score_packed(model, sample, None, chunk=100, exact_chunk=True)
-    assert packed.nll == pytest.approx(score_simulated(model, sample, None).nll, rel=1e-4)
+        assert len(PasskeyTask(tokens=tokens, depth=0.4, seed=0).sample(Prompter(Words())).prompt) == tokens  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def arguments(llama_folder: Path, records: Records, tmp_path: Path) -> list[str]:
     """The command on the tiny Llama at one length."""
     names = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder)]
-    return [*names, "--samples", "2", "--contexts", "280", "--results", str(tmp_path / "rows.jsonl")]
+    return [*names, "--samples", "2", "--lengths", "280", "--results", str(tmp_path / "rows.jsonl")]
 
 
 def test_rows(arguments: list[str], tmp_path: Path, quantizers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,7 +74,8 @@ def test_rows(arguments: list[str], tmp_path: Path, quantizers_file: Path, capsy
     assert summary["rows_added"] == len(rows) == 4
     assert [row["scheme"] for row in rows] == ["unquantized", "int4", "kivi2", "nuq3-1%"]
     assert rows[0]["bits_per_element"] == 32 and 4 < rows[1]["bits_per_element"] < 6
-    assert all(row["model"] == "tiny-llama" and row["mode"] == "simulated" and row["context"] == 280 for row in rows)
+    assert all(row["model"] == "tiny-llama" and row["context"] == 280 for row in rows)
+    assert [row["mode"] for row in rows] == ["unquantized", *["simulated"] * 3]
     assert all(row["retrieved"] == 0 and row["answer_nll"] > 0 and row["missed_depths"] == [0.25, 0.75] for row in rows)
     printed = capsys.readouterr().out
     assert "280" in printed and f"({rows[3]['answer_nll']:.2f})" in printed
@@ -207,7 +91,7 @@ def test_only_missing_rows_are_measured(
     assert results.read_text() == first
     # a run that was interrupted after one row, asked for one length more: every row it lacks, no other
     results.write_text(first.splitlines()[0] + "\n")
-    assert passkey_main([*arguments, "--schemes", "int4", "--contexts", "280", "300"])["rows_added"] == 3
+    assert passkey_main([*arguments, "--schemes", "int4", "--lengths", "280", "300"])["rows_added"] == 3
     assert [(row["scheme"], row["context"]) for row in read_rows(results)] == [
         ("unquantized", 280),
         ("int4", 280),
@@ -215,18 +99,22 @@ def test_only_missing_rows_are_measured(
         ("int4", 300),
     ]
     assert read_rows(results)[1]["answer_nll"] == json.loads(first.splitlines()[1])["answer_nll"]
-    for other in (["--seed", "1"], ["--mode", "packed"], ["--mode", "packed", "--no-exact-chunk"], ["--samples", "1"]):
+    for other in (["--seed", "1"], ["--samples", "1"]):
         assert passkey_main([*arguments, *other])["rows_added"] == 1
+    # the model as it is has but one way to run
+    for other in (["--packed"], ["--packed", "--no-exact-chunk"]):
+        assert passkey_main([*arguments, *other])["rows_added"] == 0
+        assert passkey_main([*arguments, *other, "--schemes", "int4"])["rows_added"] == 1
     # what was there before is shown with the rest
     capsys.readouterr()
-    passkey_main([*arguments, "--schemes", "int4", "nuq3", "--contexts", "280"])
+    passkey_main([*arguments, "--schemes", "int4", "nuq3", "--lengths", "280"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("unquantized", "int4", "nuq3"))
 
 
 def test_modes_agree_through_the_command(arguments: list[str], tmp_path: Path) -> None:
-    for mode in (["simulated"], ["packed", "--no-exact-chunk", "--prefill-chunk", "100"]):
-        passkey_main([*arguments, "--schemes", "nuq3-1%", "--mode", *mode])
+    for mode in (["--simulated"], ["--packed", "--no-exact-chunk", "--prefill-chunk", "100"]):
+        passkey_main([*arguments, "--schemes", "nuq3-1%", *mode])
     simulated_rows, packed_rows = (
         [row for row in read_rows(tmp_path / "rows.jsonl") if row["mode"] == mode] for mode in ("simulated", "packed")
     )
@@ -239,9 +127,9 @@ def test_bad_requests(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --records"):
         passkey_main([*arguments[:4], "--schemes", "int4"])
     with pytest.raises(UserError, match="'kivi2' has no packed cache"):
-        passkey_main([*arguments, "--schemes", "kivi2", "--mode", "packed"])
+        passkey_main([*arguments, "--schemes", "kivi2", "--packed"])
     with pytest.raises(UserError, match="more than the 100 asked for"):
-        passkey_main([*arguments, "--contexts", "100"])
+        passkey_main([*arguments, "--lengths", "100"])
     assert not (tmp_path / "rows.jsonl").exists()
 
 

@@ -1,0 +1,233 @@
+"""The needle and RULER commands: three ways to run, resumed runs, heat maps."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from gradients.cli import UserError, run_command
+from quant.artefact import Quantizers
+from quant.results import read_rows
+from quant.scheme import Scheme
+from scripts import figures, needle, plot_needle, retrieval, ruler
+
+# the commands
+
+
+@pytest.fixture
+def common(llama_folder: Path, tmp_path: Path) -> list[str]:
+    results = ["--results", str(tmp_path / "rows.jsonl"), "--samples", "2", "--lengths", "400"]
+    return ["--model", str(llama_folder), "--device", "cpu", *results]
+
+
+CELLS = {needle: ["--depths", "0", "1"], ruler: ["--tasks", "niah_single", "vt"]}
+COMMANDS = pytest.mark.parametrize("command", CELLS, ids=lambda command: command.__name__.split(".")[1])
+
+
+@COMMANDS
+def test_three_ways(
+    command: Any, common: list[str], quantizers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*common, *CELLS[command], "--quantizers", str(quantizers_file)]
+    assert command.main(arguments)["rows_added"] == 4
+    added = command.main([*arguments, "--packed", "--no-exact-chunk", "--prefill-chunk", "100"])["rows_added"]
+    assert added == 2, "the model as it is was measured already"
+    rows = read_rows(tmp_path / "rows.jsonl")
+    by_mode = {mode: [row for row in rows if row["mode"] == mode] for mode in ("unquantized", "simulated", "packed")}
+    assert [len(group) for group in by_mode.values()] == [2, 2, 2]
+    for simulated, packed in zip(by_mode["simulated"], by_mode["packed"], strict=True):
+        assert packed["answer_nll"] == pytest.approx(simulated["answer_nll"], rel=1e-3)
+        assert packed["said"] == simulated["said"]
+        # the packed cache was measured with what the model said in it
+        assert packed["bits_per_element"] == pytest.approx(simulated["bits_per_element"], rel=0.05)
+    for row in rows:
+        assert row["model"] == "tiny-llama" and row["context"] == 400 and len(row["said"]) == 2
+        assert 0 <= row["found"] <= row["any_found"] <= 1 and row["nll_per_token"] < row["answer_nll"]
+    assert by_mode["unquantized"][0]["bits_per_element"] == 32
+    printed = capsys.readouterr().out
+    assert f"({rows[0]['nll_per_token']:.2f})" in printed or command is needle
+    assert "nuq3-1%" in printed
+
+
+@COMMANDS
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    command: Any, common: list[str], quantizers_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*common, *CELLS[command], "--quantizers", str(quantizers_file)]
+    command.main(arguments)
+    results = tmp_path / "rows.jsonl"
+    whole = read_rows(results)
+    assert len(whole) == 4
+    results.unlink()
+    replies = 0
+
+    def interrupted(*a: Any, **kwargs: Any) -> Any:
+        nonlocal replies
+        replies += 1
+        if replies == 6:
+            raise KeyboardInterrupt
+        return reply(*a, **kwargs)
+
+    reply = retrieval.reply
+    monkeypatch.setattr("scripts.retrieval.reply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.main(arguments)
+    kept = results.read_text()
+    assert len(read_rows(results)) == 2
+    assert command.main(arguments)["rows_added"] == 2
+    assert results.read_text().startswith(kept)
+    assert replies == 5 + 1 + 4, "the second run asks only what the first did not finish"
+    measured = ("scheme", "found", "nll_per_token", "said")
+    assert [[row[name] for name in measured] for row in read_rows(results)] == [
+        [row[name] for name in measured] for row in whole
+    ]
+    before = results.read_text()
+    assert command.main(arguments)["rows_added"] == 0 and results.read_text() == before
+
+
+@COMMANDS
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "400", "90"], "more than the 90 asked for"),
+        (["--lengths", "400", "510"], "tiny-llama' has 512"),
+        (["--quantizers", "missing.st"], "'missing.st' cannot be read"),
+        (["--schemes", "nuq3"], "give --records"),
+        (["--chat-template"], "tokenizer has none"),
+        (["--packed", "--simulated"], "not allowed with"),
+        (["--samples", "0"], "not a positive integer"),
+        (["--lengths", "many"], "invalid positive_int value: 'many'"),
+    ],
+)
+def test_bad_requests(
+    command: Any, options: list[str], message: str, common: list[str], tmp_path: Path, snapshot: Any
+) -> None:
+    results = tmp_path / "rows.jsonl"
+    results.write_text('{"scheme": "of another run"}\n')
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=message):
+        command.main([*common, *CELLS[command], *options])
+    assert snapshot(tmp_path) == before
+
+
+def test_requests_that_one_command_refuses(common: list[str], tmp_path: Path, text_file: Path) -> None:
+    for command, options, message in (
+        (needle, ["--depths", "1.5"], "1.5 is not a depth from 0 to 1"),
+        (needle, ["--text", "missing.txt"], "'missing.txt' cannot be read"),
+        (ruler, ["--tasks", "qa"], "invalid choice: 'qa'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main([*common, *options])
+    assert not list(tmp_path.iterdir())
+    assert needle.main([*common, "--depths", "0.5", "--text", str(text_file)])["rows_added"] == 1
+    assert read_rows(tmp_path / "rows.jsonl")[0]["text"] == text_file.name
+
+
+@COMMANDS
+def test_results_that_cannot_be_used(command: Any, common: list[str], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"scheme": "nuq3')
+    with pytest.raises(UserError, match="holds a line that is no row.*remove that line"):
+        command.main([*common, *CELLS[command]])
+    for bad in (tmp_path, tmp_path / "rows.jsonl" / "rows.jsonl"):
+        with pytest.raises(UserError, match="cannot be (read|written)"):
+            command.main([*common, *CELLS[command], "--results", str(bad)])
+
+
+def test_quantizers_of_another_model(
+    common: list[str],
+    tmp_path: Path,
+    make_model: Callable[[str], PreTrainedModel],
+    fit_model: Callable[..., Quantizers],
+) -> None:
+    fit_model(make_model("qwen2"), Scheme.parse("nuq3")).save(tmp_path / "other.safetensors")
+    for mode in ("--packed", "--simulated"):
+        with pytest.raises(UserError, match="another model"):
+            needle.main([*common, mode, "--quantizers", str(tmp_path / "other.safetensors")])
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+@COMMANDS
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: Any, common: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["command", *common, *CELLS[command], "--quantizers", "missing.st"])
+    with pytest.raises(SystemExit) as caught:
+        run_command(command.main)
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and re.fullmatch(r"error: quantizers 'missing.st' cannot be read.*\n", captured.err)
+
+
+# the heat map
+
+
+def row(scheme: str, bits: float, context: int, depth: float, found: float, **changes: Any) -> dict[str, Any]:
+    evaluation = {"model": "tiny", "text": "generated", "samples": 2, "seed": 0, "mode": "simulated"}
+    cell = {"scheme": scheme, "bits_per_element": bits, "context": context, "depth": depth}
+    return {**evaluation, **cell, "found": found, "nll_per_token": 1 - found / 2, **changes}
+
+
+ROWS = [
+    row(scheme, bits, context, depth, worth * (1 - depth / 2))
+    for scheme, bits, worth in (("nuq2-1%", 2.5, 0.5), ("unquantized", 32, 1), ("nuq4-1%", 4.5, 0.9), ("rdnuq2", 2, 0))
+    for context in (2048, 1024)
+    for depth in (0.5, 0, 1)
+]
+
+
+def test_a_heat_map_shows_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    drawn, save = [], figures.save
+    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    results = tmp_path / "rows.jsonl"
+    packed = row("nuq4-1%", 4.6, 2048, 0.5, 0.3, mode="packed")
+    results.write_text("".join(json.dumps(one) + "\n" for one in (*ROWS, packed)))
+    summary = plot_needle.main(["--results", str(results), "--output", str(tmp_path / "map.png")])
+    assert summary["rows"] == len(ROWS) + 1 and summary["schemes"] == 5
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    shown = [place for place in drawn[0].axes if place.texts]
+    titles = [place.get_title(loc="left") for place in shown]
+    assert titles[:2] == ["unquantized, 32 bits", "nuq4-1%, packed, 4.6 bits"]
+    assert titles[2:] == ["nuq4-1%, 4.5 bits", "nuq2-1%, 2.5 bits", "rdnuq2, 2 bits"]
+    assert [text.get_text() for text in shown.pop(1).texts] == ["30%\n0.85"], "packed rows have a panel of their own"
+    for place in shown:
+        scheme = place.get_title(loc="left").split(",")[0]
+        cells = {text.get_position(): text.get_text() for text in place.texts}
+        for one in (one for one in ROWS if one["scheme"] == scheme):
+            where = ([1024, 2048].index(one["context"]), [0, 0.5, 1].index(one["depth"]))
+            assert cells[where] == f"{one['found']:.0%}\n{one['nll_per_token']:.2f}"
+        assert place.get_ylim()[0] > place.get_ylim()[1], "depth 0 is on top"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows of scripts.needle"),
+        ([ROWS[0], row("nuq3", 3, 1024, 0.5, 1, model="other")], "mix evaluations"),
+        ([{"scheme": "nuq2"}], "lacks 'model'"),
+        ([{**ROWS[0], "found": 1} | {"context": 1}, {k: v for k, v in ROWS[0].items() if k != "found"}], "no rows of"),
+    ],
+)
+def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = tmp_path / "rows.jsonl"
+    results.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(UserError, match=message):
+        plot_needle.main(["--results", str(results), "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_heat_map_at_the_end_of_a_run(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as without:
+        without.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(UserError, match="plots need matplotlib"):
+            needle.main([*common, "--depths", "0", "--heat-map", str(tmp_path / "map.png")])
+        assert not list(tmp_path.iterdir()), "it is said before anything is measured"
+    summary = needle.main([*common, "--depths", "0", "--heat-map", str(tmp_path / "map.png")])
+    assert summary["heat_map"] == str(tmp_path / "map.png") and (tmp_path / "map.png").exists()
