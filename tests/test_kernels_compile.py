@@ -32,7 +32,8 @@ def test_decode_compiles_for_both_architectures() -> None:
 def test_a_growing_context_compiles_nothing_new() -> None:
     from test_kernels_attention import run_case
 
-    from deployment.kernels.split import combine_kernel, split_kernel
+    from deployment.kernels.combine import combine_kernel
+    from deployment.kernels.split import split_kernel
 
     def compiled() -> int:
         return sum(
