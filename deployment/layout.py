@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deployment.order import Order, Role, order_of
-from deployment.streams import OutlierStreams
+from deployment.streams import OutlierStreams, index_span
 from deployment.tables import Tables
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
@@ -67,6 +67,7 @@ class PackedTensor:
         self.quantizer = quantizer.to(device)
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
         self.order: Order = order_of(self.quantizer, heads, head_dim, role, fragments)
+        self.span = index_span(head_dim) if self.keeps_outliers else 0  # tokens that an outlier's index tells apart
         self.pages: list[Page] = []
 
     @cached_property
@@ -170,9 +171,10 @@ class PackedTensor:
         head, dim = channel // self.head_dim, channel % self.head_dim
         for page, part in self._parts(start, encoded.codes.shape[1]):
             here = (token >= part.start) & (token < part.stop)
-            block, slot = (token + start - page.start) // BLOCK_TOKENS, (token + start - page.start) % BLOCK_TOKENS
-            lists = (sequence * self.heads + head) * page.blocks + block
-            added = (lists[here], (slot * self.head_dim + dim)[here], encoded.exact[here])
+            place = token + start - page.start
+            lists = (sequence * self.heads + head) * page.blocks + place // BLOCK_TOKENS
+            index = place % self.span * self.head_dim + dim
+            added = (lists[here], index[here], encoded.exact[here])
             page.outliers, page.room = page.outliers.with_added(*added), 0
 
     def read(self, page: Page, first: int = 0, blocks: int | None = None) -> Tensor:
@@ -192,7 +194,8 @@ class PackedTensor:
         lists, index, value = outliers.entries()
         block, stream = lists % outliers.blocks, lists // outliers.blocks
         inside = (block >= first) & (block < last)
-        token = (stream // self.heads * (last - first) + block - first) * BLOCK_TOKENS + index // self.head_dim
+        token = (stream // self.heads * (last - first) + block - first) * BLOCK_TOKENS
+        token += index // self.head_dim % BLOCK_TOKENS
         place = (token * self.heads + stream % self.heads) * self.head_dim + index % self.head_dim
         dense.view(-1)[place[inside]] = value[inside].float()
 
@@ -201,7 +204,7 @@ class PackedTensor:
         limits = torch.tensor(lengths, device=self.device)
         for page in self.pages:
             if page.outliers is not None:
-                page.outliers = page.outliers.before(limits - page.start, self.head_dim, BLOCK_TOKENS)
+                page.outliers = page.outliers.before(limits - page.start, self.head_dim)
                 page.room = 0
 
     def select(self, sequences: Tensor) -> None:

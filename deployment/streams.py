@@ -1,9 +1,12 @@
 """The outliers of a page: for every sequence and KV head a stream that tokens are appended to.
 
-    index  :: [N]             int16  token * D + channel within its block and head, unsigned
+    index  :: [N]             int16  (token % span) * D + channel within its page and head, unsigned
     value  :: [N]             fp16   the element itself
     ends   :: [B, G, blocks]  int32  where a block's list ends; it begins where the one before ends
     starts :: [B, G]          int32  where a stream begins, if there is room between streams
+
+16 bits tell `span` tokens of D channels apart (`index_span`): 512 of 128, 256 of 256. A list belongs to one block of 64
+tokens, so its number says the rest; whoever reads a whole stretch of `span` tokens needs no lists at all.
 
 A token's outliers come after those of all earlier tokens, so an append writes at the end of the stream and moves
 nothing, if there is room. The torch path leaves no room and needs no starts: it rebuilds the streams, exactly as long
@@ -14,6 +17,26 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from gradients.cli import UserError
+from quant.storage import BLOCK_TOKENS
+
+_INDICES = 1 << 16
+
+
+def index_span(head_dim: int) -> int:
+    """Tokens of `head_dim` channels that a 16-bit index tells apart: a power of two, and whole blocks.
+
+    Raises `UserError` for heads of more channels than an index can number within one block.
+    """
+    most = _INDICES // head_dim
+    if most < BLOCK_TOKENS:
+        limit = _INDICES // BLOCK_TOKENS
+        raise UserError(
+            f"heads of {head_dim} channels are too large for 16-bit indices of outliers, which end at {limit}; "
+            "use a scheme without outliers"
+        )
+    return 1 << (most.bit_length() - 1)
 
 
 @dataclass
@@ -91,10 +114,10 @@ class OutlierStreams:
         """The same outliers with `starts`, which the kernels read."""
         return self if self.starts is not None else self.with_room(0)
 
-    def before(self, limits: Tensor, head_dim: int, block_tokens: int) -> "OutlierStreams":
+    def before(self, limits: Tensor, head_dim: int) -> "OutlierStreams":
         """Only the outliers of tokens before `limits` `[B]` of their sequence, and no room."""
         lists, index, value = self.entries()
-        token = lists % self.blocks * block_tokens + index // head_dim
+        token = lists % self.blocks * BLOCK_TOKENS + index // head_dim % BLOCK_TOKENS
         kept = token < limits[lists // self.ends[0].numel()]
         return self.rebuilt(lists[kept], index[kept], value[kept])
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from deployment.layout import PAGE_TOKENS, PackedTensor
 from deployment.order import ChannelOrder, FragmentOrder
-from deployment.streams import OutlierStreams
+from deployment.streams import OutlierStreams, index_span
+from gradients.cli import UserError
 from quant.codebook import int_codebook, nf_codebook
 from quant.outliers import outliers_per_end
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -111,7 +112,31 @@ def test_a_list_belongs_to_one_block_and_head() -> None:
     lists, index, value = outliers.entries()
     at = (value == 50).nonzero()[0, 0]
     assert lists[at] == head * outliers.blocks + token // BLOCK_TOKENS
-    assert index[at] == (token % BLOCK_TOKENS) * HEAD_DIM + dim
+    assert index[at] == token * HEAD_DIM + dim
+
+
+@pytest.mark.parametrize(("head_dim", "span"), [(20, 2048), (64, 1024), (96, 512), (128, 512), (256, 256), (1024, 64)])
+def test_indices_begin_anew_after_a_span(head_dim: int, span: int) -> None:
+    assert index_span(head_dim) == span
+    scheme = Scheme(datatype="nf", bits=2, outliers=0.05)
+    quantizer = ChannelQuantizer(scheme, nf_codebook(4), torch.ones(head_dim), torch.zeros(head_dim))
+    packed = PackedTensor(quantizer, 1, 1, head_dim, torch.device("cpu"), "key")
+    x = torch.zeros(1, 2 * span + 70, head_dim)
+    tokens = [0, 5, span - 1, span, span + 65, 2 * span + 69]
+    x[0, tokens, head_dim - 1] = 50.0 + torch.arange(6)
+    packed.write(slice(None), 0, quantizer.encode(x))
+    assert len(packed.pages) == 1
+    lists, index, _ = packed.pages[0].outliers.entries()
+    assert lists.tolist() == [token // BLOCK_TOKENS for token in tokens]
+    assert index.tolist() == [token % span * head_dim + head_dim - 1 for token in tokens]
+    assert torch.equal(read_all(packed, x.shape[1]), quantizer.decode(quantizer.encode(x)))
+    packed.truncate([span + 65])
+    assert packed.pages[0].outliers.entries()[2].tolist() == [50, 51, 52, 53]
+
+
+def test_heads_too_large_for_an_index_are_refused() -> None:
+    with pytest.raises(UserError, match="heads of 1032 channels are too large"):
+        index_span(1032)
 
 
 def test_indices_beyond_int16_survive() -> None:

@@ -249,6 +249,7 @@ def store_kernel(
     UNITS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Words, ranges and outliers of one KV head's new tokens, as far as they belong to a page."""
     C: tl.constexpr = G * D
@@ -309,7 +310,7 @@ def store_kernel(
                 fits = chosen & (entry < limit)
                 x_at = x + b * stride_b + g.to(tl.int64) * stride_g + (row + token)[:, None] * stride_s + lane[None, :]
                 exact = tl.load(x_at, mask=fits, other=0).to(tl.float32)
-                tl.store(index + entry, (slot[:, None] * D + lane[None, :]).to(tl.int16), mask=fits)
+                tl.store(index + entry, ((token % SPAN)[:, None] * D + lane[None, :]).to(tl.int16), mask=fits)
                 tl.store(value + entry, half(exact), mask=fits)
                 end = begin + tl.sum(flat, 0)
                 tl.debug_barrier()
@@ -392,6 +393,7 @@ def append_packed(
             UNITS=order.geometry.units if isinstance(order, FragmentOrder) else 1,
             DYNAMIC=dynamic,
             OUTLIERS=streams is not None,
+            SPAN=packed.span,
             num_warps=8,
         )
 

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.phase import pair_of
+from deployment.streams import index_span
+
+_span = triton.constexpr_function(index_span)
 
 
 @triton.jit
@@ -40,18 +43,20 @@ def outlier_deltas(
     levels,
     floor,
     token0,
-    BLOCKS: tl.constexpr,
+    CHUNK: tl.constexpr,
     D: tl.constexpr,
     DYNAMIC: tl.constexpr,
 ):
     """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
     place = tl.load(index + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
     exact = tl.load(value + entry, mask=ok, other=0).to(tl.float32)
-    block = tl.zeros_like(place)
-    for earlier in tl.static_range(BLOCKS):
-        edge = tl.load(edges + earlier, mask=earlier < blocks, other=2147483647)
-        block += (entry >= edge).to(tl.int32)
-    token, channel = block * 64 + place // D, place % D
+    # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
+    SPAN: tl.constexpr = _span(D)
+    token, channel = place // D - token0 % SPAN, place % D
+    for later in tl.static_range(1, CHUNK // SPAN):
+        last = later * (SPAN // 64) - 1  # the block before that span
+        edge = tl.load(edges + last, mask=last < blocks, other=2147483647)
+        token += tl.where(entry >= edge, SPAN, 0)
     if DYNAMIC:
         scale, zero = token_ranges(scales, token0 + token, ok)
         coded = tl.load(levels) * scale + zero

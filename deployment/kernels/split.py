@@ -336,7 +336,7 @@ def split_kernel(
                             key_levels_at,
                             key_floor + channel0,
                             token0,
-                            BLOCKS,
+                            CHUNK,
                             D,
                             KEY_DYNAMIC,
                         )
@@ -426,7 +426,7 @@ def split_kernel(
                             value_levels_at,
                             value_floor + channel0,
                             token0,
-                            BLOCKS,
+                            CHUNK,
                             D,
                             VALUE_DYNAMIC,
                         )
