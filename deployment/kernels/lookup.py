@@ -54,12 +54,16 @@ def level_bytes(levels, FIRST: tl.constexpr):
     return per_lane(low), per_lane(high)
 
 
+# no bit is below a lane and neither below nor at it, which the assembler does not know
+_PER_LANE = tl.constexpr(
+    "{ .reg .b32 a,b; mov.u32 a,%lanemask_lt; mov.u32 b,%lanemask_le; not.b32 b,b; and.b32 a,a,b; or.b32 $0,$1,a; }"
+)
+
+
 @triton.jit
 def per_lane(word):
-    """The same word, read from lane 0: what is known to be uniform is kept in registers that a permute cannot read."""
-    return tl.inline_asm_elementwise(
-        "shfl.sync.idx.b32 $0,$1,0,31,0xffffffff;", "=r,r", [word], tl.int32, is_pure=False, pack=1
-    )
+    """The same word, as if every lane had its own: what is uniform goes to registers that a permute cannot read."""
+    return tl.inline_asm_elementwise(_PER_LANE, "=r,r", [word], tl.int32, is_pure=True, pack=1)
 
 
 @triton.jit

@@ -15,10 +15,11 @@ _span = triton.constexpr_function(index_span)
 
 @triton.jit
 def token_ranges(scales, token, ok):
-    """(scale, zero) fp32 of tokens."""
-    scale = tl.load(scales + token * 2, mask=ok, other=0).to(tl.float32)
-    zero = tl.load(scales + token * 2 + 1, mask=ok, other=0).to(tl.float32)
-    return scale, zero
+    """(scale, zero) fp32 of tokens; both are loaded as one word."""
+    word = tl.load(scales.to(tl.pointer_type(tl.int32)) + token, mask=ok, other=0)
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return scale.to(tl.float32), zero.to(tl.float32)
 
 
 @triton.jit
@@ -32,63 +33,82 @@ def list_begin(starts, ends, stream, block, blocks):
 
 
 @triton.jit
-def outlier_deltas(
-    index,
-    value,
-    entry,
-    ok,
-    edges,  # ends of the lists of the chunk's first block
-    blocks,  # of the chunk
-    scales,
-    levels,
-    floor,
+def add_to_scores(
+    scores,  # [ROWS, CHUNK] fp32
+    rotated,  # [stretches, ROWS, 2, PAIRS]: queries rotated back to the first of every TURN tokens
+    turn,
+    entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
+    coded,  # ranges of tokens, levels, floor at the head's first channel
     token0,
+    here,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    TURN: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Add the outliers of a chunk's keys to its scores: the difference times what the element is multiplied with."""
+    row = tl.arange(0, ROWS)
+    for entry0 in range(entries[2], entries[3], ENTRIES):
+        entry = entry0 + tl.arange(0, ENTRIES)
+        ok = entry < entries[3]
+        token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
+        pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
+        cos = tl.load(turn + pair * 64 + token % TURN, mask=ok, other=0) * delta
+        sin = tl.load(turn + (D // 2 + pair) * 64 + token % TURN, mask=ok, other=0) * delta
+        on_a, on_b = tl.where(is_second, -sin, cos), tl.where(is_second, cos, sin)
+        at = rotated + ((token // TURN) * (ROWS * 2 * PAIRS) + pair)[:, None] + row[None, :] * (2 * PAIRS)
+        a = tl.load(at, mask=ok[:, None], other=0).to(tl.float32)
+        b = tl.load(at + PAIRS, mask=ok[:, None], other=0).to(tl.float32)
+        to = scores + row[None, :] * CHUNK + token[:, None]
+        tl.atomic_add(to, a * on_a[:, None] + b * on_b[:, None], mask=ok[:, None], sem="relaxed")
+
+
+@triton.jit
+def add_to_output(
+    extra,  # [D, ROWS] fp32
+    weights,  # [ROWS, CHUNK]
+    entries,
+    coded,
+    token0,
+    here,
+    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     D: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
+    row = tl.arange(0, ROWS)
+    for entry0 in range(entries[2], entries[3], ENTRIES):
+        entry = entry0 + tl.arange(0, ENTRIES)
+        ok = entry < entries[3]
+        token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
+        weight = tl.load(weights + row[None, :] * CHUNK + token[:, None], mask=ok[:, None], other=0)
+        to = extra + channel[:, None] * ROWS + row[None, :]
+        tl.atomic_add(to, weight.to(tl.float32) * delta[:, None], mask=ok[:, None], sem="relaxed")
+
+
+@triton.jit
+def outlier_deltas(
+    entries, entry, ok, coded, token0, here, CHUNK: tl.constexpr, D: tl.constexpr, DYNAMIC: tl.constexpr
 ):
     """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
-    place = tl.load(index + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
-    exact = tl.load(value + entry, mask=ok, other=0).to(tl.float32)
+    place = tl.load(entries[0] + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
+    exact = tl.load(entries[1] + entry, mask=ok, other=0).to(tl.float32)
     # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
     SPAN: tl.constexpr = _span(D)
     token, channel = place // D - token0 % SPAN, place % D
     for later in tl.static_range(1, CHUNK // SPAN):
         last = later * (SPAN // 64) - 1  # the block before that span
-        edge = tl.load(edges + last, mask=last < blocks, other=2147483647)
+        edge = tl.load(entries[4] + last, mask=last < here, other=2147483647)
         token += tl.where(entry >= edge, SPAN, 0)
     if DYNAMIC:
-        scale, zero = token_ranges(scales, token0 + token, ok)
-        coded = tl.load(levels) * scale + zero
+        scale, zero = token_ranges(coded[0], token0 + token, ok)
+        level = tl.load(coded[1]) * scale + zero
     else:
-        coded = tl.load(floor + channel, mask=ok, other=0)
-    return token, channel, exact - coded
-
-
-@triton.jit
-def turned_query(
-    rotated,
-    token,
-    channel,
-    row,
-    ok,
-    turn,
-    ROWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    D: tl.constexpr,
-    ROTARY_HALF: tl.constexpr,
-    TURN: tl.constexpr,
-):
-    """`[entries, ROWS]` fp32: the factor by which an element of the unrotated keys enters the scores.
-
-    rotated: `[stretches, ROWS, 2, PAIRS]`, queries rotated back to the first of every TURN tokens.
-    """
-    pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
-    cos = tl.load(turn + pair * 64 + token % TURN, mask=ok, other=0)
-    sin = tl.load(turn + (D // 2 + pair) * 64 + token % TURN, mask=ok, other=0)
-    at = rotated + (((token // TURN) * ROWS)[:, None] + row[None, :]) * (2 * PAIRS) + pair[:, None]
-    a = tl.load(at, mask=ok[:, None], other=0).to(tl.float32)
-    b = tl.load(at + PAIRS, mask=ok[:, None], other=0).to(tl.float32)
-    on_a = tl.where(is_second, -sin, cos)
-    on_b = tl.where(is_second, cos, sin)
-    return a * on_a[:, None] + b * on_b[:, None]
+        level = tl.load(coded[2] + channel, mask=ok, other=0)
+    return token, channel, exact - level

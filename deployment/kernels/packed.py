@@ -25,7 +25,7 @@ _LOG2_E = math.log2(math.e)
 _MAX_ROWS = 16  # queries of a tile, as many as a tensor core takes
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
 _MAX_CHUNK = 512
-_ENTRIES = 256  # outliers at a time
+_ENTRIES = 512  # outliers at a time
 _PARTS = 16  # put together at a time
 # neighbours along k in a lane of a tensor core's operand: Triton's choice, which a wrong number costs speed only
 _WIDTH = 2

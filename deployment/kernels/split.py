@@ -20,9 +20,10 @@ Row r of a tile of queries is token r // (H/G) of the new ones and query head r 
 import triton
 import triton.language as tl
 
+from deployment.kernels.ahead import ask_for_list, ask_for_words
 from deployment.kernels.keys import cos_and_sin, key_levels, part_of, turn_tables, turned, turned_zeros
 from deployment.kernels.lookup import prepared
-from deployment.kernels.outliers import list_begin, outlier_deltas, token_ranges, turned_query
+from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, token_ranges
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words, operand_order
 from deployment.kernels.values import value_levels_tile
@@ -41,6 +42,12 @@ _RUNTIME = [
     "tiles",
     "works",
 ]
+
+
+@triton.jit
+def both_sums(a, b, c, d):
+    """Of two pairs."""
+    return a + c, b + d
 
 
 _STORE = tl.constexpr(
@@ -251,10 +258,32 @@ def split_kernel(
         if VALUE_OUTLIERS:
             tl.store(extra_at, output, mask=extra_ok)
 
-        for chunk in range(split * per_split, tl.minimum((split + 1) * per_split, chunks)):
+        last_chunk = tl.minimum((split + 1) * per_split, chunks)
+        key_entry, key_end, value_entry, value_end = 0, 0, 0, 0
+        if KEY_OUTLIERS:
+            key_entry = list_begin(key_starts, key_ends, stream, split * per_split * BLOCKS, blocks)
+        if VALUE_OUTLIERS:
+            value_entry = list_begin(value_starts, value_ends, stream, split * per_split * BLOCKS, blocks)
+        for chunk in range(split * per_split, last_chunk):
             token0 = chunk * CHUNK
             here = tl.minimum(BLOCKS, (held - token0 + 63) // 64)
             block0 = (token0 // 64).to(tl.int64)
+            last_block = stream * blocks + block0 + here - 1
+            if KEY_OUTLIERS:
+                key_end = tl.load(key_ends + last_block)
+            if VALUE_OUTLIERS:
+                value_end = tl.load(value_ends + last_block)
+            if QUICK:
+                if VALUE_SOURCE == FRAGMENT_ORDER:
+                    ask_for_words(
+                        value_head, block0, block0 + here, value_block_words, BLOCKS, D * 2 * VALUE_BITS
+                    )
+                if KEY_OUTLIERS:
+                    ask_for_list(key_index, key_entry, key_end, 8192)
+                    ask_for_list(key_value, key_entry, key_end, 8192)
+                if VALUE_OUTLIERS:
+                    ask_for_list(value_index, value_entry, value_end, 8192)
+                    ask_for_list(value_value, value_entry, value_end, 8192)
 
             # 1: scores
             k0, k1, k2 = 0, 0, 0
@@ -319,32 +348,37 @@ def split_kernel(
                         keep(scores + (mma_query * CHUNK)[:, None] + at_token[None, :], dot, own[:, None], QUICK)
             tl.debug_barrier()
             if KEY_OUTLIERS:
-                if here > 0:
-                    key_edges = key_ends + stream * blocks + token0 // 64
-                    key_begin = list_begin(key_starts, key_ends, stream, token0 // 64, blocks)
-                    for entry0 in range(key_begin, tl.load(key_edges + here - 1), ENTRIES):
-                        entry = entry0 + tl.arange(0, ENTRIES)
-                        ok = entry < tl.load(key_edges + here - 1)
-                        token, lane, delta = outlier_deltas(
-                            key_index,
-                            key_value,
-                            entry,
-                            ok,
-                            key_edges,
-                            here,
-                            key_ranges,
-                            key_levels_at,
-                            key_floor + channel0,
-                            token0,
-                            CHUNK,
-                            D,
-                            KEY_DYNAMIC,
-                        )
-                        factor = turned_query(rotated, token, lane, row, ok, turn, ROWS, PAIRS, D, ROTARY_HALF, TURN)
-                        sum_at = scores + row[None, :] * CHUNK + token[:, None]
-                        tl.atomic_add(sum_at, factor * delta[:, None], mask=ok[:, None], sem="relaxed")
+                key_edges = key_ends + stream * blocks + token0 // 64
+                add_to_scores(
+                    scores,
+                    rotated,
+                    turn,
+                    (key_index, key_value, key_entry, key_end, key_edges),
+                    (key_ranges, key_levels_at, key_floor + channel0),
+                    token0,
+                    here,
+                    ROWS,
+                    CHUNK,
+                    D,
+                    PAIRS,
+                    ROTARY_HALF,
+                    TURN,
+                    KEY_DYNAMIC,
+                    ENTRIES,
+                )
+                key_entry = key_end
                 tl.debug_barrier()
 
+            if QUICK:
+                if KEY_SOURCE == FRAGMENT_ORDER:
+                    ask_for_words(
+                        key_head,
+                        block0 + BLOCKS,
+                        tl.minimum(last_chunk * BLOCKS, (held + 63) // 64),
+                        key_block_words,
+                        BLOCKS,
+                        D * 2 * KEY_BITS,
+                    )
             # 2: softmax; whatever lies beyond the stored tokens or after the query is not seen
             v0, v1, v2 = 0, 0, 0
             if VALUE_SOURCE == FRAGMENT_ORDER:
@@ -358,14 +392,16 @@ def split_kernel(
             reference = tl.where(raised == float("-inf"), 0.0, raised)
             weight = tl.exp2(score - reference[:, None] + LIFT)
             shrink = tl.exp2(highest - reference)
-            total = total * shrink + tl.sum(weight, 1)
             highest = raised
             tl.store(weights + to, weight.to(OPERAND))
             if VALUE_DYNAMIC:  # level * scale + zero: scales go to the weights, zeros add up on their own
                 token_ok = token0 + chunk_token < held
                 scale, zero = token_ranges(value_ranges, token0 + chunk_token, token_ok)
                 tl.store(scaled + to, (weight * (scale * LOWER)[None, :]).to(OPERAND))
-                offset = offset * shrink + tl.sum(weight * zero[None, :], 1)
+                weight_sum, zero_sum = tl.reduce((weight, weight * zero[None, :]), 1, both_sums)
+                total, offset = total * shrink + weight_sum, offset * shrink + zero_sum
+            else:
+                total = total * shrink + tl.sum(weight, 1)
             tl.store(rescale + row, shrink)
             if VALUE_OUTLIERS:
                 if tl.min(shrink, 0) < 1:
@@ -409,31 +445,21 @@ def split_kernel(
                 tile_w = tl.load(weight_at[None, :] + (mma_query * CHUNK)[:, None])
                 output = tl.dot(tile_w, tile_v, output, input_precision=PRECISION)
             if VALUE_OUTLIERS:
-                if here > 0:
-                    value_edges = value_ends + stream * blocks + token0 // 64
-                    value_begin = list_begin(value_starts, value_ends, stream, token0 // 64, blocks)
-                    for entry0 in range(value_begin, tl.load(value_edges + here - 1), ENTRIES):
-                        entry = entry0 + tl.arange(0, ENTRIES)
-                        ok = entry < tl.load(value_edges + here - 1)
-                        token, lane, delta = outlier_deltas(
-                            value_index,
-                            value_value,
-                            entry,
-                            ok,
-                            value_edges,
-                            here,
-                            value_ranges,
-                            value_levels_at,
-                            value_floor + channel0,
-                            token0,
-                            CHUNK,
-                            D,
-                            VALUE_DYNAMIC,
-                        )
-                        share_at = weights + row[None, :] * CHUNK + token[:, None]
-                        share = tl.load(share_at, mask=ok[:, None], other=0).to(tl.float32)
-                        add_at = extra + lane[:, None] * ROWS + row[None, :]
-                        tl.atomic_add(add_at, share * delta[:, None], mask=ok[:, None], sem="relaxed")
+                value_edges = value_ends + stream * blocks + token0 // 64
+                add_to_output(
+                    extra,
+                    weights,
+                    (value_index, value_value, value_entry, value_end, value_edges),
+                    (value_ranges, value_levels_at, value_floor + channel0),
+                    token0,
+                    here,
+                    ROWS,
+                    CHUNK,
+                    D,
+                    VALUE_DYNAMIC,
+                    ENTRIES,
+                )
+                value_entry = value_end
             tl.debug_barrier()
 
         # what `combine` needs
