@@ -12,7 +12,6 @@ the model is as it was.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from deployment.cache import PackedLayer
-from deployment.kernels.attend import Segment, attend_torch
-from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
+from deployment.kernels.dispatch import Backend
+from deployment.registered import step
 from deployment.rope import Rope
 from gradients.models import decoder, kv_sites
 from gradients.rope import rotate
@@ -84,9 +83,10 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """For plain causal attention: which tokens are not padding, `[B, 1, 1, T + S]` bool, or None if all are not.
+    """For plain causal attention: which tokens are not padding, `[B, 1, 1, T + S]` bool, or None if nobody said.
 
-    Causality needs no mask: the attention function knows it. Any other pattern gets its full mask from transformers.
+    Causality needs no mask: the attention function knows it. Nobody looks into the mask here, since that would wait for the
+    device in every step. Any other pattern gets its full mask from transformers.
     """
     if mask_function is not causal_mask_function:
         return sdpa_mask(
@@ -99,7 +99,7 @@ def padding_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
-    if attention_mask is None or attention_mask.all():
+    if attention_mask is None:
         return None
     return attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
 
@@ -130,90 +130,7 @@ def attention(
     if layer is None:
         return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    padding = _chunk_padding(attention_mask, layer, query.shape[2])
-    if runs_kernels(context.backend, layer, query.device):
-        return attend_and_store(layer, rope, query, key, value, padding, scaling), None
-    output = _packed(layer, rope, query, key, value, padding, scaling)
-    return output.transpose(1, 2).to(query.dtype).contiguous(), None
-
-
-def _chunk_padding(mask: Tensor | None, layer: PackedLayer, new: int) -> list[int]:
-    """How many of the chunk's `new` tokens are left padding, for each row. Raises ValueError for other masks."""
-    batch = len(layer.lengths)
-    if mask is None:
-        return [0] * batch
-    if mask.shape[2] != 1:
-        raise ValueError(
-            "a packed cache takes causal attention with left padding, no other mask (packed sequences, say)"
-        )
-    visible = mask[:, 0, 0].expand(batch, -1)
-    padding = (~visible).sum(-1)
-    past = layer.slots - torch.tensor(layer.lengths, device=mask.device)
-    if (visible.int().diff(dim=-1) < 0).any() or (padding.clamp(max=layer.slots) != past).any():
-        raise ValueError(
-            "a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks"
-        )
-    return (padding - layer.slots).clamp(min=0, max=new).tolist()
-
-
-def _packed(
-    layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
-) -> Tensor:
-    """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` float32."""
-    if not layer.exact_chunk:
-        before = list(layer.lengths)
-        layer.append(key, value, padding)
-        return attend_with_torch(layer, rope, query, None, padding, scaling, before)
-    output = attend_with_torch(layer, rope, query, (key, value), padding, scaling, layer.lengths)
-    layer.append(key, value, padding)
-    return output
-
-
-def attend_with_torch(
-    layer: PackedLayer,
-    rope: Rope,
-    query: Tensor,
-    chunk: tuple[Tensor, Tensor] | None,
-    padding: list[int],
-    scaling: float,
-    before: list[int],
-) -> Tensor:
-    """Attend over what is stored, and over the keys and values of the chunk if they are given.
-
-    `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` float32.
-    """
-    new, device = query.shape[2], query.device
-    pads = torch.tensor(padding, device=device)
-    # position of every token of the chunk; negative for padding
-    positions = (torch.tensor(before, device=device) - pads)[:, None] + torch.arange(new, device=device)
-    positions = positions.masked_fill(torch.arange(new, device=device) < pads[:, None], -1)
-    length = max(stored + new - pad for stored, pad in zip(before, padding, strict=True))
-    tables = rope.tables(positions.clamp(min=0), length)
-    # chained, not listed: a list would hold the whole past dequantized
-    segments = chain(
-        _stored_segments(layer, rope, positions, length),
-        [] if chunk is None else [_chunk_segment(*chunk, positions, tables)],
-    )
-    return attend_torch(rotate(query.float(), *tables), segments, scaling)
-
-
-def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:
-    """What the layer stores, a page at a time, rotated; a query at position p sees the tokens up to p."""
-    lengths = torch.tensor(layer.lengths, device=positions.device)
-    shortest = min(layer.lengths, default=0)
-    for stretch in layer.stretches():
-        token = torch.arange(stretch.start, stretch.end, device=positions.device)
-        visible = None
-        # with exact chunks the stored tokens all precede the queries
-        if stretch.end > shortest or not layer.exact_chunk:
-            visible = (token < lengths[:, None, None]) & (token <= positions[..., None])
-        tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
-        yield Segment(rotate(stretch.key, *tables), stretch.value, visible)
-
-
-def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Segment:
-    visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
-    return Segment(rotate(key.float(), *tables), value.float(), visible)
+    return step(layer, rope, context.backend, query, key, value, attention_mask, scaling), None
 
 
 def _native(
@@ -245,6 +162,8 @@ def _native(
 
 def _causal_and_padding(mask: Tensor | None, new: int, total: int, device: torch.device) -> Tensor | None:
     """The full mask `[B, 1, S, T + S]` that SDPA needs; None where its own causality will do."""
+    if mask is not None and mask.shape[2] == 1 and mask.all():  # no padding, as transformers itself would have found
+        mask = None
     if new == 1 or (mask is not None and mask.shape[2] != 1) or (mask is None and new == total):
         return mask
     causal = torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)

@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from deployment import layout
 from deployment.layout import PackedTensor, Rows
+from deployment.numbered import Numbered
+from deployment.room import LOST
 from deployment.rope import rotates_whole_heads
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
@@ -37,7 +39,7 @@ class Stretch:
     value: Tensor
 
 
-class PackedLayer(CacheLayerMixin):
+class PackedLayer(Numbered, CacheLayerMixin):
     """The packed cache of one layer.
 
     `update` only hands the new tokens on, with itself attached to the keys: the attention function reads the past,
@@ -89,14 +91,19 @@ class PackedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
+        if not torch.compiler.is_compiling():  # else the operator does it: a compiler would, after all steps
+            self.expect(key_states, value_states)
+        key_states.packed_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def expect(self, key: Tensor, value: Tensor) -> None:
+        """Get ready to store a chunk. Raises RuntimeError if nobody stored the one before."""
         if self._handed_on:
             raise RuntimeError("a PackedCache needs the model to run within `with packed_attention(model):`")
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self._check_capacity(key_states.shape[2])
+            self.lazy_initialization(key, value)
+        self._check_capacity(key.shape[2])
         self._handed_on = True
-        key_states.packed_layer = self  # type: ignore[attr-defined]
-        return key_states, value_states
 
     def _check_capacity(self, new: int) -> None:
         if self.capacity is not None and self.slots + new > self.capacity:
@@ -117,43 +124,56 @@ class PackedLayer(CacheLayerMixin):
         self.stored = torch.tensor(self.lengths, device=self.device)
 
     def append_with_kernels(self, key: Tensor, value: Tensor, padding: Sequence[int], pads: Tensor) -> None:
-        """The same on the device, `pads` `[B]` int64 being `padding` there; waits for it once in 64 tokens at most."""
-        from deployment.kernels.append import append_packed
+        """The same on the device, `pads` `[B]` int64 being `padding` there. The device is not waited for.
+
+        Raises RuntimeError if outliers of earlier tokens were lost, which takes a graph replayed too often.
+        """
+        from deployment.kernels.append import Side, append
 
         self._handed_on = False
         new, capturing = key.shape[2], is_capturing(self.device)
-        start = max(0, min(self.lengths) - self.sink_tokens)
-        span = max(0, max(self.lengths) + new - self.sink_tokens) - start
+        where = self._stretch(new)
+        sides = []
         for kind, states in zip(KINDS, (key, value), strict=True):
             packed = self.packed[kind]
-            pages = packed.pages if capturing else packed.make_room(start, span)
-            append_packed(packed, states, self.stored, pads, self.sinks[kind], pages, self.overflow)
-            if not capturing:
-                packed.trim(span)
-        self.stored += new - pads
+            pages = packed.pages_of(where[0]) if capturing else packed.make_room(*where, new, self.overflow)
+            sides.append(Side(packed, states, self.sinks[kind], pages))
+        append(sides, self.stored, pads, self.overflow)
+        if not capturing:
+            for packed in self.packed.values():
+                packed.used_room(*where, new, self.overflow)
+        self.stored += new - pads if any(padding) else new
         self._count(new, padding)
+
+    def _stretch(self, new: int) -> tuple[int, int]:
+        """(first, number) of the packed tokens among which the next `new` of every row are, be they sinks or not."""
+        first = max(0, min(self.lengths) - self.sink_tokens)
+        return first, max(1, max(self.lengths) + new - self.sink_tokens - first)
 
     def _count(self, new: int, padding: Sequence[int]) -> None:
         self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
         self.slots += new
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more per row, so that a captured graph of the kernels can store them.
+        """Make room for `tokens` more per row, so that a captured graph of the kernels can store them, and no more.
 
         Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
         """
         for packed in self.packed.values():
-            start = max(0, max(self.lengths) - self.sink_tokens)
-            packed.make_room(start, tokens)
-            for page in packed.pages:  # nothing was stored yet
-                page.room += tokens * packed.most_outliers if page.outliers is not None else 0
+            packed.make_room(*self._stretch(tokens), tokens, self.overflow)
+            packed.fix()
 
     def recount(self) -> None:
-        """Take over the lengths that the device has counted. Raises RuntimeError if outliers found no room."""
+        """Take over what the device has counted; waits for it. Raises RuntimeError if tokens or outliers found no room."""
         lengths = self.stored.tolist()
         if self.overflow.item():
-            raise RuntimeError("outliers were lost for want of room; reserve more tokens before capturing a graph")
-        self.slots += max(lengths, default=0) - max(self.lengths, default=0)
+            raise RuntimeError(LOST)
+        longest = max(lengths, default=0)
+        for packed in self.packed.values():
+            if longest > self.sink_tokens + packed.tokens_reserved:
+                raise RuntimeError(f"a graph was replayed to {longest} tokens; reserve more before capturing it")
+            packed.recount()
+        self.slots += longest - max(self.lengths, default=0)
         self.lengths = lengths
 
     def _aligned_rows(self, padding: Sequence[int]) -> Iterator[tuple[Rows, int, int]]:
@@ -185,8 +205,8 @@ class PackedLayer(CacheLayerMixin):
             key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
             yield Stretch(0, sinks, key, value)
         for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
-            needed = -(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS)
-            for first in range(0, min(needed, pages[0].blocks), layout.PAGE_BLOCKS):
+            needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
+            for first in range(0, needed, layout.PAGE_BLOCKS):
                 blocks = min(layout.PAGE_BLOCKS, needed - first)
                 start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
                 key = self.packed["key"].read(pages[0], first, blocks)

@@ -4,7 +4,19 @@
     python -m deployment.generate --model ... --quantizers ... --prompt-file book.txt --max-new-tokens 256 --sample
 
 The prompt is read in chunks and packed as it is read; text streams to stdout, and a table of what the cache took
-ends the run. In a program:
+ends the run. A long document is read once and continued from later:
+
+    ... --prompt-file book.txt --save-cache book.cache [--max-new-tokens 0]    # the prompt's cache, not the answer's
+    ... --load-cache book.cache                              # goes on as the run that saved it did
+    ... --load-cache book.cache --prompt "In short,"         # the prompt continues the book; if it begins with the
+                                                             # book's text, only what follows is read
+
+With --chat the prompt is a message that the tokenizer's chat template renders, and with --interactive every line of stdin
+is one: the cache keeps the conversation, each turn reads only what is new. Ctrl-C ends an answer; /exit, /reset and
+/save FILE are understood. --save-cache then stores the conversation, and --load-cache goes on with it. --interactive
+without --chat continues plain text; an empty line lets the model go on.
+
+In a program:
 
     cache = PackedCache(load_quantizers("nuq3.safetensors"), model.config)
     with packed_attention(model):
@@ -12,121 +24,111 @@ ends the run. In a program:
 """
 
 import argparse
-import time
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TextStreamer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from deployment.attention import packed_attention
-from deployment.cache import PackedCache
+from deployment.answer import Answer, Interruption
+from deployment.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn, typed_lines
+from deployment.saved import SavedCache, load_cache
+from deployment.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
-from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel, decoder_config
-from quant.artefact import Quantizers, load_quantizers
+from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
+from gradients.models import LoadedModel
+from quant.artefact import load_quantizers
 
 
-class TimedStreamer(TextStreamer):
-    """Prints words as they come (unless told not to) and notes when the first token was there."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, quiet: bool = False) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.quiet = quiet
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called once with the prompt, then once per token."""
-        self.times.append(time.perf_counter())
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called with each piece of printable text."""
-        if not self.quiet:
-            super().on_finalized_text(text, stream_end)
-
-    def prefill_seconds(self, started: float) -> float:
-        """From the start to the first token."""
-        return self.times[1] - started
-
-    def tokens_per_second(self) -> float:
-        """Speed of all tokens after the first."""
-        steps = len(self.times) - 2
-        return steps / (self.times[-1] - self.times[1]) if steps else 0.0
-
-
-def generate(
-    loaded: LoadedModel,
-    quantizers: Quantizers,
-    prompt: str,
-    max_new_tokens: int,
-    prefill_chunk: int = 1024,
-    capacity: int | None = None,
-    quiet: bool = False,
-    **sampling: Any,
-) -> dict[str, Any]:
-    """Continue `prompt`; `sampling` goes to `model.generate`. Returns the command's summary.
-
-    Raises `UserError` for an empty prompt, and for a request beyond the capacity or the model's positions.
-    """
-    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.device)
-    prompt_tokens = inputs.input_ids.shape[1]
-    if not prompt.strip() or not prompt_tokens:
-        raise UserError(f"prompt {prompt!r} is empty; give --prompt or --prompt-file with words in it")
-    needed = prompt_tokens + max_new_tokens
-    positions = decoder_config(loaded.model.config).max_position_embeddings
-    for limit, name in ((positions, "the model's positions"), (capacity or needed, "the --capacity")):
-        if needed > limit:
+def _prompt(arguments: argparse.Namespace) -> str | None:
+    prompt = arguments.prompt
+    if arguments.prompt_file is not None:
+        try:
+            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"prompt of {prompt_tokens} tokens and {max_new_tokens} new ones need {needed}, {name} are {limit}; "
-                "shorten the prompt or lower --max-new-tokens"
-            )
-    cache = PackedCache(quantizers, loaded.model.config, capacity=capacity or needed)
-    streamer = TimedStreamer(loaded.tokenizer, quiet)
-    beams = sampling.get("num_beams", 1) > 1
-    started = time.perf_counter()
-    with torch.inference_mode(), packed_attention(loaded.model):
-        output = loaded.model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            prefill_chunk_size=prefill_chunk,
-            streamer=None if beams else streamer,
-            pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
-            **sampling,
+                f"prompt file {arguments.prompt_file!r} cannot be read ({error}); give a UTF-8 text file"
+            ) from error
+    if prompt is not None and not prompt.strip():
+        raise UserError(f"prompt {prompt!r} is empty; give --prompt or --prompt-file with words in it")
+    return prompt
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    given = arguments.prompt is not None or arguments.prompt_file is not None
+    if not given and not arguments.interactive and (arguments.chat or arguments.load_cache is None):
+        raise UserError("there is nothing to answer: give --prompt, --prompt-file or --interactive")
+    if arguments.beams > 1 and (arguments.chat or arguments.interactive):
+        raise UserError(
+            f"--beams {arguments.beams} leaves no cache to go on with; drop it, --chat and --interactive need one"
         )
-    seconds = time.perf_counter() - started
-    new_tokens = output.shape[1] - prompt_tokens
-    text = loaded.tokenizer.decode(output[0, prompt_tokens:], skip_special_tokens=True)
-    if beams and not quiet:
-        print(text)
-    nbytes, fp16_nbytes = cache.nbytes(), cache.fp16_nbytes()
+    if arguments.system is not None and (not arguments.chat or arguments.load_cache is not None):
+        raise UserError("--system begins a conversation: it needs --chat, and no --load-cache, which has begun already")
+    only_reads = arguments.save_cache is not None and not arguments.chat and not arguments.interactive
+    if arguments.max_new_tokens == 0 and not only_reads:
+        raise UserError("--max-new-tokens 0 only reads, which is for --save-cache with a prompt; give at least 1")
+
+
+def _dialogue(arguments: argparse.Namespace, loaded: LoadedModel, saved: SavedCache | None) -> Dialogue:
+    if not arguments.chat:
+        return PlainText(loaded)
+    if saved is not None and saved.messages is None:
+        raise UserError(
+            f"cache {saved.name!r} holds plain text and no conversation; drop --chat, or save one with --chat --save-cache"
+        )
+    return Chat(loaded, arguments.system, None if saved is None else saved.messages)
+
+
+def _answers(arguments: argparse.Namespace, session: Session, dialogue: Dialogue, prompt: str | None) -> list[Answer]:
+    """Read, answer and save, as the options say."""
+    sampling: dict[str, Any] = {"do_sample": arguments.sample, "num_beams": arguments.beams}
+    if arguments.sample:
+        sampling |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+
+    def answer(tokens: list[int], interruption: Interruption | None = None) -> Answer:
+        return session.answer(tokens, arguments.max_new_tokens, interruption, **sampling)
+
+    begin = dialogue.tokens_of if prompt is None else dialogue.opening
+    tokens = [] if arguments.interactive and prompt is None else begin(session.tokens, prompt or "")
+    needed = None if arguments.interactive else len(tokens) + arguments.max_new_tokens
+    session.open(arguments.capacity or needed)
+    if not arguments.interactive:
+        session.check_room(len(tokens), arguments.max_new_tokens)
+    if not arguments.interactive and not arguments.chat:
+        if arguments.save_cache is not None:
+            session.read(tokens)
+            session.save(arguments.save_cache)
+        return [answer(tokens)] if arguments.max_new_tokens else []
+    answers = [] if prompt is None else [turn(session, dialogue, prompt, tokens, answer)]
+    if arguments.interactive:
+        print(COMMANDS, file=sys.stderr)
+        answers += converse(session, dialogue, typed_lines(), answer)
+    if arguments.save_cache is not None and session.tokens:
+        session.save(arguments.save_cache, dialogue.messages)
+    return answers
+
+
+def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
+    """The command's JSON: the cache at the end, all turns together, and the last answer."""
+    nbytes, fp16_nbytes = session.cache.nbytes(), session.cache.fp16_nbytes()
+    decoding = sum(answer.decode_seconds for answer in answers)
+    steps = sum(max(0, answer.new_tokens - 1) for answer in answers)
     return {
-        "scheme": quantizers.scheme.describe(),
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": new_tokens,
-        "tokens": cache.get_seq_length(),
+        "scheme": session.quantizers.scheme.describe(),
+        "turns": len(answers),
+        "prompt_tokens": answers[-1].prompt_tokens if answers else len(session.tokens),
+        "read_tokens": session.read_tokens,
+        "new_tokens": sum(answer.new_tokens for answer in answers),
+        "tokens": session.cache.get_seq_length(),
         "cache_bytes": nbytes,
         "fp16_bytes": fp16_nbytes,
-        "ratio": round(fp16_nbytes / nbytes, 3),
-        "prefill_seconds": None if beams else round(streamer.prefill_seconds(started), 3),
-        "tokens_per_second": round(new_tokens / seconds if beams else streamer.tokens_per_second(), 2),
-        "text": text,
+        "ratio": round(fp16_nbytes / nbytes, 3) if nbytes else None,
+        "open_seconds": round(session.open_seconds, 3),
+        "prefill_seconds": round(session.read_seconds + sum(answer.prefill_seconds for answer in answers), 3),
+        "tokens_per_second": round(steps / decoding, 2) if decoding else 0.0,
+        "text": answers[-1].text if answers else "",
     }
-
-
-def _prompt(arguments: argparse.Namespace) -> str:
-    if arguments.prompt is not None:
-        return arguments.prompt
-    try:
-        return Path(arguments.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompt file {arguments.prompt_file!r} cannot be read ({error}); give a UTF-8 text file"
-        ) from error
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -134,10 +136,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.generate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
-    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt")
     prompt.add_argument("--prompt-file", help="UTF-8 text file")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=128)
+    parser.add_argument("--chat", action="store_true", help="prompts are messages, rendered by the chat template")
+    parser.add_argument("--interactive", action="store_true", help="go on with lines from stdin")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the message before the first")
+    parser.add_argument("--save-cache", metavar="FILE", help="store the prompt's cache, or the whole conversation's")
+    parser.add_argument("--load-cache", metavar="FILE", help="go on from a stored cache; the prompt continues its text")
+    parser.add_argument("--max-new-tokens", type=non_negative_int, default=128, help="of an answer; 0: only read")
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="prompt tokens per forward")
     parser.add_argument("--capacity", type=positive_int, help="tokens to reserve; default: what the request needs")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
@@ -147,17 +154,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 
-    quantizers = load_quantizers(arguments.quantizers)
-    text = _prompt(arguments)
+    _check(arguments)
+    text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
     loaded = load_model_from(arguments)
     quantizers.check_model(loaded.model.config)
+    saved = None
+    if arguments.load_cache is not None:
+        saved = load_cache(arguments.load_cache, quantizers, loaded.model.config)
     torch.manual_seed(arguments.seed)
-    sampling: dict[str, Any] = {"do_sample": arguments.sample, "num_beams": arguments.beams}
-    if arguments.sample:
-        sampling |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
-    result = generate(
-        loaded, quantizers, text, arguments.max_new_tokens, arguments.prefill_chunk, arguments.capacity, **sampling
-    )
+    session = Session(loaded, quantizers, arguments.prefill_chunk, saved)
+    answers = _answers(arguments, session, _dialogue(arguments, loaded, saved), text)
+    result = _summary(session, answers)
     shown = ("scheme", "tokens", "cache_bytes", "fp16_bytes", "ratio", "tokens_per_second")
     print("\n" + format_table([{name: result[name] for name in shown}]))
     return result

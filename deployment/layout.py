@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deployment.order import Order, Role, order_of
+from deployment.room import ROOM_TOKENS, Room
 from deployment.streams import OutlierStreams, index_span
 from deployment.tables import Tables
 from quant.outliers import outliers_per_end
@@ -29,7 +30,6 @@ from quant.storage import BLOCK_TOKENS
 PAGE_BLOCKS = 8  # of the smallest page, and of what is dequantized at once
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
-_ROOM_TOKENS = 64  # the append kernel's streams have room for all elements of so many tokens being outliers
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index
 
@@ -43,12 +43,20 @@ class Page:
     words: Tensor
     scales: Tensor | None
     outliers: OutlierStreams | None
-    room: int = 0  # every stream of outliers has at least so many free places
+    room: Room | None = None  # of outliers, where kernels append; None where it is not known
 
     @property
     def end(self) -> int:
         """One past the last token there is room for."""
         return self.start + self.blocks * BLOCK_TOKENS
+
+    def make_room(self, most: int, spare: int) -> None:
+        """Let every stream have room for `most` more outliers, and `spare` if it has to be made."""
+        assert self.outliers is not None
+        if self.room is None:
+            self.outliers = self.outliers.with_starts()
+            self.room = Room.of(self.outliers)
+        self.outliers = self.room.prepared(self.outliers, most, spare)
 
 
 class PackedTensor:
@@ -101,29 +109,45 @@ class PackedTensor:
         words = torch.zeros(self.batch, blocks, self.order.words, dtype=torch.int32, device=self.device)
         return Page(self.tokens_reserved, blocks, words, scales, outliers)
 
-    def make_room(self, start: int, tokens: int) -> list[Page]:
-        """Prepare for the append kernel to store up to `tokens` tokens from `start` on; the pages it will write to.
+    def make_room(self, start: int, span: int, tokens: int, overflow: Tensor) -> list[Page]:
+        """Prepare for the append kernels to store up to `tokens` per sequence, which begin at `start` or later.
 
-        Waits for the device only where room runs out, every 64 tokens.
+        All end before `start` + `span`. Returns the pages they go to; the device is not waited for (room.py).
         """
-        self.reserve(start + tokens)
-        pages = [page for page in self.pages if page.start < start + tokens and page.end > start]
-        for page in pages:
-            if page.outliers is not None:
-                if page.room < tokens * self.most_outliers or page.outliers.starts is None:
-                    self._set_room(page, tokens + _ROOM_TOKENS)
-                page.room -= tokens * self.most_outliers
-        return pages
-
-    def trim(self, tokens: int) -> None:
-        """Give back the room that `tokens` tokens might have needed."""
+        self.reserve(start + span)
         for page in self.pages:
-            if tokens > _ROOM_TOKENS and page.room:
-                self._set_room(page, _ROOM_TOKENS)
+            if page.outliers is not None and page.end > start:
+                page.make_room(*self._worst(page, start, span, tokens))
+            elif page.outliers is not None and page.room is not None:
+                page.outliers = page.room.settled(page.outliers, overflow)
+        return self.pages_of(start, span)
 
-    def _set_room(self, page: Page, tokens: int) -> None:
-        page.room = tokens * self.most_outliers
-        page.outliers = page.outliers.with_room(page.room)
+    def pages_of(self, start: int, span: int | None = None) -> list[Page]:
+        """The pages that `span` tokens from `start` on are in, or all tokens from there on."""
+        return [page for page in self.pages if page.end > start and (span is None or page.start < start + span)]
+
+    def _worst(self, page: Page, start: int, span: int, tokens: int) -> tuple[int, int]:
+        """(outliers of one stream that `tokens` tokens may add to a page, those of what is kept spare)."""
+        here = min(tokens, min(start + span, page.end) - max(start, page.start))
+        return max(here, 0) * self.most_outliers, ROOM_TOKENS * self.most_outliers
+
+    def used_room(self, start: int, span: int, tokens: int, overflow: Tensor) -> None:
+        """The kernels have stored what `make_room` prepared for."""
+        for page in self.pages_of(start, span):
+            if page.outliers is not None and page.room is not None:
+                page.room.used(page.outliers, *self._worst(page, start, span, tokens), overflow)
+
+    def fix(self) -> None:
+        """Let streams stay where they are, since a graph will rely on it."""
+        for page in self.pages:
+            if page.room is not None:
+                page.room.fixed = True
+
+    def recount(self) -> None:
+        """Take over how many outliers the device has counted; waits for it."""
+        for page in self.pages:
+            if page.outliers is not None and page.room is not None:
+                page.room.recount(page.outliers)
 
     @property
     def most_outliers(self) -> int:
@@ -175,7 +199,7 @@ class PackedTensor:
             lists = (sequence * self.heads + head) * page.blocks + place // BLOCK_TOKENS
             index = place % self.span * self.head_dim + dim
             added = (lists[here], index[here], encoded.exact[here])
-            page.outliers, page.room = page.outliers.with_added(*added), 0
+            page.outliers, page.room = page.outliers.with_added(*added), None
 
     def read(self, page: Page, first: int = 0, blocks: int | None = None) -> Tensor:
         """Dequantized tokens of some blocks of a page, all from `first` on by default, `[B, G, n, D]` float32."""
@@ -205,7 +229,7 @@ class PackedTensor:
         for page in self.pages:
             if page.outliers is not None:
                 page.outliers = page.outliers.before(limits - page.start, self.head_dim)
-                page.room = 0
+                page.room = None
 
     def select(self, sequences: Tensor) -> None:
         """Keep the given sequences `[B']` int64, in this order; one may appear more than once."""
@@ -213,7 +237,7 @@ class PackedTensor:
             page.words = page.words[sequences]
             page.scales = None if page.scales is None else page.scales[sequences]
             page.outliers = None if page.outliers is None else page.outliers.select(sequences)
-            page.room = 0
+            page.room = None
         self.batch = len(sequences)
 
     def tensors(self) -> list[Tensor]:

@@ -194,6 +194,16 @@ def _fragment_index(bits: int, head_dim: int, role: Role, device: torch.device) 
     return Fragment.of(bits, head_dim, role).index().int().contiguous().to(device)
 
 
+def fragment_place(order: FragmentOrder) -> Tensor:
+    """The inverse of `fragment_index`: where element token * D + channel comes, unit * unit codes + number, `[64 D]`."""
+    return _fragment_place(order.bits, order.head_dim, order.role, order.device)
+
+
+@cache
+def _fragment_place(bits: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
+    return Fragment.of(bits, head_dim, role).index().flatten().argsort().int().to(device)
+
+
 @cache
 def _fragment_tables(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which of a head's codes (token * D + channel) comes where, in the order in which `pack` wants them; its inverse."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from deployment.numbered import Numbered
 from gradients.models import decoder_config
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 @dataclass
-class Rope:
+class Rope(Numbered):
     """The rotary module of a model, for the layers of one type.
 
     `module` must be called through `forward`: the model's own calls go through hooks that take its effect away.

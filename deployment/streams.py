@@ -10,7 +10,7 @@ tokens, so its number says the rest; whoever reads a whole stretch of `span` tok
 
 A token's outliers come after those of all earlier tokens, so an append writes at the end of the stream and moves
 nothing, if there is room. The torch path leaves no room and needs no starts: it rebuilds the streams, exactly as long
-as need be. The append kernel needs room, which `with_room` makes.
+as need be. The append kernels need room, which `moved` makes (how much, says room.py).
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
 _INDICES = 1 << 16
+_MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
 
 
 def index_span(head_dim: int) -> int:
@@ -69,6 +70,10 @@ class OutlierStreams:
         # the append kernel leaves the ends of blocks alone that it has not come to yet
         return self.ends.long().cummax(-1).values.diff(prepend=self.starts.long()[..., None])
 
+    def counts(self) -> Tensor:
+        """Outliers of every stream, `[B, G]` int64."""
+        return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
+
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
         """(number of the list int64, index int64, value fp16) of every outlier, in order."""
         lengths = self.lengths()
@@ -110,8 +115,36 @@ class OutlierStreams:
         """The same outliers with `room` free places after every stream."""
         return self.rebuilt(*self.entries(), room)
 
+    def moved(self, places: Tensor) -> "OutlierStreams":
+        """The same outliers with `places` for each stream, `[B * G]` int64 on the host; the device is not waited for.
+
+        Raises `UserError` for 2^31 places or more.
+        """
+        before = self.with_starts()
+        assert before.starts is not None
+        starts = sent((places.cumsum(0) - places).int(), self.index.device)
+        ends = sent(places.cumsum(0).int(), self.index.device)
+        shift = starts - before.starts.flatten()
+        total = int(places.sum())
+        if total >= 1 << 31:
+            raise UserError(
+                f"room for {total} outliers goes beyond 32-bit numbers; use fewer sequences or shorter chunks"
+            )
+        index, value = self.index.new_zeros(total), self.value.new_zeros(total)
+        for first in range(0, total if len(before.index) else 0, _MOVED):
+            place = torch.arange(first, min(first + _MOVED, total), dtype=torch.int32, device=starts.device)
+            stream = torch.searchsorted(ends, place, right=True, out_int32=True)
+            # a place without an outlier gets any
+            source = (place - shift.index_select(0, stream)).clamp_(0, len(before.index) - 1)
+            index[first : first + len(place)] = before.index.index_select(0, source)
+            value[first : first + len(place)] = before.value.index_select(0, source)
+        by_head = before.starts.shape
+        return OutlierStreams(index, value, before.ends + shift.view(*by_head, 1), starts.view(by_head))
+
     def with_starts(self) -> "OutlierStreams":
         """The same outliers with `starts`, which the kernels read."""
+        if self.starts is None and not len(self.index):  # known without asking the device
+            return OutlierStreams(self.index, self.value, self.ends, torch.zeros_like(self.ends[..., 0]))
         return self if self.starts is not None else self.with_room(0)
 
     def before(self, limits: Tensor, head_dim: int) -> "OutlierStreams":
@@ -134,3 +167,8 @@ class OutlierStreams:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
+
+
+def sent(numbers: Tensor, device: torch.device) -> Tensor:
+    """`numbers` of the host on a device, which is not waited for."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)

@@ -27,7 +27,7 @@ from gradients.text import Corpus, load_corpus
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--model --dtype --device --full-attention`, spelled alike in every command that runs a model."""
+    """`--model --dtype --device --full-attention --max-positions`, spelled alike in every command that runs a model."""
     parser.add_argument("--model", required=True, help="hub id, local folder, or folder of GGUF weights")
     parser.add_argument("--dtype", default="auto", help="torch dtype; auto: the checkpoint's, on the CPU float32")
     parser.add_argument("--device", default="auto", help="torch device; auto: all accelerators, then CPU memory")
@@ -36,11 +36,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="treat sliding-window layers as fully attending; right while no context exceeds the window",
     )
+    parser.add_argument(
+        "--max-positions",
+        type=positive_int,
+        metavar="N",
+        help="linear RoPE scaling to N positions, more than the model has; the same N in all three stages",
+    )
 
 
 def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
     """The model that `add_model_arguments` describes."""
-    return load_model(arguments.model, arguments.dtype, arguments.device, arguments.full_attention)
+    return load_model(
+        arguments.model, arguments.dtype, arguments.device, arguments.full_attention, arguments.max_positions
+    )
 
 
 def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:

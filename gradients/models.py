@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gradients.cli import UserError
+from gradients.positions import extend_positions
 from gradients.processes import process_state
 
 Kind = Literal["key", "value"]
@@ -170,12 +171,19 @@ class LoadedModel:
         return self.model.get_input_embeddings().weight.device
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "auto", full_attention: bool = False) -> LoadedModel:
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    full_attention: bool = False,
+    max_positions: int | None = None,
+) -> LoadedModel:
     """Load a hub id, a local folder, or a folder (or file) of GGUF weights; parameters come frozen.
 
     `dtype`: a torch dtype's name, or `auto`: the checkpoint's on an accelerator, float32 on the CPU.
     `device`: a torch device, or `auto`: every accelerator, then CPU memory, by accelerate's `device_map`.
     `full_attention`: treat sliding-window layers as fully attending (right while no context exceeds the window).
+    `max_positions`: more positions than the model has, by linear scaling of its rotary embedding (positions.py).
     Raises `UserError` for a missing model or dtype, `NotImplementedError` for an unsupported architecture.
     """
     source = _resolve_source(name)
@@ -191,6 +199,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto", full_attent
         if getattr(text_config, "layer_types", None) is not None:
             text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
     cached_layers(text_config)  # fail before the weights are read
+    if max_positions is not None:
+        extend_positions(text_config, max_positions)
     device = resolve_device(device)
     placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
     model = _load_or_explain(

@@ -46,7 +46,7 @@ class Quantizers:
         difference = self.fingerprint.difference(Fingerprint.of(config))
         if difference:
             raise UserError(
-                f"quantizers were fitted for another model: {difference}; record and fit for this model, or give --model the other"
+                f"quantizers were fitted for another model: {difference}; record and fit for this model, or give --model the other (and the same --max-positions)"
             )
 
     def check_packable(self) -> None:

@@ -1,13 +1,20 @@
 """Compile the kernels ahead of time, for GPUs that need not be there, and count what the compiler made of them.
 
     python -m scripts.compile_kernels                                  # attention at D = 128 for sm_80 and sm_90
-    python -m scripts.compile_kernels --targets 80 --bits 3 --groups 4
+    python -m scripts.compile_kernels --targets 80 --bits 3 --groups 4 --all
 
-A row per kernel: registers, bytes of stack, shared memory, and machine instructions per dequantized element of the
-loops over keys and over values (instructions of a warp's lane, one block of 64 tokens per iteration). Environments in which
-Triton interprets kernels cannot compile them.
+A row per kernel: registers, bytes of stack, shared memory, and machine instructions of a warp's lane per dequantized element:
+`keys` and `values` those of the loop over keys, per element of a key, and of that over values, `mean` of the two; `outliers`,
+`other` loops (queries rotated back), the `rest` of a chunk, and the `whole` kernel, all per element of keys and values together.
+`spills_in_loops` are loads from and stores to local memory in one round of each inner loop. `--all` says what the instructions
+of a round are, for the loops over keys and values.
+
+What is assumed: whole chunks of --chunk tokens; --outliers of all elements, Poisson-distributed, in a loop that takes so many at
+a time as the kernel does; loops are found and counted as `scripts/machine_code.py` says. What a program does once, before
+and after its chunks, is left out. Environments in which Triton interprets kernels cannot compile them.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -22,20 +29,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deployment.kernels.packed import _REGISTERS, _WIDTH
+from deployment.kernels.packed import _ENTRIES, _REGISTERS, _warps
 from deployment.kernels.split import split_kernel
 from deployment.order import Fragment
-from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
 
 HEAD_DIM = 128
+CHUNK = 512
+OUTLIERS = 0.01
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", re.MULTILINE)
 _TYPES = {
     "*i64": "positions origins limits",
     "*i16": "key_index value_index",
     "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
-        "turn key_levels key_scale key_zero key_floor value_levels value_scale value_zero value_floor scores extra "
+        "turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor scores extra "
         "rescale outputs maxima sums"
     ),
     "*i32": (
@@ -46,21 +55,78 @@ _TYPES = {
 }
 
 
-def attention_constants(bits: int, group: int) -> dict[str, Any]:
+def attention_constants(bits: int, group: int, chunk: int = CHUNK, outliers: bool = True) -> dict[str, Any]:
     """The decode kernel for keys with ranges per channel and values with ranges per token."""
     geometry = {f"{role.upper()}_GEOMETRY": Fragment.of(bits, HEAD_DIM, role).constants() for role in ("key", "value")}  # type: ignore[arg-type]
-    both = {"SOURCE": 1, "BITS": bits, "OUTLIERS": True}
+    both = {"SOURCE": 1, "BITS": bits, "OUTLIERS": outliers}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
-    heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": 512}
-    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": 256}
+    heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": chunk}
+    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": _ENTRIES}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
-    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "WIDTH": _WIDTH}
+    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "TURN": 32, "QUICK": True}
     return {**heads, **sizes, **sides, **geometry, **flags}
 
 
-def compile_for(target: int, bits: int, group: int) -> dict[str, Any]:
-    """Compile the decode kernel for a GPU of compute capability `target` / 10 and count."""
-    constants = attention_constants(bits, group)
+def compile_for(
+    target: int, bits: int, group: int, chunk: int = CHUNK, outliers: float = OUTLIERS
+) -> tuple[dict[str, Any], list[Run]]:
+    """Compile the decode kernel for a GPU of compute capability `target` / 10; (the counts, what they are made of)."""
+    constants = attention_constants(bits, group, chunk, outliers > 0)
+    warps = _warps(constants["ROWS"], HEAD_DIM)
+    compiled = _compile(target, constants, warps)
+    usage = _disassemble(compiled.asm["cubin"], "-res-usage")
+    products = 64 * HEAD_DIM // 64 // warps  # of n8k8: 64 tokens, D numbers each
+    rounds = expected_rounds(outliers * chunk * HEAD_DIM, constants["ENTRIES"])
+    code = parse(_disassemble(compiled.asm["cubin"], "-sass"))
+    try:
+        runs, blocks = runs_of_a_chunk(code, Chunk(chunk // 64, products, rounds))
+    except ValueError as error:
+        raise RuntimeError(f"sm_{target}, {bits} bits, group {group}: {error}") from error
+    counts = {
+        "target": f"sm_{target}",
+        "bits": bits,
+        "group": group,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        **per_element(runs, blocks * 64 * HEAD_DIM / (32 * warps)),
+    }
+    return counts, runs
+
+
+def per_element(runs: Sequence[Run], elements: float) -> dict[str, Any]:
+    """Instructions per element, of a chunk that has `elements` keys' and as many values' elements per lane."""
+    total = {phase: sum(run.instructions for run in runs if run.phase == phase) / elements for phase in PHASES}
+    counts = {
+        "keys": total["keys"],
+        "values": total["values"],
+        "mean": (total["keys"] + total["values"]) / 2,
+        "outliers": (total["key_outliers"] + total["value_outliers"]) / 2,
+        "other": total["other"] / 2,
+        "rest": total["rest"] / 2,
+        "whole": sum(total.values()) / 2,
+    }
+    spills = {run.phase: run.spills for run in runs if run.phase != "rest"}
+    return {**{name: round(count, 2) for name, count in counts.items()}, "spills_in_loops": spills}
+
+
+def expected_rounds(mean: float, at_a_time: int) -> float:
+    """How often a loop runs that takes `at_a_time` of a Poisson-distributed number of entries: the mean of the ceiling."""
+    probability, below, rounds = math.exp(-mean), 0.0, 0.0
+    if mean > 600:  # e^-mean would vanish, and the distribution is narrow
+        deviation, edge = math.sqrt(2 * mean), 0
+        while (beyond := 0.5 * math.erfc((edge * at_a_time + 0.5 - mean) / deviation)) > 1e-9:
+            rounds, edge = rounds + beyond, edge + 1
+        return rounds
+    for count in range(int(mean + 12 * math.sqrt(mean)) + at_a_time):
+        below += probability
+        if count % at_a_time == 0:  # one round more whenever there are more than `count` entries
+            rounds += max(0.0, 1 - below)
+        probability *= mean / (count + 1)
+    return rounds
+
+
+def _compile(target: int, constants: dict[str, Any], warps: int) -> Any:
     types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
     names = split_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -70,22 +136,8 @@ def compile_for(target: int, bits: int, group: int) -> dict[str, Any]:
         if signature[name].startswith("*") or name.endswith("block_words")
     }
     source = ASTSource(split_kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
-    options = {"num_warps": 4, "num_stages": 1, "maxnreg": _REGISTERS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    keys, values = _loops(_disassemble(compiled.asm["cubin"], "-sass"))
-    usage = _disassemble(compiled.asm["cubin"], "-res-usage")
-    per_lane = 64 * HEAD_DIM / (4 * 32)
-    return {
-        "target": f"sm_{target}",
-        "bits": bits,
-        "group": group,
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": compiled.metadata.shared,
-        "keys": round(keys / per_lane, 2),
-        "values": round(values / per_lane, 2),
-        "mean": round((keys + values) / 2 / per_lane, 2),
-    }
+    options = {"num_warps": warps, "num_stages": 1, "maxnreg": _REGISTERS}
+    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
 def _disassemble(cubin: bytes, option: str) -> str:
@@ -97,24 +149,14 @@ def _disassemble(cubin: bytes, option: str) -> str:
     return run.stdout + run.stderr
 
 
-def _loops(listing: str) -> tuple[int, int]:
-    """Instructions of the innermost loops that hold tensor core instructions, in the order of the code."""
-    code = [(int(address, 16), name, rest) for address, name, rest in _INSTRUCTION.findall(listing)]
-    loops = []
-    for address, name, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target and int(target[1], 16) < address:
-            body = [n for a, n, _ in code if int(target[1], 16) <= a <= address]
-            if any(n.startswith(("HMMA", "HGMMA")) for n in body):
-                loops.append((int(target[1], 16), address, len(body)))
-    inner = [
-        size
-        for first, last, size in sorted(loops)
-        if not any(first <= begin and end <= last and (begin, end) != (first, last) for begin, end, _ in loops)
-    ]
-    if len(inner) != 2:
-        raise RuntimeError(f"expected a loop over keys and one over values, found {len(inner)}")
-    return inner[0], inner[1]
+def class_rows(counts: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What a round of the loops over keys and values consists of, a row for each class and a column for each loop."""
+    dense = {run.phase: run.kinds() for run in runs if run.phase in ("keys", "values")}
+    kinds = sorted(
+        {kind for found in dense.values() for kind in found}, key=lambda k: -sum(f[k] for f in dense.values())
+    )
+    what = {name: counts[name] for name in ("target", "bits", "group")}
+    return [{**what, "class": kind, **{phase: found[kind] for phase, found in dense.items()}} for kind in kinds]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -123,15 +165,27 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--targets", type=positive_int, nargs="+", default=[80, 90])
     parser.add_argument("--bits", type=positive_int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--groups", type=positive_int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--chunk", type=positive_int, default=CHUNK, help=f"tokens, a multiple of 64 ({CHUNK})")
+    parser.add_argument("--outliers", type=float, default=OUTLIERS, help=f"share of all elements; 0: none ({OUTLIERS})")
+    parser.add_argument("--all", action="store_true", help="instructions of the loops by class, too")
     arguments = parser.parse_args(argv)
-    rows = [
-        compile_for(target, bits, group)
+    if not 0 <= arguments.outliers < 0.5 or arguments.chunk & (arguments.chunk - 1) or arguments.chunk < 64:
+        raise UserError("--outliers is a share below 0.5, and --chunk a power of two from 64 on")
+    kernels = [
+        compile_for(target, bits, group, arguments.chunk, arguments.outliers)
         for target in arguments.targets
         for bits in arguments.bits
         for group in arguments.groups
     ]
-    print(format_table(rows))
-    return {"triton": triton.__version__, "kernels": rows}
+    print(format_table([{**counts, "spills_in_loops": _short(counts["spills_in_loops"])} for counts, _ in kernels]))
+    if arguments.all:
+        for counts, runs in kernels:
+            print("\n" + format_table(class_rows(counts, runs)))
+    return {"triton": triton.__version__, "kernels": [counts for counts, _ in kernels]}
+
+
+def _short(spills: dict[str, int]) -> str:
+    return ", ".join(f"{phase} {count}" for phase, count in spills.items() if count) or "none"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Write the result tables of the READMEs from the rows in `scripts/results/`.
 
-    python -m scripts.readme_tables            # rewrite README.md and quant/README.md
+    python -m scripts.readme_tables            # rewrite README.md and those of quant and the kernels
     python -m scripts.readme_tables --check    # exit with 2 if one of them differs from the rows
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a function below.
@@ -18,7 +18,7 @@ from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "quant/README.md")
+DOCUMENTS = ("README.md", "quant/README.md", "deployment/kernels/README.md")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -186,6 +186,17 @@ def gpu() -> str:
     return markdown(["shape", "scheme", "context", "smaller than fp16", "decode, us", "fp16 SDPA, us"], cells)
 
 
+def roofline() -> str:
+    """What memory and instructions allow at most, as counted last."""
+    cells = []
+    for row in {(row["machine"], row["shape"], row["scheme"]): row for row in rows_of("roofline")}.values():
+        what = [row["machine"], row["shape"], str(row["group"]), row["scheme"], f"{row['instructions']:.1f}"]
+        times = [f"{row[name]:.0f}" for name in ("memory_us", "issue_us", "alu_us", "fp16_us")]
+        cells.append([*what, *times, row["bound"], f"{row['most_speedup']:.1f}x"])
+    header = ["GPU", "shape", "queries to a KV head", "scheme", "instructions", "memory, us", "issue, us", "ALU, us"]
+    return markdown([*header, "fp16, us", "bound", "at most"], cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "all_schemes": all_schemes,
@@ -194,6 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "passkey": passkey,
     "gpu": gpu,
+    "roofline": roofline,
     "allocation": allocation,
 }
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployment.attention import NAME, packed_attention
+from deployment.attention import NAME, packed_attention, padding_mask
 from deployment.cache import PackedCache, PackedLayer, Stretch
 from deployment.kernels.attend import Segment, attend_torch
+from deployment.step import chunk_padding
 from gradients.models import kv_sites
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
@@ -227,6 +228,25 @@ def test_other_masks_are_refused(
             attention_mask=torch.tensor([mask]),
             past_key_values=PackedCache(quantizers, model.config),
         )
+
+
+def test_a_decode_step_does_not_look_into_the_mask(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+) -> None:
+    """A tensor on the meta device has no contents: to look at them raises, as to wait for a GPU would."""
+    model, tokens = make_model("llama"), make_tokens(2, 9)
+    cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
+    with packed_attention(model):
+        model(input_ids=tokens, attention_mask=left_padded(tokens, 4), past_key_values=cache)
+    layer = cache.layers[0]
+    nothing = torch.ones(2, 10, dtype=torch.bool, device="meta")
+    mask = padding_mask(2, 1, 10, q_offset=9, attention_mask=nothing)
+    assert mask.shape == (2, 1, 1, 10) and chunk_padding(mask, layer, 1) == [0, 0]
+    layer.lengths = [0, 9]  # the first row's next token may be padding, which only the mask can tell
+    with pytest.raises(NotImplementedError, match="meta"):
+        chunk_padding(mask, layer, 1)
 
 
 def test_model_is_as_it_was_afterwards(

@@ -1,12 +1,16 @@
 """`python -m deployment.benchmark`, through its `main`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from deployment.benchmark import Shape, main, synthetic_quantizers
+from deployment.benchmark import main
+from deployment.synthetic import Shape, synthetic_quantizers
+from deployment.timing import copy_rate
 from gradients.cli import UserError
+from quant.results import read_rows
 from quant.scheme import Scheme
 
 
@@ -14,7 +18,7 @@ from quant.scheme import Scheme
 def test_everything_is_timed_and_bytes_are_counted(
     llama_folder: Path, capsys: pytest.CaptureFixture[str], scheme: str
 ) -> None:
-    result = main(["--shape", str(llama_folder), "--scheme", scheme, "--context", "128", "--device", "cpu"])
+    (result,) = main(["--shape", str(llama_folder), "--scheme", scheme, "--context", "128", "--device", "cpu"])["rows"]
     assert [row["op"] for row in result["ops"]] == ["append", "decode", "prefill"]
     assert all(row["us"] > 0 and row["fp16_us"] > 0 for row in result["ops"])
     assert result["path"] == "torch" and "torch path, no kernels" in capsys.readouterr().out
@@ -32,3 +36,31 @@ def test_synthetic_quantizers_keep_the_share_of_outliers_they_are_asked_for() ->
 def test_an_unknown_shape_says_what_there_is() -> None:
     with pytest.raises(UserError, match="llama-7b, llama-3-8b"):
         Shape.named("no/such-model-anywhere")
+
+
+def test_some_operations_at_some_contexts(llama_folder: Path, tmp_path: Path) -> None:
+    results = tmp_path / "rows.jsonl"
+    arguments = ["--shape", str(llama_folder), "--contexts", "64", "0.125K", "--ops", "prefill,decode", "--batch", "2"]
+    rows = main([*arguments, "--device", "cpu", "--results", str(results)])["rows"]
+    assert [(row["context"], [op["op"] for op in row["ops"]]) for row in rows] == [
+        (64, ["decode", "prefill"]),
+        (128, ["decode", "prefill"]),
+    ]
+    written = read_rows(results)
+    assert [{name: row[name] for name in rows[0]} for row in written] == rows and "commit" in written[0]
+    with pytest.raises(UserError, match="'sleep' is none of append, decode, prefill"):
+        main([*arguments, "--ops", "decode,sleep"])
+
+
+def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployment.timing._COPY_BYTES", {"cpu": 800})
+    seconds = iter([4.0, 2.0])  # of a copy, and of a kernel
+
+    def timed(calls: list[Callable[[], object]], _device: torch.device) -> tuple[float, float]:
+        for call in calls:
+            call()
+        assert len(calls) == 4
+        return next(seconds) * 1e6, 0.0
+
+    monkeypatch.setattr("deployment.timing.microseconds", timed)
+    assert copy_rate(torch.device("cpu")) == pytest.approx(2 * 800 / 2)

@@ -214,3 +214,18 @@ def test_quantizers_of_another_model_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="another model: architecture"):
         PackedCache(exact, make_model("qwen2").config)
+
+
+def test_a_cache_grows_out_of_a_first_page_of_any_size(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
+) -> None:
+    """A page of 10 blocks is dequantized in parts of 8 and 2, also when a further page follows."""
+    tokens = make_tokens(1, 700)
+    with packed_attention(llama):
+        caches = [PackedCache(exact, llama.config), PackedCache(exact, llama.config, capacity=700)]
+        first, second = (
+            [llama(input_ids=part, past_key_values=cache).logits for part in tokens.split([600, 90, 10], dim=1)][-1]
+            for cache in caches
+        )
+    assert [len(cache.layers[0].packed["key"].pages) for cache in caches] == [2, 1]
+    assert torch.allclose(first, second, atol=1e-3)

@@ -5,7 +5,7 @@ import torch
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
-from deployment.kernels.append import append_packed
+from deployment.kernels.append import Side, append
 from deployment.layout import PackedTensor
 from quant.quantizer import as_stored
 
@@ -32,7 +32,7 @@ def append_both(
             page.outliers.index.fill_(-1)
     for chunk, padding in zip(chunks, pads, strict=True):
         pad = torch.tensor(padding, device=DEVICE)
-        append_packed(packed, chunk, stored, pad, held, packed.pages, overflow)
+        append([Side(packed, chunk, held, packed.pages)], stored, pad, overflow)
         stored += chunk.shape[2] - pad
         for row, skipped in enumerate(padding):
             tokens = chunk[row, :, skipped:].transpose(0, 1).flatten(1)[None]
@@ -70,7 +70,7 @@ def test_everything_stored_is_what_torch_stores(kind: str, sizes: list[int]) -> 
 @pytest.mark.parametrize("bits", [2, 4, 5])
 @pytest.mark.parametrize("dim", [64, 20, 128])
 def test_widths_and_heads(bits: int, dim: int) -> None:
-    append_both("channel", bits, dim, make_chunks(dim, [40, 30]), [[0], [0]], sinks=0)
+    append_both("channel", bits, dim, make_chunks(dim, [40, 29, 1]), [[0]] * 3, sinks=0)
 
 
 @pytest.mark.parametrize("kind", ["channel", "token"])
@@ -86,21 +86,23 @@ def test_tokens_beyond_the_span_of_an_index(dim: int, span: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_dtypes(kind: str, dtype: torch.dtype) -> None:
-    append_both(kind, 4, 64, make_chunks(64, [10], dtype=dtype), [[0]], sinks=1)
+    append_both(kind, 4, 64, make_chunks(64, [9, 1], dtype=dtype), [[0], [0]], sinks=1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("kind", ["channel", "token"])
 def test_shares(kind: str, share: float) -> None:
-    append_both(kind, 3, 64, make_chunks(64, [9]), [[0]], sinks=0, share=share)
+    append_both(kind, 3, 64, make_chunks(64, [8, 1]), [[0], [0]], sinks=0, share=share)
 
 
 @pytest.mark.parametrize("levels", [[0.0], [1.0, 1.0, 2.0], [-0.0, 0.0], [3.0, -3.0], [1e5, -1e5, 0.5]])
 def test_ties_and_extremes(levels: list[float]) -> None:
     """Nothing but ties, both zeros, numbers beyond fp16: the choice of outliers must still agree."""
-    pattern = torch.tensor(levels).repeat(HEADS * 64)[: HEADS * 64].view(1, 1, HEADS, 64).expand(1, 5, -1, -1)
+    pattern = (
+        torch.tensor(levels).repeat(HEADS * 64)[: HEADS * 64].view(1, 1, HEADS, 64).expand(1, 3, -1, -1).transpose(1, 2)
+    )
     for kind in ("token", "channel"):
-        append_both(kind, 3, 64, [pattern.to(DEVICE).transpose(1, 2)], [[0]], sinks=0)
+        append_both(kind, 3, 64, [pattern.to(DEVICE), pattern[:, :, :1].to(DEVICE)], [[0], [0]], sinks=0)
 
 
 def test_boundaries_belong_to_the_lower_code() -> None:
@@ -119,7 +121,7 @@ def test_a_full_stream_is_reported_and_nothing_else_is_overwritten() -> None:
     overflow, none = torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     x = torch.zeros(1, HEADS, 1, 64, device=DEVICE)
     x[:, 0] = 100.0
-    append_packed(packed, x, none, none, x.new_zeros(1, HEADS, 0, 64).half(), [page], overflow)
+    append([Side(packed, x, x.new_zeros(1, HEADS, 0, 64).half(), [page])], none, none, overflow)
     lists, index, value = page.outliers.entries()
     assert overflow.item() == 1
     assert index[lists == 0].tolist() == list(range(10)) and (value[lists == 0] == 100).all()

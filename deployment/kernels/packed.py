@@ -22,13 +22,11 @@ from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder
 
 _LOG2_E = math.log2(math.e)
-_MAX_ROWS = 16  # queries of a tile, as many as a tensor core takes
+_DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
 _MAX_CHUNK = 512
 _ENTRIES = 512  # outliers at a time
 _PARTS = 16  # put together at a time
-# neighbours along k in a lane of a tensor core's operand: Triton's choice, which a wrong number costs speed only
-_WIDTH = 2
 _REGISTERS = (
     128  # of a lane at most when decoding: more programs at a time hide each other's latencies, spills stay cheap
 )
@@ -90,7 +88,7 @@ class Plan:
     @classmethod
     def of(cls, rows: int, streams: int, segments: Sequence[int], device: torch.device) -> "Plan":
         """For `rows` queries of each of `streams` (sequence, KV head), and segments of so many tokens."""
-        tile = min(_MAX_ROWS, triton.next_power_of_2(rows))
+        tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
         tiles = -(-rows // tile)
         chunk = min(_MAX_CHUNK, _CHUNK_SCORES // max(tile, 16))
         wanted = multiprocessors(device) * _WAVES
@@ -118,6 +116,10 @@ def attend_packed(
     Returns `[B, S, H, D]` in the query's dtype.
     """
     batch, heads, new, dim = query.shape
+    if new * heads // kv_heads > _DECODED_ROWS:
+        from deployment.kernels.prefill import attend_many
+
+        return attend_many(query, positions, segments, rotary, scaling, kv_heads)
     if query.stride(-1) != 1:
         query = query.contiguous()
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
@@ -166,7 +168,6 @@ def attend_packed(
             LIMITED=segment.limits is not None,
             PRECISE=precise,
             ENTRIES=_ENTRIES,
-            WIDTH=_WIDTH,
             TURN=turn,
             QUICK=query.is_cuda and not precise,
             **fast,

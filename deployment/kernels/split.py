@@ -25,7 +25,7 @@ from deployment.kernels.keys import cos_and_sin, key_levels, part_of, turn_table
 from deployment.kernels.lookup import prepared
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, token_ranges
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words, operand_order
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import value_levels_tile
 
 # numbers that change from call to call must not make the compiler specialise
@@ -153,7 +153,6 @@ def split_kernel(
     ENTRIES: tl.constexpr,
     KEY_FAST: tl.constexpr,
     VALUE_FAST: tl.constexpr,
-    WIDTH: tl.constexpr,
     TURN: tl.constexpr,
     QUICK: tl.constexpr,
 ):
@@ -175,10 +174,6 @@ def split_kernel(
     mma_query, stretch = mma_row % ROWS, mma_row // ROWS
     pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
     channel_ok = channel < D
-    # fragments come in an order of their own along what a product sums over
-    KEY_WIDTH: tl.constexpr = WIDTH if KEY_SOURCE == FRAGMENT_ORDER else 2
-    VALUE_WIDTH: tl.constexpr = WIDTH if VALUE_SOURCE == FRAGMENT_ORDER else 2
-    pair = operand_order(pair, KEY_WIDTH)
     pair_ok = pair < D // 2
     first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
     block_token, chunk_token, turn_token = tl.arange(0, 64), tl.arange(0, CHUNK), tl.arange(0, TURN)
@@ -326,7 +321,6 @@ def split_kernel(
                         KEY_SOURCE,
                         KEY_BITS,
                         PAIRS,
-                        KEY_WIDTH,
                         KEY_FAST,
                     )
                     for part in tl.static_range(PARTS):
@@ -435,13 +429,12 @@ def split_kernel(
                         VALUE_SOURCE,
                         VALUE_BITS,
                         CHANNELS,
-                        VALUE_WIDTH,
                         VALUE_FAST,
                     )
                     tile_v = tile_v.to(OPERAND)
                 else:
                     tile_v = tl.zeros([64, CHANNELS], OPERAND)
-                weight_at = (scaled if VALUE_DYNAMIC else weights) + j * 64 + operand_order(block_token, VALUE_WIDTH)
+                weight_at = (scaled if VALUE_DYNAMIC else weights) + j * 64 + block_token
                 tile_w = tl.load(weight_at[None, :] + (mma_query * CHUNK)[:, None])
                 output = tl.dot(tile_w, tile_v, output, input_precision=PRECISION)
             if VALUE_OUTLIERS:

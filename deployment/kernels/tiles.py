@@ -84,16 +84,8 @@ def units(first, second, third, table, BITS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def operand_order(k, WIDTH: tl.constexpr):
-    """Which of a fragment's k comes k-th: Triton gives a lane 2 or 4 neighbours along k, the layout has pairs 8 apart."""
-    if WIDTH == 4:
-        k = (k & ~15) | (((k >> 1) & 1) * 8) | (((k >> 2) & 3) * 2) | (k & 1)
-    return k
-
-
-@triton.jit
-def arrange(units, GEOMETRY: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constexpr):
-    """`[k, n, halves]` of what units hold, k in `operand_order`; no element leaves its lane (see `Fragment.index`).
+def arrange(units, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
+    """`[k, n, halves]` of what units hold; no element leaves its lane (see `Fragment.index`).
 
     Of pairs (FAST) it is `[k / 2, n, halves]`.
     """
@@ -105,12 +97,11 @@ def arrange(units, GEOMETRY: tl.constexpr, WIDTH: tl.constexpr, FAST: tl.constex
     VECTOR: tl.constexpr = GEOMETRY[5]
     WARPS: tl.constexpr = GEOMETRY[6]
     REPEATS: tl.constexpr = TILES_N * TILES_K // VECTOR
-    NEXT: tl.constexpr = WIDTH // 2
     PAIR: tl.constexpr = 1 if FAST else 2
     lanes = tl.reshape(units, (REPEATS, WARPS, 4, 2, 4, VECTOR, HALVES, SLOTS_N, SLOTS_K, PAIR))
     in_order = tl.permute(lanes, (0, 5, 1, 2, 3, 4, 6, 7, 8, 9))
-    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K // NEXT, NEXT, PAIR))
-    ordered = tl.permute(tiled, (1, 8, 5, 9, 10, 0, 7, 2, 3, 4, 6))
+    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K, PAIR))
+    ordered = tl.permute(tiled, (1, 8, 5, 9, 0, 7, 2, 3, 4, 6))
     return tl.reshape(ordered, (TILES_K * SLOTS_K * 4 * PAIR, TILES_N * SLOTS_N * WARPS * 8, HALVES))
 
 

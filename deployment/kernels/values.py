@@ -28,17 +28,16 @@ def value_levels_tile(
     SOURCE: tl.constexpr,
     BITS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    WIDTH: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Levels `[64, CHANNELS]` fp32 (fp16 if FAST) of a block; tokens of fragments in `operand_order`. As `key_levels`."""
+    """Levels `[64, CHANNELS]` fp32 (fp16 if FAST) of a block; as `key_levels`."""
     if SOURCE == DENSE:
         token = token0 + tl.arange(0, 64)
         at = dense + token[:, None] * dense_stride + channel[None, :]
         mask = (token < tokens)[:, None] & channel_ok[None, :]
         tile = tl.load(at, mask=mask, other=0).to(tl.float32)
     elif SOURCE == FRAGMENT_ORDER:
-        tile = arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, WIDTH, FAST)
+        tile = arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST)
         if FAST:
             tile = unpaired(tl.reshape(tile, [32, CHANNELS]))
         else:

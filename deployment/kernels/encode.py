@@ -1,0 +1,122 @@
+"""Codes, ranges and outliers of tokens: `Quantizer.encode` on the device, bit for bit.
+
+Where ranges are a token's own, the n largest and the n smallest of all its channels are outliers. They are found through
+integers that sort as the numbers do (`rising`, `falling`): the n-th largest has its bits set one after another, from the
+highest, as long as n keys remain that are at least as large. Both ends are searched at once, their counts in the halves
+of one sum, so a token in half precision costs 16 sums. Which of several equal ones belong is then a matter of counting:
+ties go to the lowest channel, and top comes before bottom.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_FP16_MAX = tl.constexpr(65504.0)
+
+
+@triton.jit
+def half(x):
+    """fp16, saturating; as `as_stored`."""
+    return tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX).to(tl.float16)
+
+
+@triton.jit
+def rising(x, ok, BITS: tl.constexpr):
+    """uint32 of BITS bits that sort as the floats `x` of BITS bits do; both zeros are one, and 0 where not `ok`."""
+    if BITS == 16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = tl.where((bits & 0x7FFF) == 0, 0, bits)
+        key = tl.where(bits < 0, ~bits, bits | 0x8000)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
+        key = tl.where(bits < 0, ~bits, bits | (-2147483647 - 1))
+    return tl.where(ok, key, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def falling(key, ok, BITS: tl.constexpr):
+    """The same in the opposite order."""
+    ones = tl.full([1], 0xFFFF if BITS == 16 else 0xFFFFFFFF, tl.uint32)
+    return tl.where(ok, ones - key, tl.zeros_like(key))
+
+
+@triton.jit
+def both(top, bottom):
+    """Two counts below 65536, or flags, in one int32."""
+    return top.to(tl.int32) + (bottom.to(tl.int32) << 16)
+
+
+@triton.jit
+def upper(counts):
+    """The second of `both`; the first is `& 65535`."""
+    return (counts >> 16) & 65535
+
+
+@triton.jit
+def extremes(up, down, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """What `is_extreme` and `token_range` must know of the COUNT largest of keys `up`, and the COUNT largest of `down`.
+
+    (threshold of up, of down; how many of the ties at each belong; whether some at each do not).
+    """
+    tl.static_assert(up.numel < 65536)
+    top, bottom = tl.full([1], 0, tl.uint32), tl.full([1], 0, tl.uint32)
+    bit = tl.full([1], 1 << (BITS - 1), tl.uint32)
+    more_top, more_bottom = tl.full([1], 1, tl.int32), tl.full([1], 1, tl.int32)
+    for _ in range(BITS):
+        at_top, at_bottom = up >= (top | bit), down >= (bottom | bit)
+        counts = tl.sum(at_top.to(tl.int32) + (at_bottom.to(tl.int32) << 16), 0)
+        of_top, of_bottom = counts & 65535, (counts >> 16) & 65535
+        top = tl.where(of_top >= COUNT, top | bit, top)
+        bottom = tl.where(of_bottom >= COUNT, bottom | bit, bottom)
+        more_top = tl.where(of_top >= COUNT, (of_top > COUNT).to(tl.int32), more_top)
+        more_bottom = tl.where(of_bottom >= COUNT, (of_bottom > COUNT).to(tl.int32), more_bottom)
+        bit = bit >> 1
+    beyond = tl.sum(both(up > top, down > bottom), 0)
+    return top, bottom, COUNT - (beyond & 65535), COUNT - upper(beyond), more_top, more_bottom
+
+
+@triton.jit
+def is_extreme(up, down, rank, found, BITS: tl.constexpr):
+    """Mask of keys that are among the extremes `found`; `rank` counts `ties` up to and including each channel."""
+    top, bottom, room_top, room_bottom, _, _ = found
+    # if nearly all are equal both thresholds are the same number, and top takes the first of the ties
+    taken = tl.where(top == falling(bottom, bottom >= 0, BITS), room_top, 0)
+    top_rank, bottom_rank = rank & 65535, upper(rank) - taken
+    tied_top = (up == top) & (top_rank <= room_top)
+    tied_bottom = (down == bottom) & (bottom_rank > 0) & (bottom_rank <= room_bottom)
+    return (up > top) | (down > bottom) | tied_top | tied_bottom
+
+
+@triton.jit
+def ties(up, down, found):
+    """Which keys equal the thresholds, `both` ends."""
+    return both(up == found[0], down == found[1])
+
+
+@triton.jit
+def token_range(x, ok, up, down, found, PER_END: tl.constexpr):
+    """(scale, zero) fp16 of a token of fp32 channels `x`, from what is left without its extremes."""
+    low, high = ok, ok
+    if PER_END > 0:
+        # equal ones that are left over are the range's ends themselves
+        high = ok & (up < found[0] + found[4].to(tl.uint32))
+        low = ok & (down < found[1] + found[5].to(tl.uint32))
+    most = tl.max(tl.where(high, x, float("-inf")), 0)
+    least = tl.min(tl.where(low, x, float("inf")), 0)
+    return half((most - least) / 2), half((most + least) / 2)
+
+
+@triton.jit
+def codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST: tl.constexpr):
+    """int32 codes of normalised channels: how many boundaries lie below, by a search whose steps the width gives."""
+    bits = tl.load(width + channel, mask=ok, other=0)
+    base = tl.load(first_boundary + channel, mask=ok, other=0)
+    code = tl.zeros_like(bits)
+    for level in tl.static_range(WIDEST):
+        step = tl.where(bits > WIDEST - 1 - level, 1 << (WIDEST - 1 - level), 0)
+        probe = code + step
+        boundary = tl.load(boundaries + base + probe - 1, mask=ok & (step > 0), other=float("inf"))
+        code = tl.where(normalised > boundary, probe, code)
+    return code

@@ -1,0 +1,61 @@
+"""The attention step as one registered operator, so that `torch.compile` takes it into its graph without looking inside.
+
+    torch.ops.kvquant.attend_step(query, key, value, mask, effects, layer, rope, backend, scaling)
+
+What happens inside, growing pages and counting tokens, is no business of a compiler, but that something happens is: the
+operator declares to write to `effects` of the layer (see `numbered.py`). It is marked unsafe for the CUDA graphs that a
+compiler records by itself, since the host must count along; `PackedLayer.reserve` is for those who record their own.
+Outside of compilation the step is called directly. There is no backward: the cache holds codes.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from deployment.cache import PackedLayer
+from deployment.kernels.dispatch import Backend
+from deployment.numbered import find
+from deployment.rope import Rope
+from deployment.step import attend_step
+
+
+def step(
+    layer: PackedLayer,
+    rope: Rope,
+    backend: Backend | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """`attend_step`, through the operator while a compiler looks on."""
+    if not torch.compiler.is_compiling():
+        return attend_step(layer, rope, backend, query, key, value, mask, scaling)
+    state = layer.effects, layer.number, rope.number
+    return registered_step(query, key, value, mask, *state, backend or "", scaling)
+
+
+@torch.library.custom_op("kvquant::attend_step", mutates_args=("effects",), tags=(torch.Tag.cudagraph_unsafe,))
+def registered_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    effects: Tensor,
+    layer: int,
+    rope: int,
+    backend: str,
+    scaling: float,
+) -> Tensor:
+    """`attend_step` of the layer and the rotary embedding of these numbers; `backend` "" leaves the choice open."""
+    cache_layer, chosen = find(layer, "cache"), cast(Backend, backend) if backend else None
+    cache_layer.expect(key, value)
+    return attend_step(cache_layer, find(rope, "model"), chosen, query, key, value, mask, scaling)
+
+
+@registered_step.register_fake
+def _(query: Tensor, *_: object) -> Tensor:
+    batch, heads, new, dim = query.shape
+    return query.new_empty(batch, new, heads, dim)

@@ -1,0 +1,69 @@
+"""How long something takes on a device, and how fast its memory is.
+
+Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+_SECONDS = 0.3  # of measuring each
+_REPEATS = 10
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of one copy: less does not reach the memory's rate
+_COPIES = 4
+
+
+def microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, float]:
+    """(mean, standard error) of one call, all of them made in turn."""
+    for call in calls[:2]:
+        call()
+    run = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls]
+    times = [_timed(run, 1, device)]
+    count = max(1, int(_SECONDS / _REPEATS / max(times[0], 1e-7)))
+    times = [_timed(run, count, device) / len(calls) for _ in range(_REPEATS if device.type == "cuda" else 3)]
+    return statistics.mean(times) * 1e6, statistics.stdev(times) / math.sqrt(len(times)) * 1e6
+
+
+def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def _timed(run: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of one run."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - started) / count
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(count):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1e3 / count
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second read and written, at best: by copies, or by a kernel that reads and writes as much."""
+    size = _COPY_BYTES[device.type] // 8
+    pairs = [torch.zeros(2, size, dtype=torch.int64, device=device).unbind() for _ in range(_COPIES)]
+    ways: list[list[Callable[[], object]]] = [
+        [partial(target.copy_, source) for source, target in pairs],
+        [partial(torch.bitwise_not, source, out=target) for source, target in pairs],
+    ]
+    return max(2 * 8 * size / microseconds(calls, device)[0] * 1e6 for calls in ways)

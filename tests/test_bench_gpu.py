@@ -1,0 +1,45 @@
+"""`scripts/bench_gpu.sh` with an interpreter that only writes down what it is asked to run."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+
+def run(folder: Path, code: int = 0, **variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    stub, log = folder / "python", folder / "log"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
+    stub.chmod(0o755)
+    command = ["bash", str(REPOSITORY / "scripts" / "bench_gpu.sh"), str(folder / "out")]
+    environment = {**os.environ, "PYTHON": str(stub), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_tests_come_first_then_every_shape_and_scheme(tmp_path: Path) -> None:
+    done, asked = run(tmp_path)
+    assert done.returncode == 0 and done.stdout.count("done ") == 1 + 3 * 2 * 3
+    assert asked[0].startswith("-m pytest") and "tests/test_kernels_graph.py" in asked[0]
+    assert "--device cuda --shape llama-7b --scheme nuq4-1% --batch 1 --ops decode,append,prefill" in asked[1]
+    assert sum("--contexts 512K 1M --results" in line for line in asked) == 6
+    assert sum("--batch 8" in line and "--contexts 2K 16K 128K" in line for line in asked) == 6
+
+
+@pytest.mark.parametrize(("code", "variables", "exit_code", "said"), [
+    (3, {"PARTS": "tests"}, 1, "failed     tests"),
+    (0, {"BUDGET": "0", "PARTS": "tests"}, 0, "left out   tests: no time left"),
+])  # fmt: skip
+def test_failures_and_lack_of_time_are_told(
+    tmp_path: Path, code: int, variables: dict[str, str], exit_code: int, said: str
+) -> None:
+    done, asked = run(tmp_path, code, **variables)
+    assert done.returncode == exit_code and said in done.stdout
+    assert len(asked) == (0 if "BUDGET" in variables else 1)
+
+
+def test_without_a_folder_it_says_what_it_takes() -> None:
+    command = ["bash", str(REPOSITORY / "scripts" / "bench_gpu.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "SCHEMES   nuq4-1% nuq3-1% nuq2-1%" in done.stderr

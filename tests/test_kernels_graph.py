@@ -1,0 +1,126 @@
+"""Decode steps that the host has no part in: recorded in a CUDA graph, or merely not waiting for the device."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+pytest.importorskip("triton")
+
+from deployment.attention import padding_mask
+from deployment.cache import PackedLayer
+from deployment.kernels.dispatch import Backend
+from deployment.rope import Rope
+from deployment.step import attend_step
+from deployment.synthetic import Shape, synthetic_quantizers
+from quant.scheme import Scheme
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPE = Shape(heads=2, kv_heads=1, head_dim=64)
+PADDING = 3  # of the first row
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")]
+
+
+class Decoder:
+    """A layer that holds a chunk of `past` tokens, less padding, and steps through the same random tokens as any other."""
+
+    def __init__(self, past: int, scheme: str = "nuq3-5%") -> None:
+        parsed = Scheme.parse(scheme)
+        config = LlamaConfig(hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=1024)
+        self.layer = PackedLayer(*synthetic_quantizers(parsed, SHAPE), parsed.sink_tokens)
+        self.rope = Rope(LlamaRotaryEmbedding(config).to(DEVICE))
+        mask = torch.ones(2, past, dtype=torch.bool, device=DEVICE)
+        mask[0, :PADDING] = False
+        self.step(self.tokens(past, seed=0), mask, "torch")  # which is faster than to interpret kernels
+
+    @staticmethod
+    def tokens(new: int, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(2, heads, new, 64, generator=generator).half().to(DEVICE) for heads in (2, 1, 1)]
+
+    def step(self, tokens: list[Tensor], mask: Tensor, backend: Backend = "triton") -> Tensor:
+        """One step, as the attention function takes it; `mask` `[B, T + S]`."""
+        new, total = tokens[0].shape[2], mask.shape[1]
+        seen = padding_mask(2, new, total, q_offset=total - new, attention_mask=mask)
+        self.layer.expect(*tokens[1:])
+        return attend_step(self.layer, self.rope, backend, *tokens, seen, 0.125)
+
+
+def grown(total: int) -> Tensor:
+    mask = torch.ones(2, total, dtype=torch.bool, device=DEVICE)
+    mask[0, :PADDING] = False
+    return mask
+
+
+def assert_same(output: Tensor, expected: Tensor) -> None:
+    """But for the order in which outliers are added."""
+    error = (output.float() - expected.float()).square().mean().sqrt()
+    assert error < 2e-3 * expected.float().square().mean().sqrt()
+
+
+def assert_holds_the_same(layer: PackedLayer, other: PackedLayer) -> None:
+    assert layer.lengths == other.lengths == layer.stored.tolist() and layer.slots == other.slots
+    for kind, packed in layer.packed.items():
+        page, twin = packed.pages[0], other.packed[kind].pages[0]
+        blocks = min(page.blocks, twin.blocks)
+        assert torch.equal(page.words[:, :blocks], twin.words[:, :blocks])
+        assert torch.equal(packed.read(page, 0, blocks), other.packed[kind].read(twin, 0, blocks))
+
+
+def test_steps_do_not_need_what_the_host_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a graph's replays: the host's lengths stay at those of the recording."""
+    past, steps = 64, 2  # across the end of a block: a sink, then 63
+    recorded, direct = Decoder(past), Decoder(past)
+    recorded.layer.reserve(steps)
+    for module in ("deployment.cache", "deployment.kernels.dispatch"):
+        monkeypatch.setattr(f"{module}.is_capturing", lambda _device: True)
+    lengths, slots = list(recorded.layer.lengths), recorded.layer.slots
+    outputs = []
+    for number in range(steps):
+        recorded.layer.lengths, recorded.layer.slots = list(lengths), slots
+        outputs.append(recorded.step(Decoder.tokens(1, seed=1 + number), grown(past + 1)))
+    recorded.layer.recount()
+    monkeypatch.undo()
+    for number, output in enumerate(outputs):
+        assert_same(output, direct.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number)))
+    assert_holds_the_same(recorded.layer, direct.layer)
+
+
+@pytest.mark.parametrize("past", [60, 500])
+@pytest.mark.parametrize("scheme", ["nuq4-1%", "nuq3-5%", "nuq2"])
+class TestOnAGPU:
+    pytestmark = needs_gpu
+
+    def test_a_recorded_step_is_replayed(self, past: int, scheme: str) -> None:
+        steps = 20
+        recorded, direct, warm = (Decoder(past, scheme) for _ in range(3))
+        warm.layer.reserve(steps)
+        inputs = Decoder.tokens(1, seed=1)
+        with torch.cuda.stream(torch.cuda.Stream()):  # what a recording must not compile
+            warm.step(inputs, grown(past + 1))
+        torch.cuda.synchronize()
+        recorded.layer.reserve(steps)
+        graph, mask = torch.cuda.CUDAGraph(), grown(past + 1)
+        with torch.cuda.graph(graph):
+            output = recorded.step(inputs, mask)
+        for number in range(steps):
+            for held, new in zip(inputs, Decoder.tokens(1, seed=1 + number), strict=True):
+                held.copy_(new)
+            graph.replay()
+            assert_same(output, direct.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number)))
+        recorded.layer.recount()
+        assert_holds_the_same(recorded.layer, direct.layer)
+
+    def test_a_decode_step_never_waits(self, past: int, scheme: str) -> None:
+        decoder = Decoder(past, scheme)
+        for number in range(2):  # compiles, and makes room for the outliers of 64 tokens
+            decoder.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number))
+        tokens, mask = Decoder.tokens(1, seed=5), grown(past + 3)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.step(tokens, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert decoder.layer.lengths == decoder.layer.stored.tolist() == [past, past + 3]

@@ -1,0 +1,80 @@
+"""--max-positions: linear RoPE scaling, the same in every stage."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, build_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deployment.generate import main as generate_main
+from gradients.__main__ import main as record_main
+from gradients.cli import UserError
+from gradients.fingerprint import Fingerprint
+from gradients.models import load_model
+from gradients.positions import extend_positions
+from gradients.rope import rope_tables
+from quant.artefact import load_quantizers
+from quant.evaluate import main as evaluate_main
+from quant.fit import main as fit_main
+
+
+def test_angles_are_those_of_positions_divided(llama_folder: Path, make_tokens: Callable[..., Tensor]) -> None:
+    stock = load_model(str(llama_folder), device="cpu").model
+    extended = load_model(str(llama_folder), device="cpu", max_positions=2048).model
+    assert extended.config.max_position_embeddings == 2048
+    cos, sin = rope_tables(stock, 101)
+    wide_cos, wide_sin = rope_tables(extended, 401)
+    assert torch.allclose(wide_cos[::4], cos, atol=1e-5) and torch.allclose(wide_sin[::4], sin, atol=1e-5)
+    tokens = make_tokens(1, 30)
+    expected = stock(tokens, position_ids=torch.arange(30)[None] / 4).logits
+    assert torch.allclose(extended(tokens).logits, expected, atol=1e-3)
+    assert not torch.allclose(extended(tokens).logits, stock(tokens).logits, atol=1e-1)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions", "message"),
+    [
+        ("llama", 512, "--max-positions 512 does not exceed the 512 positions"),
+        ("llama", 100, "--max-positions 100 does not exceed"),
+        ("llama-yarn-mha", 4096, "RoPE scaling of its own \\(yarn\\)"),
+        ("gemma3", 4096, "rotary embedding for each type of layer"),
+    ],
+)
+def test_refused(name: str, positions: int, message: str) -> None:
+    config = CONFIGS[name]()
+    before = config.to_dict()
+    with pytest.raises(UserError, match=message):
+        extend_positions(config, positions)
+    assert config.to_dict() == before
+
+
+def test_partial_rotary_embeddings_stay_partial() -> None:
+    config = CONFIGS["phi3-partial"]()
+    extend_positions(config, 1024)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.5
+    build_model(config)(torch.arange(3, 40)[None])
+
+
+def test_all_stages_see_the_same_model(
+    llama: PreTrainedModel, llama_folder: Path, text_file: Path, quantizers_file: Path, tmp_path: Path
+) -> None:
+    model = ["--model", str(llama_folder), "--device", "cpu"]
+    longer = [*model, "--max-positions", "1024"]
+    text = ["--text", str(text_file), "--windows", "1", "--seqlen", "600"]
+    with pytest.raises(UserError, match="exceeds the 512 positions"):
+        record_main([*model, *text, "--output", str(tmp_path / "none")])
+    record_main([*longer, *text, "--output", str(tmp_path / "records")])
+    fitted = str(tmp_path / "q.safetensors")
+    fit_main(["--records", str(tmp_path / "records"), "--scheme", "nuq4-1%", "--output", fitted])
+    assert '"rope_type":"linear"' in load_quantizers(fitted).fingerprint.rope
+    assert load_quantizers(fitted).fingerprint != Fingerprint.of(llama.config)
+    result = evaluate_main([*longer, *text, "--quantizers", fitted])
+    assert result is not None and result["tokens"] == 599
+    prompt = ["--prompt", "the key of " * 50, "--max-new-tokens", "8"]  # 550 tokens, more than the model's 512
+    assert generate_main([*longer, "--quantizers", fitted, *prompt])["tokens"] == 557
+    for arguments in ([*model, "--quantizers", fitted], [*longer, "--quantizers", str(quantizers_file)]):
+        with pytest.raises(UserError, match="another model: rope.*same --max-positions"):
+            generate_main([*arguments, *prompt])

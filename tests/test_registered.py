@@ -1,0 +1,135 @@
+"""The registered attention step: compiled graphs hold it whole, and run it as often as it is written."""
+
+import copy
+import gc
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache, PackedLayer
+from deployment.registered import registered_step, step
+from deployment.rope import Rope
+from deployment.synthetic import Shape, synthetic_quantizers
+from quant.artefact import Quantizers
+from quant.scheme import Scheme
+
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=16)
+Made = tuple[PackedLayer, Rope]
+COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]  # the last compiles C++
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch.compiler.reset()
+
+
+def make_layer(scheme: str = "nuq3-5%") -> Made:
+    parsed = Scheme.parse(scheme)
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, max_position_embeddings=256)
+    return PackedLayer(*synthetic_quantizers(parsed, SHAPE), parsed.sink_tokens), Rope(LlamaRotaryEmbedding(config))
+
+
+def chunk(new: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(2, heads, new, 16, generator=generator) for heads in (4, 2, 2))  # type: ignore[return-value]
+
+
+def run(made: Made, backend: str, compiler: str | None, sizes: tuple[int, ...]) -> list[Tensor]:
+    layer, rope = made
+
+    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            layer.expect(key, value)
+        return 2 * step(layer, rope, backend, query + 1, key, value, None, 0.25)
+
+    called = attention if compiler is None else torch.compile(attention, backend=compiler, fullgraph=True)
+    return [called(*chunk(new, seed)) for seed, new in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(("backend", "compiler"), [("torch", "eager"), ("torch", "aot_eager"), ("triton", "eager")])
+def test_a_compiled_step_equals_a_direct_one(backend: str, compiler: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    sizes = (9, 1, 1, 1) if backend == "torch" else (2, 1)  # the interpreter is slow
+    direct, compiled = make_layer(), make_layer()
+    for expected, output in zip(
+        run(direct, backend, None, sizes), run(compiled, backend, compiler, sizes), strict=True
+    ):
+        assert torch.equal(output, expected)
+    assert compiled[0].lengths == direct[0].lengths == 2 * [sum(sizes)]
+    words = [layer.packed["key"].pages[0].words for layer, _ in (direct, compiled)]
+    assert torch.equal(*words)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_equal_and_unused_calls_all_run(compiler: str) -> None:
+    layer, rope = make_layer()
+
+    def twice(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        step(layer, rope, "torch", query, key, value, None, 0.25)
+        return step(layer, rope, "torch", query, key, value, None, 0.25)
+
+    output = torch.compile(twice, backend=compiler, fullgraph=True)(*chunk(1, seed=0))
+    assert layer.lengths == [2, 2]
+    assert output.shape == (2, 1, 4, 16)
+
+
+def test_every_layer_gets_its_own_tokens() -> None:
+    """A graph made for one layer must not be taken for another, nor for a copy."""
+    first, rope = make_layer()
+
+    def attention(layer: PackedLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return step(layer, rope, "torch", query, key, value, None, 0.25)
+
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    compiled(first, *chunk(5, seed=0))
+    second = copy.deepcopy(first)
+    assert second.number != first.number
+    for _ in range(2):
+        compiled(second, *chunk(1, seed=1))
+    compiled(make_layer()[0], *chunk(1, seed=1))
+    assert first.lengths == [5, 5] and second.lengths == [7, 7]
+
+
+def test_a_layer_that_is_gone_is_noticed() -> None:
+    layer, rope = make_layer()
+    number, effects = layer.number, layer.effects
+    del layer
+    gc.collect()
+    with pytest.raises(RuntimeError, match="the cache that this compiled step was made for is gone"):
+        registered_step(*chunk(1, seed=0), None, effects, number, rope.number, "torch", 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_schema_and_the_shape_are_as_declared(dtype: torch.dtype) -> None:
+    layer, rope = make_layer()
+    states = [states.to(dtype) for states in chunk(3, seed=0)]
+    arguments = (*states, None, layer.effects, layer.number, rope.number, "torch", 0.25)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(registered_step, arguments, test_utils=checks)
+    assert layer.lengths[0] >= 3
+
+
+def test_a_whole_model_compiles_into_one_graph(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
+) -> None:
+    quantizers, tokens = fit_model(llama, Scheme.parse("nuq4-5%")), make_tokens(2, 14)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    logits = []
+    for forward in (llama, torch.compile(llama, backend="eager", fullgraph=True)):
+        cache = PackedCache(quantizers, llama.config)
+        with packed_attention(llama), torch.inference_mode():
+            parts = [
+                forward(input_ids=tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                for start, end in ((0, 10), (10, 11), (11, 12), (12, 13), (13, 14))
+            ]
+        assert cache.layers[0].lengths == [11, 14]
+        logits.append(torch.cat(parts, dim=1))
+    assert torch.equal(*logits)

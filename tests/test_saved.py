@@ -1,0 +1,300 @@
+"""A packed cache in a file: bit for bit what it was, and refused wherever it does not belong."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedModel
+
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache, PackedLayer
+from deployment.order import ChannelOrder, FragmentOrder
+from deployment.pages import one_page
+from deployment.saved import load_cache, quantizers_digest, save_cache
+from gradients.cli import UserError
+from gradients.fingerprint import canonical_json
+from gradients.models import KINDS
+from quant.artefact import Quantizers, load_quantizers
+from quant.scheme import Scheme
+from quant.storage import BLOCK_TOKENS
+
+SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4"]
+
+
+@pytest.fixture(scope="module")
+def wide() -> PreTrainedModel:
+    """Heads of 64 channels, whose codes lie in the order of tensor cores."""
+    from conftest import build_model
+
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 259}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    return build_model(LlamaConfig(**sizes, **heads, initializer_range=0.1))
+
+
+def fill(model: PreTrainedModel, cache: PackedCache, tokens: Tensor, chunk: int = 50, padding: int = 0) -> None:
+    """Read tokens chunk by chunk; the first row begins with `padding`."""
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    with packed_attention(model):
+        for end in range(chunk, tokens.shape[1] + chunk, chunk):
+            part = tokens[:, end - chunk : end]
+            model(input_ids=part, attention_mask=mask[:, :end], past_key_values=cache)
+
+
+def stored(cache: PackedCache) -> dict[str, Tensor]:
+    """Every tensor of the cache, its pages joined."""
+    found = {}
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            blocks = -(-max(0, max(layer.lengths) - layer.sink_tokens) // BLOCK_TOKENS)
+            for kind in KINDS:
+                parts = {"sinks": layer.sinks[kind], **one_page(layer.packed[kind], blocks)}
+                found |= {f"{number}.{kind}.{name}": part for name, part in parts.items()}
+        else:
+            found |= {f"{number}.key": layer.keys, f"{number}.value": layer.values}
+    return found
+
+
+def assert_same(one: PackedCache, other: PackedCache) -> None:
+    first, second = stored(one), stored(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]), name
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        if isinstance(mine, PackedLayer):
+            assert mine.lengths == theirs.lengths and torch.equal(mine.stored, theirs.stored)
+            keys = [torch.cat([part.key for part in side.stretches()], dim=2) for side in (mine, theirs)]
+            assert torch.equal(*keys)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", ["narrow", "wide"])
+def test_what_is_loaded_is_what_was_saved_bit_for_bit(
+    shape: str,
+    scheme: str,
+    llama: PreTrainedModel,
+    wide: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    tmp_path: Path,
+) -> None:
+    model = llama if shape == "narrow" else wide
+    quantizers = fit_model(model, Scheme.parse(scheme))
+    cache, tokens = PackedCache(quantizers, model.config), make_tokens(2, 130)
+    fill(model, cache, tokens, padding=70)
+    layer = cache.layers[0]
+    assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "rd" in scheme else FragmentOrder)
+    save_cache(tmp_path / "cache", cache, quantizers, model.config, tokens)
+
+    saved = load_cache(tmp_path / "cache", quantizers, model.config)
+    assert torch.equal(saved.tokens, tokens) and saved.lengths == [60, 130] and saved.messages is None
+    assert saved.attention_mask.sum(-1).tolist() == [60, 130] and saved.attention_mask[0, 69:71].tolist() == [0, 1]
+    restored = saved.restore(model)
+    assert_same(cache, restored)
+
+    more = make_tokens(2, 90, seed=3)
+    mask = torch.cat([saved.attention_mask, torch.ones_like(more)], dim=1)
+    with packed_attention(model):
+        expected, got = (
+            model(input_ids=more, attention_mask=mask, past_key_values=which).logits for which in (cache, restored)
+        )
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert [layer.lengths for layer in restored.layers] == [[150, 220]] * 2
+
+
+def test_many_pages_and_kernels_room_become_one_page_without_room(
+    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers], tmp_path: Path
+) -> None:
+    quantizers, tokens = fit_model(llama, Scheme.parse("nuq3-5%")), make_tokens(1, 500)
+    cache = PackedCache(quantizers, llama.config)
+    for layer in cache.layers:  # pages of 2 blocks each
+        layer.lazy_initialization(*[torch.empty(1, 2, 0, 12)] * 2)
+    straight = PackedCache(quantizers, llama.config, capacity=500)
+    for length in range(100, 501, 100):
+        for packed in (packed for layer in cache.layers for packed in layer.packed.values()):
+            packed.reserve(length, exactly=True)
+        for either in (cache, straight):
+            fill(llama, either, tokens[:, length - 100 : length])
+    pages = cache.layers[0].packed["key"].pages
+    assert len(pages) > 3
+    for page in pages:
+        page.outliers = page.outliers.with_room(7)
+    save_cache(tmp_path / "cache", cache, quantizers, llama.config, tokens)
+    held = load_file(tmp_path / "cache")
+    page = straight.layers[0].packed["key"].pages[0]
+    assert held["layers.0.key.words"].shape == page.words.shape
+    assert held["layers.0.key.index"].shape == page.outliers.index.shape
+    restored = load_cache(tmp_path / "cache", quantizers, llama.config).restore(llama, capacity=500)
+    assert_same(cache, restored)
+    assert len(restored.layers[0].packed["key"].pages) == 1 and restored.get_max_length() == 500
+    pairs = zip(restored.layers[0].tensors(), straight.layers[0].tensors(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)  # further layers saw sums in another order
+
+
+@pytest.mark.parametrize("tokens", [2, 6, 7], ids=["within the sinks", "one packed", "all packed"])
+def test_few_tokens(
+    tokens: int,
+    llama: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    tmp_path: Path,
+) -> None:
+    quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
+    cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
+    fill(llama, cache, text)
+    save_cache(tmp_path / "cache", cache, quantizers, llama.config, text)
+    restored = load_cache(tmp_path / "cache", quantizers, llama.config).restore(llama)
+    assert_same(cache, restored)
+    more = make_tokens(1, 20, seed=2)
+    fill(llama, cache, more)
+    fill(llama, restored, more)
+    assert_same(cache, restored)
+
+
+def test_sliding_windows_are_saved_as_they_are(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    tmp_path: Path,
+) -> None:
+    model = make_model("gemma3")
+    quantizers, tokens = fit_model(model, Scheme.parse("nuq3-5%")), make_tokens(1, 60)
+    cache = PackedCache(quantizers, model.config)
+    fill(model, cache, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, model.config, tokens)
+    restored = load_cache(tmp_path / "cache", quantizers, model.config).restore(model)
+    assert_same(cache, restored)
+    more = make_tokens(1, 9, seed=2)
+    with packed_attention(model):
+        expected, got = (model(input_ids=more, past_key_values=which) for which in (cache, restored))
+    assert torch.equal(got.logits, expected.logits)
+
+
+@pytest.mark.parametrize("capacity", [None, 140], ids=["grows", "reserved"])
+def test_kernels_go_on_with_a_loaded_cache(
+    capacity: int | None,
+    wide: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    tmp_path: Path,
+) -> None:
+    quantizers, tokens = fit_model(wide, Scheme.parse("nuq3-5%")), make_tokens(1, 128)
+    cache, more = PackedCache(quantizers, wide.config), make_tokens(1, 4, seed=2)
+    fill(wide, cache, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, wide.config, tokens)
+    saved = load_cache(tmp_path / "cache", quantizers, wide.config)
+    logits = {}
+    for backend in ("torch", "triton"):  # the second token begins the third block
+        restored = saved.restore(wide, capacity)
+        with packed_attention(wide, backend), torch.inference_mode():
+            parts = [wide(input_ids=part, past_key_values=restored).logits for part in more.split(1, dim=1)]
+        assert [layer.stored.tolist() for layer in restored.layers] == [[132]] * 2
+        logits[backend] = torch.cat(parts, dim=1)
+    assert torch.allclose(logits["triton"], logits["torch"], atol=2e-3)
+
+
+@pytest.fixture
+def saved_file(
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tmp_path: Path
+) -> Path:
+    cache, tokens = PackedCache(quantizers, llama.config), make_tokens(1, 80)
+    fill(llama, cache, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, llama.config, tokens)
+    return tmp_path / "cache"
+
+
+def rewrite(path: Path, change: Callable[[dict, dict[str, Tensor]], None]) -> None:
+    with safe_open(path, framework="pt") as file:
+        content = json.loads(file.metadata()["kvquant_cache"])
+    tensors = load_file(path)
+    change(content, tensors)
+    save_file(tensors, path, metadata={"kvquant_cache": canonical_json(content)})
+
+
+def flip(_content: dict, tensors: dict[str, Tensor]) -> None:
+    tensors["layers.1.value.words"][0, 0, 0] ^= 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40]), "not a complete safetensors file"),
+        (lambda path: path.write_bytes(b"\x80\x04K\x01."), "not a complete safetensors file"),
+        (lambda path: save_file({"x": torch.ones(1)}, path), "lacks our metadata"),
+        (lambda path: rewrite(path, flip), "tensor layers.1.value.words was altered"),
+        (
+            lambda path: rewrite(path, lambda content, _: content.update(schema=99)),
+            "has schema 99, this version reads 1",
+        ),
+        (lambda path: rewrite(path, lambda content, _: content.pop("slots")), "is damaged"),
+        (lambda path: rewrite(path, lambda _, tensors: tensors.pop("layers.0.key.ends")), "not a complete|damaged"),
+    ],
+    ids=["missing", "truncated", "pickle", "foreign", "altered", "schema", "metadata", "tensor missing"],
+)
+def test_a_file_that_is_not_whole_is_refused(
+    damage: Callable[[Path], None], message: str, saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel
+) -> None:
+    damage(saved_file)
+    with pytest.raises(UserError, match=message) as error:
+        load_cache(saved_file, quantizers, llama.config)
+    assert repr(str(saved_file)) in str(error.value) and "--save-cache" in str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_refused(saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel) -> None:
+    saved = load_cache(saved_file, quantizers, llama.config)
+    for name, tensor in (("layers.1.key.words", torch.zeros(1, 2, 3)), ("layers.1.key.ends", torch.zeros(1, 2, 5))):
+        with pytest.raises(UserError, match="layer 1 is damaged"):
+            replace(saved, tensors=saved.tensors | {name: tensor.int()}).restore(llama)
+
+
+def test_other_quantizers_and_models_are_refused(
+    saved_file: Path,
+    quantizers: Quantizers,
+    quantizers_file: Path,
+    llama: PreTrainedModel,
+    fit_model: Callable[..., Quantizers],
+    make_model: Callable[[str], PreTrainedModel],
+) -> None:
+    for other in (fit_model(llama, Scheme.parse("nuq4-1%")), fit_model(llama, Scheme.parse("nuq3-1%"))):
+        with pytest.raises(UserError, match=r"other quantizers, nuq3-1% \(.*give --quantizers the file"):
+            load_cache(saved_file, other, llama.config)
+    with pytest.raises(UserError, match="another model: architecture"):
+        load_cache(saved_file, quantizers, make_model("qwen2").config)
+    again = load_quantizers(quantizers_file)  # the same numbers by another way
+    assert quantizers_digest(again) == quantizers_digest(quantizers)
+    assert load_cache(saved_file, again, llama.config).slots == 80
+
+
+def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    tokens = make_tokens(1, 8)
+    with pytest.raises(UserError, match="is empty"):
+        save_cache(tmp_path / "cache", PackedCache(quantizers, llama.config), quantizers, llama.config, tokens)
+    native = PackedCache(None, llama.config)
+    fill(llama, native, tokens)
+    with pytest.raises(UserError, match="layer 0 is a DynamicLayer"):
+        save_cache(tmp_path / "cache", native, quantizers, llama.config, tokens)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_orders_are_those_of_the_schema() -> None:
+    """If this fails, codes lie elsewhere in their words than in files already written: raise SCHEMA in saved.py."""
+    codes = torch.arange(BLOCK_TOKENS * 128).view(1, BLOCK_TOKENS, 128) * 2654435761 >> 7
+    words = [
+        FragmentOrder(bits, 2, 64, kind, torch.device("cpu")).pack((codes % 2**bits).to(torch.uint8))
+        for bits in (2, 3, 4)
+        for kind in KINDS
+    ]
+    words += [ChannelOrder(torch.full((128,), bits)).pack((codes % 2**bits).to(torch.uint8)) for bits in range(1, 7)]
+    digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in words)).hexdigest()
+    assert digest.startswith("8f64713fb529b32f")
