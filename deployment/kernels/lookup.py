@@ -13,13 +13,16 @@ import triton.language as tl
 
 
 def _permutes(bits: int) -> str:
-    """PTX: $0 - $3 are the fp16 levels, in pairs, of the codes in the nibbles of $4; then low bytes of levels, then high."""
+    """PTX: $0 - $3 are the fp16 levels, in pairs, of the codes in the nibbles of $4; then low bytes of levels, then high.
+
+    Four bits have 0x32103210 in $13: a register, since an instruction takes one constant only.
+    """
     tables = max(1, 2**bits // 4)
     low, high = ([f"${5 + side * tables + i}" for i in range(tables)] for side in (0, 1))
     text = "{ .reg .b32 s,m,t,x,y,z; "
     text += "and.b32 s,$4,0x77777777; " if bits == 4 else "mov.b32 s,$4; "
     if bits == 4:  # the fourth bit chooses between two permutes of the lower three
-        text += "shr.u32 t,$4,1; and.b32 t,t,0x44444444; or.b32 m,t,0x32103210; "
+        text += "shr.u32 t,$4,1; lop3.b32 m,t,0x44444444,$13,0xEA; "  # (t & 0x44444444) | 0x32103210
     for half in range(2):
         if half:
             text += "shr.u32 s,s,16; " + ("shr.u32 m,m,16; " if bits == 4 else "")
@@ -32,7 +35,7 @@ def _permutes(bits: int) -> str:
 
 
 def _constraints(bits: int) -> str:
-    return ",".join(["=&r"] * 4 + ["r"] * (1 + 2 * max(1, 2**bits // 4)))
+    return ",".join(["=&r"] * 4 + ["r"] * (1 + 2 * max(1, 2**bits // 4) + (bits == 4)))
 
 
 PTX = {bits: _permutes(bits) for bits in (2, 3, 4)}
@@ -79,7 +82,8 @@ def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
             low_4, high_4 = level_bytes(levels, 4)
             low_8, high_8 = level_bytes(levels, 8)
             low_12, high_12 = level_bytes(levels, 12)
-            table = (low, low_4, low_8, low_12, high, high_4, high_8, high_12)  # type: ignore[assignment]
+            byte_numbers = per_lane(0x32103210)
+            table = (low, low_4, low_8, low_12, high, high_4, high_8, high_12, byte_numbers)  # type: ignore[assignment]
     else:
         table = (tl.load(levels + tl.arange(0, 1 << BITS)),)  # type: ignore[assignment]
     return table
@@ -93,7 +97,18 @@ def unit_levels(nibbles, table, BITS: tl.constexpr, FAST: tl.constexpr):
             a, b, c, d = tl.inline_asm_elementwise(
                 _PTX_4,
                 _IN_4,
-                [nibbles, table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]],
+                [
+                    nibbles,
+                    table[0],
+                    table[1],
+                    table[2],
+                    table[3],
+                    table[4],
+                    table[5],
+                    table[6],
+                    table[7],
+                    table[8],
+                ],
                 dtype=_FOUR_WORDS.value,
                 is_pure=True,
                 pack=1,

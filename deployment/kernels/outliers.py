@@ -51,25 +51,25 @@ def add_to_scores(
     ENTRIES: tl.constexpr,
 ):
     """Add the outliers of a chunk's keys to its scores: the difference times what the element is multiplied with."""
-    row = tl.arange(0, ROWS)
     for entry0 in range(entries[2], entries[3], ENTRIES):
         entry = entry0 + tl.arange(0, ENTRIES)
         ok = entry < entries[3]
         token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
         pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
-        cos = tl.load(turn + pair * 64 + token % TURN, mask=ok, other=0) * delta
-        sin = tl.load(turn + (D // 2 + pair) * 64 + token % TURN, mask=ok, other=0) * delta
+        turn_at = turn + pair * 64 + token % TURN
+        cos = tl.load(turn_at, mask=ok, other=0) * delta
+        sin = tl.load(turn_at + D * 32, mask=ok, other=0) * delta
         on_a, on_b = tl.where(is_second, -sin, cos), tl.where(is_second, cos, sin)
-        at = rotated + ((token // TURN) * (ROWS * 2 * PAIRS) + pair)[:, None] + row[None, :] * (2 * PAIRS)
-        a = tl.load(at, mask=ok[:, None], other=0).to(tl.float32)
-        b = tl.load(at + PAIRS, mask=ok[:, None], other=0).to(tl.float32)
-        to = scores + row[None, :] * CHUNK + token[:, None]
-        tl.atomic_add(to, a * on_a[:, None] + b * on_b[:, None], mask=ok[:, None], sem="relaxed")
+        at = rotated + (token // TURN) * (ROWS * 2 * PAIRS) + pair
+        for row in tl.static_range(ROWS):
+            a = tl.load(at + row * 2 * PAIRS, mask=ok, other=0).to(tl.float32)
+            b = tl.load(at + (row * 2 + 1) * PAIRS, mask=ok, other=0).to(tl.float32)
+            tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, mask=ok, sem="relaxed")
 
 
 @triton.jit
 def add_to_output(
-    extra,  # [D, ROWS] fp32
+    extra,  # [ROWS, D] fp32
     weights,  # [ROWS, CHUNK]
     entries,
     coded,
@@ -82,14 +82,13 @@ def add_to_output(
     ENTRIES: tl.constexpr,
 ):
     """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
-    row = tl.arange(0, ROWS)
     for entry0 in range(entries[2], entries[3], ENTRIES):
         entry = entry0 + tl.arange(0, ENTRIES)
         ok = entry < entries[3]
         token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
-        weight = tl.load(weights + row[None, :] * CHUNK + token[:, None], mask=ok[:, None], other=0)
-        to = extra + channel[:, None] * ROWS + row[None, :]
-        tl.atomic_add(to, weight.to(tl.float32) * delta[:, None], mask=ok[:, None], sem="relaxed")
+        for row in tl.static_range(ROWS):
+            weight = tl.load(weights + row * CHUNK + token, mask=ok, other=0).to(tl.float32)
+            tl.atomic_add(extra + row * D + channel, weight * delta, mask=ok, sem="relaxed")
 
 
 @triton.jit

@@ -25,7 +25,7 @@ _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
 _MAX_CHUNK = 512
-_ENTRIES = 512  # outliers at a time
+_ENTRIES = 256  # outliers at a time
 _PARTS = 16  # put together at a time
 _REGISTERS = (
     128  # of a lane at most when decoding: more programs at a time hide each other's latencies, spills stay cheap

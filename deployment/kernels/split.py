@@ -24,7 +24,7 @@ from deployment.kernels.ahead import ask_for_list, ask_for_words
 from deployment.kernels.keys import cos_and_sin, key_levels, part_of, turn_tables, turned, turned_zeros
 from deployment.kernels.lookup import prepared
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, token_ranges
-from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
+from deployment.kernels.phase import cos_sin, cos_sin_of, first_of_pair, phase_of, second_of_pair
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import value_levels_tile
 
@@ -121,7 +121,7 @@ def split_kernel(
     scores,  # [programs, ROWS, CHUNK] fp32
     weights,  # [programs, ROWS, CHUNK] operand dtype
     scaled,  # [programs, ROWS, CHUNK] operand dtype
-    extra,  # [programs, D, ROWS] fp32
+    extra,  # [programs, ROWS, D] fp32
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
     maxima,  # [parts, B, G, tiles, ROWS] fp32
@@ -218,6 +218,8 @@ def split_kernel(
         number = tile * ROWS + row
         position = tl.load(positions + b * new + number // GROUP, mask=number < new * GROUP, other=-1)
 
+        stretch_phase = phase_of(tl.full([1], TURN, tl.int32), high_bits, low_bits)
+
         # pointers to the head's part of everything
         channel0 = g * D
         key_widths = (key_width + channel0, key_offset + channel0, key_first_level + channel0)
@@ -248,7 +250,7 @@ def split_kernel(
         total = tl.zeros([ROWS], tl.float32)
         offset = tl.zeros([ROWS], tl.float32)
         output = tl.zeros([16, CHANNELS], tl.float32)
-        extra_at = extra + channel[None, :] * ROWS + mma_query[:, None]
+        extra_at = extra + mma_query[:, None] * D + channel[None, :]
         extra_ok = channel_ok[None, :] & (stretch == 0)[:, None]
         if VALUE_OUTLIERS:
             tl.store(extra_at, output, mask=extra_ok)
@@ -282,11 +284,13 @@ def split_kernel(
 
             # 1: scores
             k0, k1, k2 = 0, 0, 0
+            key_at = key_head + block0 * key_block_words
             if KEY_SOURCE == FRAGMENT_ORDER:
-                k0, k1, k2 = block_words(key_head + block0 * key_block_words, KEY_BITS, KEY_GEOMETRY)
+                k0, k1, k2 = block_words(key_at, KEY_BITS, KEY_GEOMETRY)
             for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
-                base = origin + token0 + (span * STRETCHES + stretch) * TURN
-                cos_back, sin_back = cos_sin(base[:, None], high_bits[None, :], low_bits[None, :], QUICK)
+                first_phase = phase_of(origin + token0 + span * (STRETCHES * TURN), high_bits, low_bits)
+                phase = first_phase[None, :] + stretch[:, None] * stretch_phase[None, :]
+                cos_back, sin_back = cos_sin_of(phase, QUICK)
                 back_a = (query_a * cos_back + query_b * sin_back).to(OPERAND)
                 back_b = (query_b * cos_back - query_a * sin_back).to(OPERAND)
                 if KEY_OUTLIERS:
@@ -302,8 +306,8 @@ def split_kernel(
                     block = block0 + j
                     key_held = (k0, k1, k2)
                     if KEY_SOURCE == FRAGMENT_ORDER:
-                        following = block0 + tl.minimum(j + 1, here - 1)
-                        k0, k1, k2 = block_words(key_head + following * key_block_words, KEY_BITS, KEY_GEOMETRY)
+                        key_at += tl.where(j + 1 < here, key_block_words, 0)
+                        k0, k1, k2 = block_words(key_at, KEY_BITS, KEY_GEOMETRY)
                     level_a, level_b = key_levels(
                         key_head + block * key_block_words,
                         key_held,
@@ -375,11 +379,13 @@ def split_kernel(
                     )
             # 2: softmax; whatever lies beyond the stored tokens or after the query is not seen
             v0, v1, v2 = 0, 0, 0
+            value_at = value_head + block0 * value_block_words
             if VALUE_SOURCE == FRAGMENT_ORDER:
-                v0, v1, v2 = block_words(value_head + block0 * value_block_words, VALUE_BITS, VALUE_GEOMETRY)
-            where = origin + token0 + chunk_token
-            seen = (token0 + chunk_token < held) & (where >= 0)
-            seen = seen[None, :] & (where[None, :] <= position[:, None])
+                v0, v1, v2 = block_words(value_at, VALUE_BITS, VALUE_GEOMETRY)
+            before = tl.minimum(position - origin + 1, held) - token0  # the first token that is not seen
+            seen = chunk_token[None, :] < tl.maximum(tl.minimum(before, CHUNK), 0).to(tl.int32)[:, None]
+            padded = tl.minimum(tl.maximum(-(origin + token0), 0), CHUNK).to(tl.int32)
+            seen = seen & (chunk_token >= padded)[None, :]
             to = row[:, None] * CHUNK + chunk_token[None, :]
             score = tl.load(scores + to, mask=seen, other=float("-inf"), cache_modifier=".cg")
             raised = tl.maximum(highest, tl.max(score, 1))
@@ -399,10 +405,10 @@ def split_kernel(
             tl.store(rescale + row, shrink)
             if VALUE_OUTLIERS:
                 if tl.min(shrink, 0) < 1:
-                    shrink_at = extra + channel[:, None] * ROWS + row[None, :]
-                    shrink_ok = channel_ok[:, None] & (row >= 0)[None, :]
+                    shrink_at = extra + row[:, None] * D + channel[None, :]
+                    shrink_ok = channel_ok[None, :] & (row >= 0)[:, None]
                     gained = tl.load(shrink_at, mask=shrink_ok, other=0, cache_modifier=".cg")
-                    tl.store(shrink_at, gained * shrink[None, :], mask=shrink_ok)
+                    tl.store(shrink_at, gained * shrink[:, None], mask=shrink_ok)
             tl.debug_barrier()
 
             # 3: values
@@ -410,8 +416,8 @@ def split_kernel(
             for j in range(here):
                 value_held = (v0, v1, v2)
                 if VALUE_SOURCE == FRAGMENT_ORDER:
-                    following = block0 + tl.minimum(j + 1, here - 1)
-                    v0, v1, v2 = block_words(value_head + following * value_block_words, VALUE_BITS, VALUE_GEOMETRY)
+                    value_at += tl.where(j + 1 < here, value_block_words, 0)
+                    v0, v1, v2 = block_words(value_at, VALUE_BITS, VALUE_GEOMETRY)
                 if j < here:
                     tile_v = value_levels_tile(
                         value_head + (block0 + j) * value_block_words,
