@@ -33,11 +33,20 @@ def list_begin(starts, ends, stream, block, blocks):
 
 
 @triton.jit
+def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
+    """(index, value) of ENTRIES entries from `begin` on, as they are stored; zeros from `end` on."""
+    entry = begin + tl.arange(0, ENTRIES)
+    return tl.load(index + entry, mask=entry < end, other=0), tl.load(value + entry, mask=entry < end, other=0)
+
+
+@triton.jit
 def add_to_scores(
     scores,  # [ROWS, CHUNK] fp32
     rotated,  # [stretches, ROWS, 2, PAIRS]: queries rotated back to the first of every TURN tokens
     turn,
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
+    place,  # `loaded` of the chunk's first
+    exact,
     coded,  # ranges of tokens, levels, floor at the head's first channel
     token0,
     here,
@@ -54,7 +63,11 @@ def add_to_scores(
     for entry0 in range(entries[2], entries[3], ENTRIES):
         entry = entry0 + tl.arange(0, ENTRIES)
         ok = entry < entries[3]
-        token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
+        number, element = place, exact
+        place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
+        token, channel, delta = outlier_deltas(
+            number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
+        )
         pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
         turn_at = turn + pair * 64 + token % TURN
         cos = tl.load(turn_at, mask=ok, other=0) * delta
@@ -72,6 +85,8 @@ def add_to_output(
     extra,  # [ROWS, D] fp32
     weights,  # [ROWS, CHUNK]
     entries,
+    place,
+    exact,
     coded,
     token0,
     here,
@@ -85,7 +100,11 @@ def add_to_output(
     for entry0 in range(entries[2], entries[3], ENTRIES):
         entry = entry0 + tl.arange(0, ENTRIES)
         ok = entry < entries[3]
-        token, channel, delta = outlier_deltas(entries, entry, ok, coded, token0, here, CHUNK, D, DYNAMIC)
+        number, element = place, exact
+        place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
+        token, channel, delta = outlier_deltas(
+            number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
+        )
         for row in tl.static_range(ROWS):
             weight = tl.load(weights + row * CHUNK + token, mask=ok, other=0).to(tl.float32)
             tl.atomic_add(extra + row * D + channel, weight * delta, mask=ok, sem="relaxed")
@@ -93,21 +112,20 @@ def add_to_output(
 
 @triton.jit
 def outlier_deltas(
-    entries, entry, ok, coded, token0, here, CHUNK: tl.constexpr, D: tl.constexpr, DYNAMIC: tl.constexpr
+    place, exact, edges, entry, ok, coded, token0, here, CHUNK: tl.constexpr, D: tl.constexpr, DYNAMIC: tl.constexpr
 ):
     """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
-    place = tl.load(entries[0] + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
-    exact = tl.load(entries[1] + entry, mask=ok, other=0).to(tl.float32)
+    place = place.to(tl.int32) & 0xFFFF
     # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
     SPAN: tl.constexpr = _span(D)
     token, channel = place // D - token0 % SPAN, place % D
     for later in tl.static_range(1, CHUNK // SPAN):
         last = later * (SPAN // 64) - 1  # the block before that span
-        edge = tl.load(entries[4] + last, mask=last < here, other=2147483647)
+        edge = tl.load(edges + last, mask=last < here, other=2147483647)
         token += tl.where(entry >= edge, SPAN, 0)
     if DYNAMIC:
         scale, zero = token_ranges(coded[0], token0 + token, ok)
         level = tl.load(coded[1]) * scale + zero
     else:
         level = tl.load(coded[2] + channel, mask=ok, other=0)
-    return token, channel, exact - level
+    return token, channel, exact.to(tl.float32) - level

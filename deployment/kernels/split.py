@@ -20,10 +20,10 @@ Row r of a tile of queries is token r // (H/G) of the new ones and query head r 
 import triton
 import triton.language as tl
 
-from deployment.kernels.ahead import ask_for_list, ask_for_words
+from deployment.kernels.ahead import ask_for_list, ask_for_words, stay
 from deployment.kernels.keys import cos_and_sin, key_levels, part_of, turn_tables, turned, turned_zeros
 from deployment.kernels.lookup import prepared
-from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, token_ranges
+from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded, token_ranges
 from deployment.kernels.phase import cos_sin, cos_sin_of, first_of_pair, phase_of, second_of_pair
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import value_levels_tile
@@ -283,6 +283,9 @@ def split_kernel(
                     ask_for_list(value_value, value_entry, value_end, 8192)
 
             # 1: scores
+            key_place, key_exact = 0, 0
+            if KEY_OUTLIERS:
+                key_place, key_exact = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
             k0, k1, k2 = 0, 0, 0
             key_at = key_head + block0 * key_block_words
             if KEY_SOURCE == FRAGMENT_ORDER:
@@ -308,6 +311,7 @@ def split_kernel(
                     if KEY_SOURCE == FRAGMENT_ORDER:
                         key_at += tl.where(j + 1 < here, key_block_words, 0)
                         k0, k1, k2 = block_words(key_at, KEY_BITS, KEY_GEOMETRY)
+                        stay(j, QUICK)
                     level_a, level_b = key_levels(
                         key_head + block * key_block_words,
                         key_held,
@@ -352,6 +356,8 @@ def split_kernel(
                     rotated,
                     turn,
                     (key_index, key_value, key_entry, key_end, key_edges),
+                    key_place,
+                    key_exact,
                     (key_ranges, key_levels_at, key_floor + channel0),
                     token0,
                     here,
@@ -412,12 +418,16 @@ def split_kernel(
             tl.debug_barrier()
 
             # 3: values
+            value_place, value_exact = 0, 0
+            if VALUE_OUTLIERS:
+                value_place, value_exact = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
             output *= tl.load(rescale + mma_query)[:, None]
             for j in range(here):
                 value_held = (v0, v1, v2)
                 if VALUE_SOURCE == FRAGMENT_ORDER:
                     value_at += tl.where(j + 1 < here, value_block_words, 0)
                     v0, v1, v2 = block_words(value_at, VALUE_BITS, VALUE_GEOMETRY)
+                    stay(j, QUICK)
                 if j < here:
                     tile_v = value_levels_tile(
                         value_head + (block0 + j) * value_block_words,
@@ -449,6 +459,8 @@ def split_kernel(
                     extra,
                     weights,
                     (value_index, value_value, value_entry, value_end, value_edges),
+                    value_place,
+                    value_exact,
                     (value_ranges, value_levels_at, value_floor + channel0),
                     token0,
                     here,
