@@ -17,8 +17,7 @@ from deployment.kernels.lookup import paired, unpaired
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
 
 _TURN = tl.constexpr(
-    "{ .reg .b32 s,t; mul.rn.f16x2 s,$3,$5; mul.rn.f16x2 t,$2,$7; "
-    "fma.rn.f16x2 $0,$2,$4,s; fma.rn.f16x2 $1,$3,$6,t; }"
+    "{ .reg .b32 s,t; mul.rn.f16x2 s,$3,$5; mul.rn.f16x2 t,$2,$7; fma.rn.f16x2 $0,$2,$4,s; fma.rn.f16x2 $1,$3,$6,t; }"
 )
 _TWO_WORDS = tl.constexpr((tl.int32,) * 2)
 

@@ -14,23 +14,18 @@ import torch
 import triton
 from torch import Tensor
 
-from deployment.kernels.phase import Rotary
 from deployment.kernels.combine import combine_kernel
+from deployment.kernels.phase import Rotary
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
+from deployment.kernels.tuning import tuning_of
 from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder
 
 _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
-_MAX_CHUNK = 512
-_ENTRIES = 256  # outliers at a time
 _PARTS = 16  # put together at a time
-_REGISTERS = (
-    128  # of a lane at most when decoding: more programs at a time hide each other's latencies, spills stay cheap
-)
-_WAVES = 4  # programs per multiprocessor
 _MAX_SPLITS = 256
 
 
@@ -90,8 +85,9 @@ class Plan:
         """For `rows` queries of each of `streams` (sequence, KV head), and segments of so many tokens."""
         tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
         tiles = -(-rows // tile)
-        chunk = min(_MAX_CHUNK, _CHUNK_SCORES // max(tile, 16))
-        wanted = multiprocessors(device) * _WAVES
+        tuning = tuning_of(device)
+        chunk = min(tuning.chunk, _CHUNK_SCORES // max(tile, 16))
+        wanted = multiprocessors(device) * tuning.waves
         most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
         splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
         return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits)), splits)
@@ -123,7 +119,7 @@ def attend_packed(
     if query.stride(-1) != 1:
         query = query.contiguous()
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
-    precise = query.dtype == torch.float32
+    precise, tuning = query.dtype == torch.float32, tuning_of(query.device)
     scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)
     parts, streams = sum(plan.splits), batch * kv_heads
     outputs = query.new_empty(parts, streams, plan.tiles * plan.rows, dim, dtype=torch.float32)
@@ -167,13 +163,13 @@ def attend_packed(
             ROTARY_HALF=rotary.half,
             LIMITED=segment.limits is not None,
             PRECISE=precise,
-            ENTRIES=_ENTRIES,
+            ENTRIES=tuning.entries,
             TURN=turn,
             QUICK=query.is_cuda and not precise,
             **fast,
-            num_warps=_warps(plan.rows, dim),
+            num_warps=_warps(dim),
             num_stages=1,
-            maxnreg=_REGISTERS if plan.rows <= 16 else None,
+            maxnreg=tuning.registers,
         )
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
@@ -240,7 +236,7 @@ def _turn(segment: Segment, rows: int) -> int:
     return 8 * segment.key.order.geometry.warps
 
 
-def _warps(rows: int, dim: int) -> int:
+def _warps(dim: int) -> int:
     """As many as the fragments were laid out for."""
     return 8 if dim > 128 else 4
 

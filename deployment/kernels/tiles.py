@@ -69,9 +69,7 @@ def units(first, second, third, table, BITS: tl.constexpr, FAST: tl.constexpr):
         b = unit_levels(second & 0x77777777, table, BITS, FAST)
         c = unit_levels(third & 0x77777777, table, BITS, FAST)
         quarters = tl.join(tl.join(a, c), tl.join(b, unit_levels(spare, table, BITS, FAST)))
-        levels = tl.reshape(
-            tl.permute(quarters, (0, 1, 3, 4, 2)), [first.shape[0], first.shape[1], 4 * PER_WORD]
-        )
+        levels = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [first.shape[0], first.shape[1], 4 * PER_WORD])
     elif BITS == 4:
         levels = unit_levels(first, table, BITS, FAST)
     else:

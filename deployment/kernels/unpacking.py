@@ -49,6 +49,7 @@ class Unpacking:
             "turn": turn,
             "ROTARY_HALF": rotary.half,
         }
+        shape = {"room": room, "G": heads, "D": dim, "ENTRIES": _ENTRIES}
         shape |= {"PAIRS": triton.next_power_of_2(dim // 2), "CHANNELS": triton.next_power_of_2(dim)}
         for source, result, rotated in zip(sources, (key, value), (True, False), strict=True):
             is_fragments = source["SOURCE"] == FRAGMENT_ORDER
