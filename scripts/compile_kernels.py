@@ -31,8 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deployment.kernels.packed import _warps
-from deployment.kernels.tuning import tuning_of
 from deployment.kernels.split import split_kernel
+from deployment.kernels.tuning import tuning_of
 from deployment.order import Fragment
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
