@@ -44,7 +44,7 @@ def weigh_chunk(
     LIFT: tl.constexpr,  # weights are 2^LIFT larger
     LOWER: tl.constexpr,  # and the scaled ones LOWER times that
 ):
-    """(the new state, `[ROWS]` what all that was summed before shrinks by)."""
+    """The new state, and `[ROWS]` what all that was summed before shrinks by."""
     highest, total, offset = state
     token = tl.arange(0, CHUNK)
     to = tl.arange(0, ROWS)[:, None] * CHUNK + token[None, :]
@@ -61,4 +61,4 @@ def weigh_chunk(
         total, offset = total * shrink + weight_sum, offset * shrink + zero_sum
     else:
         total = total * shrink + tl.sum(weight, 1)
-    return (raised, total, offset), shrink
+    return raised, total, offset, shrink

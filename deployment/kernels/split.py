@@ -303,7 +303,7 @@ def split_kernel(
             if VALUE_SOURCE == FRAGMENT_ORDER:
                 at = value_head + block0 * value_block_words
                 value_held = block_words(at, VALUE_BITS, VALUE_GEOMETRY)
-            (highest, total, offset), shrink = weigh_chunk(
+            highest, total, offset, shrink = weigh_chunk(
                 scores,
                 weights,
                 scaled,
