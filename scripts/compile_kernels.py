@@ -25,17 +25,20 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deployment.kernels.packed import _ENTRIES, _REGISTERS, _WIDTH, _warps
+from deployment.kernels.packed import _warps
 from deployment.kernels.split import split_kernel
+from deployment.kernels.tuning import tuning_of
 from deployment.order import Fragment
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
 
 HEAD_DIM = 128
+_TUNING = tuning_of(torch.device("cpu"))
 CHUNK = 512
 OUTLIERS = 0.01
 _TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -44,7 +47,7 @@ _TYPES = {
     "*i16": "key_index value_index",
     "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
-        "turn key_levels key_scale key_zero key_floor value_levels value_scale value_zero value_floor scores extra "
+        "turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor scores extra "
         "rescale outputs maxima sums"
     ),
     "*i32": (
@@ -61,9 +64,9 @@ def attention_constants(bits: int, group: int, chunk: int = CHUNK, outliers: boo
     both = {"SOURCE": 1, "BITS": bits, "OUTLIERS": outliers}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
     heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": chunk}
-    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": _ENTRIES}
+    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": _TUNING.entries}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
-    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "WIDTH": _WIDTH}
+    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "TURN": 32, "QUICK": True}
     return {**heads, **sizes, **sides, **geometry, **flags}
 
 
@@ -72,7 +75,7 @@ def compile_for(
 ) -> tuple[dict[str, Any], list[Run]]:
     """Compile the decode kernel for a GPU of compute capability `target` / 10; (the counts, what they are made of)."""
     constants = attention_constants(bits, group, chunk, outliers > 0)
-    warps = _warps(constants["ROWS"], HEAD_DIM)
+    warps = _warps(HEAD_DIM)
     compiled = _compile(target, constants, warps)
     usage = _disassemble(compiled.asm["cubin"], "-res-usage")
     products = 64 * HEAD_DIM // 64 // warps  # of n8k8: 64 tokens, D numbers each
@@ -136,7 +139,7 @@ def _compile(target: int, constants: dict[str, Any], warps: int) -> Any:
         if signature[name].startswith("*") or name.endswith("block_words")
     }
     source = ASTSource(split_kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
-    options = {"num_warps": warps, "num_stages": 1, "maxnreg": _REGISTERS}
+    options = {"num_warps": warps, "num_stages": 1, "maxnreg": _TUNING.registers}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 

@@ -31,7 +31,7 @@ def test_decode_compiles_for_both_architectures() -> None:
         assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]]
         assert kernel["mean"] <= MOST_INSTRUCTIONS[kernel["bits"]], kernel
         assert kernel["mean"] < kernel["whole"] <= MOST_IN_ALL[kernel["bits"]], kernel
-        assert set(kernel["spills_in_loops"]) == {"keys", "key_outliers", "values", "value_outliers", "other"}
+        assert {"keys", "values"} <= set(kernel["spills_in_loops"])
 
 
 def listing(*lines: str) -> str:
@@ -98,7 +98,8 @@ def compile_module() -> Any:
 def test_a_growing_context_compiles_nothing_new() -> None:
     from test_kernels_attention import run_case
 
-    from deployment.kernels.split import combine_kernel, split_kernel
+    from deployment.kernels.combine import combine_kernel
+    from deployment.kernels.split import split_kernel
 
     def compiled() -> int:
         return sum(

@@ -32,7 +32,8 @@ class Decoder:
         self.rope = Rope(LlamaRotaryEmbedding(config).to(DEVICE))
         mask = torch.ones(2, past, dtype=torch.bool, device=DEVICE)
         mask[0, :PADDING] = False
-        self.step(self.tokens(past, seed=0), mask, "torch")  # which is faster than to interpret kernels
+        # interpreting kernels would be slow; on a GPU the prompt's step makes the tables that a recording could not
+        self.step(self.tokens(past, seed=0), mask, "triton" if DEVICE.type == "cuda" else "torch")
 
     @staticmethod
     def tokens(new: int, seed: int) -> list[Tensor]:

@@ -14,25 +14,18 @@ import torch
 import triton
 from torch import Tensor
 
+from deployment.kernels.combine import combine_kernel
 from deployment.kernels.phase import Rotary
-from deployment.kernels.split import combine_kernel, split_kernel
+from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
+from deployment.kernels.tuning import tuning_of
 from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder
 
 _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
-_MAX_ROWS = 64  # queries of a tile; more would not fit the registers
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
-_MAX_CHUNK = 512
-_ENTRIES = 256  # outliers at a time
 _PARTS = 16  # put together at a time
-# neighbours along k in a lane of a tensor core's operand: Triton's choice, which a wrong number costs speed only
-_WIDTH = 4 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 2
-_REGISTERS = (
-    128  # of a lane at most when decoding: more programs at a time hide each other's latencies, spills stay cheap
-)
-_WAVES = 4  # programs per multiprocessor
 _MAX_SPLITS = 256
 
 
@@ -90,10 +83,11 @@ class Plan:
     @classmethod
     def of(cls, rows: int, streams: int, segments: Sequence[int], device: torch.device) -> "Plan":
         """For `rows` queries of each of `streams` (sequence, KV head), and segments of so many tokens."""
-        tile = min(_MAX_ROWS, triton.next_power_of_2(rows))
+        tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
         tiles = -(-rows // tile)
-        chunk = min(_MAX_CHUNK, _CHUNK_SCORES // max(tile, 16))
-        wanted = multiprocessors(device) * _WAVES
+        tuning = tuning_of(device)
+        chunk = min(tuning.chunk, _CHUNK_SCORES // max(tile, 16))
+        wanted = multiprocessors(device) * tuning.waves
         most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
         splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
         return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits)), splits)
@@ -125,13 +119,15 @@ def attend_packed(
     if query.stride(-1) != 1:
         query = query.contiguous()
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
-    precise = query.dtype == torch.float32
+    precise, tuning = query.dtype == torch.float32, tuning_of(query.device)
     scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)
     parts, streams = sum(plan.splits), batch * kv_heads
     outputs = query.new_empty(parts, streams, plan.tiles * plan.rows, dim, dtype=torch.float32)
     maxima, sums = (query.new_empty(parts, streams, plan.tiles * plan.rows, dtype=torch.float32) for _ in range(2))
     part = 0
     for segment, splits in zip(segments, plan.splits, strict=True):
+        fast = _fast(segment, precise)
+        turn = _turn(segment, plan.rows)
         works = streams * plan.tiles * splits
         split_kernel[(min(works, plan.programs),)](
             query=query,
@@ -153,7 +149,7 @@ def attend_packed(
             outputs=outputs,
             maxima=maxima,
             sums=sums,
-            part=part,
+            part0=part,
             splits=splits,
             tiles=plan.tiles,
             works=works,
@@ -167,12 +163,13 @@ def attend_packed(
             ROTARY_HALF=rotary.half,
             LIMITED=segment.limits is not None,
             PRECISE=precise,
-            ENTRIES=_ENTRIES,
-            WIDTH=_WIDTH,
-            **_fast(segment, precise),
-            num_warps=_warps(plan.rows, dim),
+            ENTRIES=tuning.entries,
+            TURN=turn,
+            QUICK=query.is_cuda and not precise,
+            **fast,
+            num_warps=_warps(dim),
             num_stages=1,
-            maxnreg=_REGISTERS if plan.rows <= 16 else None,
+            maxnreg=tuning.registers,
         )
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
@@ -215,10 +212,10 @@ class _Scratch:
             return torch.empty(plan.programs, *shape, dtype=dtype, device=device)
 
         return cls(
-            rotated=new(plan.chunk // 64, plan.rows, 2, pairs, dtype=operand),
-            scores=new(plan.chunk, plan.rows),
-            weights=new(plan.chunk, plan.rows, dtype=operand),
-            scaled=new(plan.chunk, plan.rows, dtype=operand),
+            rotated=new(plan.chunk // 32, plan.rows, 2, pairs, dtype=operand),
+            scores=new(plan.rows, plan.chunk),
+            weights=new(plan.rows, plan.chunk, dtype=operand),
+            scaled=new(plan.rows, plan.chunk, dtype=operand),
             extra=new(dim, plan.rows),
             rescale=new(plan.rows),
         )
@@ -232,9 +229,16 @@ def _fast(segment: Segment, precise: bool) -> dict[str, bool]:
     return {name: isinstance(order, FragmentOrder) for name, order in orders.items()}
 
 
-def _warps(rows: int, dim: int) -> int:
-    """As many as the fragments were laid out for; more for many queries, which share the tiles anyway."""
-    return 8 if dim > 128 or rows > 16 else 4
+def _turn(segment: Segment, rows: int) -> int:
+    """Tokens that one rotation of the queries serves: what the warps' tensor cores take along n, or a block."""
+    if isinstance(segment, DenseSegment) or not isinstance(segment.key.order, FragmentOrder) or rows > 8:
+        return 64
+    return 8 * segment.key.order.geometry.warps
+
+
+def _warps(dim: int) -> int:
+    """As many as the fragments were laid out for."""
+    return 8 if dim > 128 else 4
 
 
 def _segment_arguments(segment: Segment) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def _segment_arguments(segment: Segment) -> dict[str, Any]:
     }
 
 
-_PACKED_NAMES = "words scales levels scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
+_PACKED_NAMES = "words scales levels_at scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
 
 
 def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
@@ -280,7 +284,8 @@ def _packed_arguments(side: str, packed: PackedTensor, page: Page) -> dict[str, 
     tensors = {
         "words": page.words,
         "scales": unused if page.scales is None else page.scales,
-        **{name: getattr(tables, name) for name in _PACKED_NAMES[2:9]},
+        "levels_at": tables.levels,
+        **{name: getattr(tables, name) for name in _PACKED_NAMES[3:9]},
         "index": unused if streams is None else streams.index,
         "value": unused if streams is None else streams.value,
         "starts": unused if streams is None else streams.starts,

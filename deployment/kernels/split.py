@@ -1,35 +1,31 @@
-"""The attention kernel: some queries over one part of one segment of the context, for one sequence and KV head.
+"""The attention kernel: a few queries over one part of one segment of the context, for one sequence and KV head.
 
 A program works through chunks of the context, several blocks of 64 tokens each, in phases:
 
-    1  queries, rotated back to the first token of every block         -> rotated
-    2  scores of the dequantized keys; outliers add what they exceed    -> scores
-    3  softmax of the chunk, online over chunks                         -> weights
-    4  values of the dequantized tokens; outliers add up on their own   -> accumulator, extra
+    1  scores of the dequantized keys (scores.py)        outliers add what they exceed     -> scores
+    2  softmax of the chunk (softmax.py)                                                   -> weights
+    3  values of the dequantized tokens (values.py)      outliers add up on their own      -> output, extra
 
 What passes from phase to phase goes through scratch memory of the program that stays in cache. Phases, instead of one loop,
 because the softmax is then computed for real queries only, not for the padding of a tensor core's 16 rows, and because a
 list of outliers is one flat loop. `combine` puts the parts together.
-
-Row r of a tile of queries is token r // (H/G) of the new ones and query head r % (H/G) of the KV head, so one query or many
-is the same to the kernel.
 """
 
 import triton
 import triton.language as tl
 
-from deployment.kernels.loads import (
-    key_halves,
-    list_begin,
-    outlier_deltas,
-    static,
-    table_of,
-    token_ranges,
-    turned_query,
-    value_tile,
-)
-from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, operand_order
+from deployment.kernels.ahead import ask_for_list, ask_for_words
+from deployment.kernels.keys import cos_and_sin, turn_tables, turned_zeros
+from deployment.kernels.lookup import prepared
+from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
+from deployment.kernels.phase import first_of_pair, second_of_pair
+from deployment.kernels.queries import positions_of, rotated_queries
+from deployment.kernels.scores import score_chunk
+from deployment.kernels.softmax import seen_tokens, weigh_chunk
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
+from deployment.kernels.values import attend_chunk
+
+_MOST_ASKED = tl.constexpr(8192)  # outliers of a chunk that are asked for ahead
 
 # numbers that change from call to call must not make the compiler specialise
 _RUNTIME = [
@@ -40,7 +36,7 @@ _RUNTIME = [
     "new",
     "segment_tokens",
     "blocks",
-    "part",
+    "part0",
     "splits",
     "tiles",
     "works",
@@ -65,7 +61,7 @@ def split_kernel(
     segment_tokens,
     key_words,  # [B, blocks, W] int32
     key_scales,  # [B, blocks * 64, 2] fp16
-    key_levels,
+    key_levels_at,
     key_scale,
     key_zero,
     key_floor,
@@ -79,7 +75,7 @@ def split_kernel(
     key_dense,  # [B, G, segment_tokens, D]
     value_words,
     value_scales,
-    value_levels,
+    value_levels_at,
     value_scale,
     value_zero,
     value_floor,
@@ -97,16 +93,16 @@ def split_kernel(
     blocks,  # of the page
     key_block_words,  # W
     value_block_words,
-    rotated,  # [programs, CHUNK / 64, ROWS, 2, PAIRS] operand dtype
-    scores,  # [programs, CHUNK, ROWS] fp32
-    weights,  # [programs, CHUNK, ROWS] operand dtype
-    scaled,  # [programs, CHUNK, ROWS] operand dtype
-    extra,  # [programs, D, ROWS] fp32
+    rotated,  # [programs, CHUNK / TURN, ROWS, 2, PAIRS] operand dtype
+    scores,  # [programs, ROWS, CHUNK] fp32
+    weights,  # [programs, ROWS, CHUNK] operand dtype
+    scaled,  # [programs, ROWS, CHUNK] operand dtype
+    extra,  # [programs, ROWS, D] fp32
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
     maxima,  # [parts, B, G, tiles, ROWS] fp32
     sums,  # [parts, B, G, tiles, ROWS] fp32
-    part,  # first part of this segment
+    part0,  # first part of this segment
     splits,
     tiles,
     works,
@@ -133,12 +129,12 @@ def split_kernel(
     ENTRIES: tl.constexpr,
     KEY_FAST: tl.constexpr,
     VALUE_FAST: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TURN: tl.constexpr,
+    QUICK: tl.constexpr,
 ):
     """Parts of the outputs, with the maxima and sums of their softmax; see the top of this file."""
     GROUP: tl.constexpr = H // G
     BLOCKS: tl.constexpr = CHUNK // 64
-    MMA_ROWS: tl.constexpr = 16 if ROWS < 16 else ROWS
     OPERAND: tl.constexpr = tl.float32 if PRECISE else tl.float16
     PRECISION: tl.constexpr = "ieee" if PRECISE else None
     # weights of 1 become 2^15 in fp16, so that those of 2^-29 are still normal numbers; sums see the same factor
@@ -146,19 +142,22 @@ def split_kernel(
     # times a token's scale they must not overflow either
     LOWER: tl.constexpr = 0.00390625 if VALUE_DYNAMIC and not PRECISE else 1.0
 
-    row, mma_row = tl.arange(0, ROWS), tl.arange(0, MMA_ROWS)
+    row, mma_row = tl.arange(0, ROWS), tl.arange(0, 16)
     pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
     pair_ok, channel_ok = pair < D // 2, channel < D
     first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
-    # fragments come in an order of their own along what a product sums over
-    KEY_WIDTH: tl.constexpr = WIDTH if KEY_SOURCE == FRAGMENT_ORDER else 2
-    VALUE_WIDTH: tl.constexpr = WIDTH if VALUE_SOURCE == FRAGMENT_ORDER else 2
-    key_pair = operand_order(pair, KEY_WIDTH)
-    key_first, key_second = first_of_pair(key_pair, ROTARY_HALF), second_of_pair(key_pair, ROTARY_HALF, D // 2)
-    block_token, chunk_token = tl.arange(0, 64), tl.arange(0, CHUNK)
+    channels = (first, second, pair_ok)
+    high_bits = tl.load(high + pair, mask=pair_ok, other=0)
+    low_bits = tl.load(low + pair, mask=pair_ok, other=0)
+    key_table = (0,)
+    value_table = (0,)
+    if KEY_SOURCE == FRAGMENT_ORDER:
+        key_table = prepared(key_levels_at, KEY_BITS, KEY_FAST)
+    if VALUE_SOURCE == FRAGMENT_ORDER:
+        value_table = prepared(value_levels_at, VALUE_BITS, VALUE_FAST)
 
     program = tl.program_id(0).to(tl.int64)
-    rotated += program * (BLOCKS * ROWS * 2 * PAIRS)
+    rotated += program * (CHUNK // TURN * ROWS * 2 * PAIRS)
     scores += program * (CHUNK * ROWS)
     weights += program * (CHUNK * ROWS)
     scaled += program * (CHUNK * ROWS)
@@ -174,39 +173,17 @@ def split_kernel(
             held = tl.minimum(tl.maximum(tl.load(limits + b) - origin, 0), segment_tokens).to(tl.int32)
         chunks = (held + CHUNK - 1) // CHUNK
         per_split = (chunks + splits - 1) // splits
+        first_chunk, last_chunk = split * per_split, tl.minimum((split + 1) * per_split, chunks)
 
-        # the queries at their own positions
-        number = tile * ROWS + row
-        row_ok = number < new * GROUP
-        token_s, head = number // GROUP, g * GROUP + number % GROUP
-        position = tl.load(positions + b * new + token_s, mask=row_ok, other=-1)
-        at = query + b * query_stride_b + head.to(tl.int64) * query_stride_h + token_s.to(tl.int64) * query_stride_s
-        query_ok = row_ok[:, None] & pair_ok[None, :]
-        a = tl.load(at[:, None] + first[None, :], mask=query_ok, other=0).to(tl.float32) * scaling
-        b_half = tl.load(at[:, None] + second[None, :], mask=query_ok, other=0).to(tl.float32) * scaling
-        high_bits = tl.load(high + pair, mask=pair_ok, other=0)
-        low_bits = tl.load(low + pair, mask=pair_ok, other=0)
-        own_cos, own_sin = cos_sin(position[:, None], high_bits[None, :], low_bits[None, :])
-        query_a, query_b = a * own_cos - b_half * own_sin, b_half * own_cos + a * own_sin
+        strides = (query_stride_b, query_stride_h, query_stride_s)
+        number = tile * ROWS + mma_row % ROWS
+        queries = rotated_queries(
+            query, strides, positions, (high_bits, low_bits), channels, b, g, number, new, scaling, GROUP, QUICK
+        )
+        position = positions_of(positions, b, tile * ROWS + row, new, GROUP)
 
-        # pointers to the head's part of everything
+        # the head's part of everything
         channel0 = g * D
-        key_tables = (
-            key_levels,
-            key_scale + channel0,
-            key_zero + channel0,
-            key_width + channel0,
-            key_offset + channel0,
-            key_first_level + channel0,
-        )
-        value_tables = (
-            value_levels,
-            value_scale + channel0,
-            value_zero + channel0,
-            value_width + channel0,
-            value_offset + channel0,
-            value_first_level + channel0,
-        )
         key_head, value_head = key_words + b * blocks * key_block_words, value_words + b * blocks * value_block_words
         if KEY_SOURCE == FRAGMENT_ORDER:
             key_head += g * (D * 2 * KEY_BITS)
@@ -215,239 +192,202 @@ def split_kernel(
         key_ranges, value_ranges = key_scales + b * blocks * 128, value_scales + b * blocks * 128
         key_plain = key_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
         value_plain = value_dense + b * dense_stride_b + g.to(tl.int64) * dense_stride_g
+        key_widths = (key_width + channel0, key_offset + channel0, key_first_level + channel0)
+        value_widths = (value_width + channel0, value_offset + channel0, value_first_level + channel0)
+        keys = (key_head, key_block_words, key_levels_at, key_widths, key_plain, dense_stride_t)
+        values = (value_head, value_block_words, value_levels_at, value_widths, value_plain, dense_stride_t)
 
-        key_ready = (table_of(key_levels, KEY_SOURCE, KEY_BITS, KEY_FAST), 0, 0, 0, 0)
+        # what scales and rotates keys; it stays in registers
+        cos, sin = cos_and_sin(turn, pair, pair_ok, TURN, D)
+        scale_a, scale_b = tl.full([PAIRS], 1.0, tl.float32), tl.full([PAIRS], 1.0, tl.float32)
+        zero_a, zero_b = scale_a, scale_b
         if KEY_SOURCE != DENSE and not KEY_DYNAMIC:
-            first_scale, first_zero = static(key_tables[1], key_tables[2], key_first, pair_ok, KEY_FAST)
-            second_scale, second_zero = static(key_tables[1], key_tables[2], key_second, pair_ok, KEY_FAST)
-            key_ready = (key_ready[0], first_scale, first_zero, second_scale, second_zero)
-        value_ready = (table_of(value_levels, VALUE_SOURCE, VALUE_BITS, VALUE_FAST), 0, 0)
-        if VALUE_SOURCE != DENSE and not VALUE_DYNAMIC:
-            value_s, value_z = static(value_tables[1], value_tables[2], channel, channel_ok, VALUE_FAST)
-            value_ready = (value_ready[0], value_s, value_z)
-        turn_at = turn + key_pair[:, None] * 64 + block_token[None, :]
-        turn_cos = tl.load(turn_at, mask=pair_ok[:, None], other=0).to(OPERAND)
-        turn_sin = tl.load(turn_at + D * 32, mask=pair_ok[:, None], other=0).to(OPERAND)
+            scale_a = tl.load(key_scale + channel0 + first, mask=pair_ok, other=0)
+            scale_b = tl.load(key_scale + channel0 + second, mask=pair_ok, other=0)
+            zero_a = tl.load(key_zero + channel0 + first, mask=pair_ok, other=0)
+            zero_b = tl.load(key_zero + channel0 + second, mask=pair_ok, other=0)
+        still_a, still_b = turned_zeros(cos, sin, zero_a, zero_b, OPERAND)
+        fixed = (key_table, turn_tables(cos, sin, scale_a, scale_b, KEY_FAST), still_a, still_b)
+
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         offset = tl.zeros([ROWS], tl.float32)
-        output = tl.zeros([MMA_ROWS, CHANNELS], tl.float32)
-        extra_at = extra + channel[None, :] * ROWS + mma_row[:, None]
+        output = tl.zeros([16, CHANNELS], tl.float32)
+        extra_at = extra + (mma_row % ROWS)[:, None] * D + channel[None, :]
         extra_ok = channel_ok[None, :] & (mma_row < ROWS)[:, None]
+        key_entry, key_end, value_entry, value_end = 0, 0, 0, 0
+        first_block = tl.minimum(first_chunk * BLOCKS, blocks)
+        if KEY_OUTLIERS:
+            key_entry = list_begin(key_starts, key_ends, stream, first_block, blocks)
         if VALUE_OUTLIERS:
+            value_entry = list_begin(value_starts, value_ends, stream, first_block, blocks)
             tl.store(extra_at, output, mask=extra_ok)
-
-        for chunk in range(split * per_split, tl.minimum((split + 1) * per_split, chunks)):
+        for chunk in range(first_chunk, last_chunk):
             token0 = chunk * CHUNK
+            block0 = (token0 // 64).to(tl.int64)
             here = tl.minimum(BLOCKS, (held - token0 + 63) // 64)
+            edges = stream * blocks + block0  # of lists of outliers
+            if KEY_OUTLIERS:
+                key_end = tl.load(key_ends + edges + here - 1)
+            if VALUE_OUTLIERS:
+                value_end = tl.load(value_ends + edges + here - 1)
+            if QUICK:
+                if VALUE_SOURCE == FRAGMENT_ORDER:
+                    ask_for_words(value_head, value_block_words, block0, block0 + here, BLOCKS, D * 2 * VALUE_BITS)
+                if KEY_OUTLIERS:
+                    ask_for_list(key_index, key_value, key_entry, key_end, _MOST_ASKED)
+                if VALUE_OUTLIERS:
+                    ask_for_list(value_index, value_value, value_entry, value_end, _MOST_ASKED)
 
-            # 1: rotate back to every block's first token
-            for j in range(here):
-                base = origin + token0 + j * 64 + tl.zeros([1, 1], tl.int64)
-                cos, sin = cos_sin(base, high_bits[None, :], low_bits[None, :])
-                back_at = rotated + (j * ROWS + row)[:, None] * (2 * PAIRS) + pair[None, :]
-                tl.store(back_at, (query_a * cos + query_b * sin).to(OPERAND))
-                tl.store(back_at + PAIRS, (query_b * cos - query_a * sin).to(OPERAND))
-            tl.debug_barrier()
-
-            # 2: scores
-            for j in range(here):
-                block = (token0 // 64 + j).to(tl.int64)
-                key_a, key_b = key_halves(
-                    key_head + block * key_block_words,
-                    key_ranges,
-                    key_tables,
-                    key_ready,
-                    key_plain,
-                    dense_stride_t,
-                    token0 + j * 64,
-                    held,
-                    key_first,
-                    key_second,
-                    pair_ok,
-                    KEY_GEOMETRY,
-                    KEY_SOURCE,
-                    KEY_DYNAMIC,
-                    KEY_BITS,
-                    PAIRS,
-                    KEY_WIDTH,
-                    KEY_FAST,
-                )
-                read_at = rotated + (j * ROWS + mma_row)[:, None] * (2 * PAIRS) + key_pair[None, :]
-                back_a = tl.load(read_at, mask=(mma_row < ROWS)[:, None], other=0)
-                back_b = tl.load(read_at + PAIRS, mask=(mma_row < ROWS)[:, None], other=0)
-                key_a, key_b = key_a.to(OPERAND), key_b.to(OPERAND)
-                dot = tl.dot(back_a, key_a * turn_cos - key_b * turn_sin, input_precision=PRECISION)
-                dot = tl.dot(back_b, key_b * turn_cos + key_a * turn_sin, dot, input_precision=PRECISION)
-                dot_at = scores + (j * 64 + block_token)[None, :] * ROWS + mma_row[:, None]
-                tl.store(dot_at, dot, mask=(mma_row < ROWS)[:, None])
+            # 1: scores
+            key_loaded = (0, 0)
+            if KEY_OUTLIERS:
+                key_loaded = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
+            score_chunk(
+                scores,
+                rotated,
+                queries,
+                (high_bits, low_bits, origin + token0),
+                keys,
+                key_ranges,
+                fixed,
+                channels,
+                token0,
+                here,
+                held,
+                ROWS,
+                CHUNK,
+                TURN,
+                PAIRS,
+                KEY_SOURCE,
+                KEY_BITS,
+                KEY_GEOMETRY,
+                KEY_DYNAMIC,
+                KEY_OUTLIERS,
+                KEY_FAST,
+                QUICK,
+                OPERAND,
+                PRECISION,
+            )
             tl.debug_barrier()
             if KEY_OUTLIERS:
-                if here > 0:
-                    key_edges = key_ends + stream * blocks + token0 // 64
-                    key_begin = list_begin(key_starts, key_ends, stream, token0 // 64, blocks)
-                    for entry0 in range(key_begin, tl.load(key_edges + here - 1), ENTRIES):
-                        entry = entry0 + tl.arange(0, ENTRIES)
-                        ok = entry < tl.load(key_edges + here - 1)
-                        token, lane, delta = outlier_deltas(
-                            key_index,
-                            key_value,
-                            entry,
-                            ok,
-                            key_edges,
-                            here,
-                            key_ranges,
-                            key_levels,
-                            key_floor + channel0,
-                            token0,
-                            BLOCKS,
-                            D,
-                            KEY_DYNAMIC,
-                        )
-                        factor = turned_query(rotated, token, lane, row, ok, turn, ROWS, PAIRS, D, ROTARY_HALF)
-                        sum_at = scores + token[:, None] * ROWS + row[None, :]
-                        tl.atomic_add(sum_at, factor * delta[:, None], mask=ok[:, None], sem="relaxed")
+                entries = (key_index, key_value, key_entry, key_end, key_ends + edges)
+                coded = (key_ranges, key_levels_at, key_floor + channel0)
+                add_to_scores(
+                    scores,
+                    rotated,
+                    turn,
+                    entries,
+                    key_loaded[0],
+                    key_loaded[1],
+                    coded,
+                    token0,
+                    here,
+                    ROWS,
+                    CHUNK,
+                    D,
+                    PAIRS,
+                    ROTARY_HALF,
+                    TURN,
+                    KEY_DYNAMIC,
+                    ENTRIES,
+                )
+                key_entry = key_end
                 tl.debug_barrier()
 
-            # 3: softmax; whatever lies beyond the stored tokens or after the query is not seen
-            where = origin + token0 + chunk_token
-            seen = (token0 + chunk_token < held) & (where >= 0)
-            seen = seen[None, :] & (where[None, :] <= position[:, None])
-            score_at = scores + chunk_token[None, :] * ROWS + row[:, None]
-            score = tl.load(score_at, mask=seen, other=float("-inf"), cache_modifier=".cg")
-            raised = tl.maximum(highest, tl.max(score, 1))
-            reference = tl.where(raised == float("-inf"), 0.0, raised)
-            weight = tl.exp2(score - reference[:, None] + LIFT)
-            shrink = tl.exp2(highest - reference)
-            total = total * shrink + tl.sum(weight, 1)
-            highest = raised
-            weight_to = chunk_token[None, :] * ROWS + row[:, None]
-            tl.store(weights + weight_to, weight.to(OPERAND))
-            if VALUE_DYNAMIC:  # level * scale + zero: scales go to the weights, zeros add up on their own
-                token_ok = token0 + chunk_token < held
-                scale, zero = token_ranges(value_ranges, token0 + chunk_token, token_ok)
-                tl.store(scaled + weight_to, (weight * (scale * LOWER)[None, :]).to(OPERAND))
-                offset = offset * shrink + tl.sum(weight * zero[None, :], 1)
+            # 2: softmax; meanwhile the next keys are asked for, and the first values loaded
+            if QUICK and KEY_SOURCE == FRAGMENT_ORDER:
+                end = tl.minimum(last_chunk * BLOCKS, (held + 63) // 64)
+                ask_for_words(key_head, key_block_words, block0 + BLOCKS, end, BLOCKS, D * 2 * KEY_BITS)
+            value_held = (0, 0, 0)
+            if VALUE_SOURCE == FRAGMENT_ORDER:
+                at = value_head + block0 * value_block_words
+                value_held = block_words(at, VALUE_BITS, VALUE_GEOMETRY)
+            highest, total, offset, shrink = weigh_chunk(
+                scores,
+                weights,
+                scaled,
+                value_ranges,
+                seen_tokens(position, origin, token0, held, ROWS, CHUNK),
+                (highest, total, offset),
+                token0,
+                held,
+                ROWS,
+                CHUNK,
+                VALUE_DYNAMIC,
+                LIFT,
+                LOWER,
+            )
             tl.store(rescale + row, shrink)
+            if VALUE_OUTLIERS:  # noqa: SIM102  (a constant condition of its own is decided by the compiler)
+                if tl.min(shrink, 0) < 1:
+                    shrink_at = extra + row[:, None] * D + channel[None, :]
+                    shrink_ok = (row >= 0)[:, None] & channel_ok[None, :]
+                    gained = tl.load(shrink_at, mask=shrink_ok, other=0, cache_modifier=".cg")
+                    tl.store(shrink_at, gained * shrink[:, None], mask=shrink_ok)
             tl.debug_barrier()
 
-            # 4: values
-            output *= tl.load(rescale + mma_row, mask=mma_row < ROWS, other=0)[:, None]
-            for j in range(here):
-                block = (token0 // 64 + j).to(tl.int64)
-                tile_v = value_tile(
-                    value_head + block * value_block_words,
-                    value_tables,
-                    value_ready,
-                    value_plain,
-                    dense_stride_t,
-                    token0 + j * 64,
-                    held,
-                    channel,
-                    channel_ok,
-                    VALUE_GEOMETRY,
-                    VALUE_SOURCE,
-                    VALUE_DYNAMIC,
-                    VALUE_BITS,
-                    CHANNELS,
-                    VALUE_WIDTH,
-                    VALUE_FAST,
-                )
-                weight_at = (
-                    (scaled if VALUE_DYNAMIC else weights)
-                    + (j * 64 + operand_order(block_token, VALUE_WIDTH))[None, :] * ROWS
-                    + mma_row[:, None]
-                )
-                tile_w = tl.load(weight_at, mask=(mma_row < ROWS)[:, None], other=0)
-                output = tl.dot(tile_w, tile_v.to(OPERAND), output, input_precision=PRECISION)
+            # 3: values
+            value_loaded = (0, 0)
             if VALUE_OUTLIERS:
-                if here > 0:
-                    value_edges = value_ends + stream * blocks + token0 // 64
-                    value_begin = list_begin(value_starts, value_ends, stream, token0 // 64, blocks)
-                    for entry0 in range(value_begin, tl.load(value_edges + here - 1), ENTRIES):
-                        entry = entry0 + tl.arange(0, ENTRIES)
-                        ok = entry < tl.load(value_edges + here - 1)
-                        token, lane, delta = outlier_deltas(
-                            value_index,
-                            value_value,
-                            entry,
-                            ok,
-                            value_edges,
-                            here,
-                            value_ranges,
-                            value_levels,
-                            value_floor + channel0,
-                            token0,
-                            BLOCKS,
-                            D,
-                            VALUE_DYNAMIC,
-                        )
-                        share_at = weights + token[:, None] * ROWS + row[None, :]
-                        share = tl.load(share_at, mask=ok[:, None], other=0).to(tl.float32)
-                        add_at = extra + lane[:, None] * ROWS + row[None, :]
-                        tl.atomic_add(add_at, share * delta[:, None], mask=ok[:, None], sem="relaxed")
-                tl.debug_barrier()
-                output += tl.load(extra_at, mask=extra_ok, other=0, cache_modifier=".cg") * LOWER
-                tl.debug_barrier()
-                tl.store(extra_at, tl.zeros([MMA_ROWS, CHANNELS], tl.float32), mask=extra_ok)
+                value_loaded = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
+            output = attend_chunk(
+                output * tl.load(rescale + mma_row % ROWS)[:, None],
+                scaled if VALUE_DYNAMIC else weights,
+                value_held,
+                values,
+                value_table,
+                token0,
+                here,
+                held,
+                ROWS,
+                CHUNK,
+                D,
+                CHANNELS,
+                VALUE_SOURCE,
+                VALUE_BITS,
+                VALUE_GEOMETRY,
+                VALUE_FAST,
+                OPERAND,
+                PRECISION,
+            )
+            if VALUE_OUTLIERS:
+                entries = (value_index, value_value, value_entry, value_end, value_ends + edges)
+                coded = (value_ranges, value_levels_at, value_floor + channel0)
+                add_to_output(
+                    extra,
+                    weights,
+                    entries,
+                    value_loaded[0],
+                    value_loaded[1],
+                    coded,
+                    token0,
+                    here,
+                    ROWS,
+                    CHUNK,
+                    D,
+                    VALUE_DYNAMIC,
+                    ENTRIES,
+                )
+                value_entry = value_end
             tl.debug_barrier()
 
         # what `combine` needs
-        if VALUE_DYNAMIC:
-            tl.store(rescale + row, offset)
+        if VALUE_SOURCE != DENSE:
+            if VALUE_DYNAMIC:
+                tl.store(rescale + row, offset)
+                scale, zero = 1 / LOWER, 1.0
+            else:
+                tl.store(rescale + row, total)
+                scale = tl.load(value_scale + channel0 + channel, mask=channel_ok, other=0)[None, :]
+                zero = tl.load(value_zero + channel0 + channel, mask=channel_ok, other=0)[None, :]
             tl.debug_barrier()
-            output = output / LOWER + tl.load(rescale + mma_row, mask=mma_row < ROWS, other=0)[:, None]
+            output = output * scale + tl.load(rescale + mma_row % ROWS)[:, None] * zero
+            if VALUE_OUTLIERS:
+                output += tl.load(extra_at, mask=extra_ok, other=0, cache_modifier=".cg")
             tl.debug_barrier()
-        result = ((part + split).to(tl.int64) * (works // splits) + rest) * ROWS
+        result = ((part0 + split).to(tl.int64) * (works // splits) + rest) * ROWS
         tl.store(maxima + result + row, highest)
         tl.store(sums + result + row, total)
-        output_at = outputs + (result + mma_row)[:, None] * D + channel[None, :]
-        tl.store(output_at, output, mask=(mma_row < ROWS)[:, None] & channel_ok[None, :])
-
-
-@triton.jit(do_not_specialize=["new", "parts", "tiles", "batch"])
-def combine_kernel(
-    outputs,  # [parts, B, G, tiles, ROWS, D] fp32
-    maxima,  # [parts, B, G, tiles, ROWS] fp32
-    sums,
-    result,  # [B, S, H, D] any float
-    new,
-    parts,
-    tiles,
-    batch,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PARTS: tl.constexpr,  # put together at once
-):
-    """One query of one head: the parts' outputs weighted by e^(their maximum - the maximum of all)."""
-    GROUP: tl.constexpr = H // G
-    head, rest = tl.program_id(0) % H, tl.program_id(0) // H
-    token, b = rest % new, rest // new
-    number = token * GROUP + head % GROUP
-    row = ((b * G + head // GROUP) * tiles).to(tl.int64) * ROWS + number  # tiles are ROWS rows each
-    per_part = (batch * G * tiles).to(tl.int64) * ROWS
-    channel = tl.arange(0, CHANNELS)
-    highest, total = float("-inf"), 0.0
-    output = tl.zeros([CHANNELS], tl.float32)
-    for part0 in range(0, parts, PARTS):
-        part = part0 + tl.arange(0, PARTS)
-        ok = part < parts
-        at = row + part * per_part
-        maximum = tl.load(maxima + at, mask=ok, other=float("-inf"))
-        ok = ok & (maximum > float("-inf"))
-        share = tl.load(sums + at, mask=ok, other=0)
-        values = tl.load(
-            outputs + at[:, None] * D + channel[None, :], mask=ok[:, None] & (channel < D)[None, :], other=0
-        )
-        raised = tl.maximum(highest, tl.max(maximum, 0))
-        reference = tl.where(raised == float("-inf"), 0.0, raised)
-        shrink, factor = tl.exp2(highest - reference), tl.exp2(maximum - reference)
-        output = output * shrink + tl.sum(values * factor[:, None], 0)
-        total = total * shrink + tl.sum(share * factor, 0)
-        highest = raised
-    output = output / tl.where(total == 0, 1.0, total)
-    to = result + ((b * new + token).to(tl.int64) * H + head) * D + channel
-    tl.store(to, output.to(result.dtype.element_ty), mask=channel < D)
+        output_at = outputs + (result + mma_row % ROWS)[:, None] * D + channel[None, :]
+        tl.store(output_at, output, mask=extra_ok)

@@ -46,42 +46,47 @@ def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def units(words, table, BITS: tl.constexpr, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
-    """Levels `[units / (8 VECTOR), 8 VECTOR, codes of a unit]` of a head's block in fragment order."""
+def block_words(at, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
+    """Words of a head's block in fragment order, `[units / (8 VECTOR), 8 VECTOR]` int32; three such tiles at 3 bits."""
     ROW: tl.constexpr = 8 * GEOMETRY[5]
     UNITS: tl.constexpr = GEOMETRY[3] * GEOMETRY[4] * GEOMETRY[6] * 32
-    at = words + tl.arange(0, UNITS // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    word = at + tl.arange(0, UNITS // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    first = tl.load(word)
+    second, third = first, first
     if BITS == 3:
-        first = tl.load(at)
-        second = tl.load(at + UNITS)
-        third = tl.load(at + 2 * UNITS)
+        second = tl.load(word + UNITS)
+        third = tl.load(word + 2 * UNITS)
+    return first, second, third
+
+
+@triton.jit
+def units(first, second, third, table, BITS: tl.constexpr, FAST: tl.constexpr):
+    """What `unit_levels` finds for whole units of `block_words`, codes of a unit along the last axis."""
+    PER_WORD: tl.constexpr = 4 if FAST else 8
+    if BITS == 3:
         spare = ((first >> 3) & 0x11111111) | ((second >> 2) & 0x22222222) | ((third >> 1) & 0x44444444)
         a = unit_levels(first & 0x77777777, table, BITS, FAST)
         b = unit_levels(second & 0x77777777, table, BITS, FAST)
         c = unit_levels(third & 0x77777777, table, BITS, FAST)
         quarters = tl.join(tl.join(a, c), tl.join(b, unit_levels(spare, table, BITS, FAST)))
-        levels = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [UNITS // ROW, ROW, 32])
+        levels = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [first.shape[0], first.shape[1], 4 * PER_WORD])
     elif BITS == 4:
-        levels = unit_levels(tl.load(at), table, BITS, FAST)
+        levels = unit_levels(first, table, BITS, FAST)
     else:
-        held = tl.load(at)
-        low = unit_levels(held & 0x33333333, table, BITS, FAST)
-        high = unit_levels((held >> 2) & 0x33333333, table, BITS, FAST)
-        levels = tl.reshape(tl.permute(tl.join(low, high), (0, 1, 3, 2)), [UNITS // ROW, ROW, 16])
+        low = unit_levels(first & 0x33333333, table, BITS, FAST)
+        high = unit_levels((first >> 2) & 0x33333333, table, BITS, FAST)
+        levels = tl.reshape(
+            tl.permute(tl.join(low, high), (0, 1, 3, 2)), [first.shape[0], first.shape[1], 2 * PER_WORD]
+        )
     return levels
 
 
 @triton.jit
-def operand_order(k, WIDTH: tl.constexpr):
-    """Which of a fragment's k comes k-th: Triton gives a lane 2 or 4 neighbours along k, the layout has pairs 8 apart."""
-    if WIDTH == 4:
-        k = (k & ~15) | (((k >> 1) & 1) * 8) | (((k >> 2) & 3) * 2) | (k & 1)
-    return k
+def arrange(units, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
+    """`[k, n, halves]` of what units hold; no element leaves its lane (see `Fragment.index`).
 
-
-@triton.jit
-def arrange(units, GEOMETRY: tl.constexpr, WIDTH: tl.constexpr):
-    """`[k, n, halves]` of what units hold, k in `operand_order`; no element leaves its lane (see `Fragment.index`)."""
+    Of pairs (FAST) it is `[k / 2, n, halves]`.
+    """
     HALVES: tl.constexpr = GEOMETRY[0]
     SLOTS_N: tl.constexpr = GEOMETRY[1]
     SLOTS_K: tl.constexpr = GEOMETRY[2]
@@ -90,9 +95,18 @@ def arrange(units, GEOMETRY: tl.constexpr, WIDTH: tl.constexpr):
     VECTOR: tl.constexpr = GEOMETRY[5]
     WARPS: tl.constexpr = GEOMETRY[6]
     REPEATS: tl.constexpr = TILES_N * TILES_K // VECTOR
-    NEXT: tl.constexpr = WIDTH // 2
-    lanes = tl.reshape(units, (REPEATS, WARPS, 4, 2, 4, VECTOR, HALVES, SLOTS_N, SLOTS_K, 2))
+    PAIR: tl.constexpr = 1 if FAST else 2
+    lanes = tl.reshape(units, (REPEATS, WARPS, 4, 2, 4, VECTOR, HALVES, SLOTS_N, SLOTS_K, PAIR))
     in_order = tl.permute(lanes, (0, 5, 1, 2, 3, 4, 6, 7, 8, 9))
-    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K // NEXT, NEXT, 2))
-    ordered = tl.permute(tiled, (1, 8, 5, 9, 10, 0, 7, 2, 3, 4, 6))
-    return tl.reshape(ordered, (TILES_K * SLOTS_K * 8, TILES_N * SLOTS_N * WARPS * 8, HALVES))
+    tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K, PAIR))
+    ordered = tl.permute(tiled, (1, 8, 5, 9, 0, 7, 2, 3, 4, 6))
+    return tl.reshape(ordered, (TILES_K * SLOTS_K * 4 * PAIR, TILES_N * SLOTS_N * WARPS * 8, HALVES))
+
+
+@triton.jit
+def channel_levels(words, levels, width, offset, first_level, channel, ok, PLANES: tl.constexpr, N: tl.constexpr):
+    """Levels `[N, 64]` of channels in channel order."""
+    bits = tl.load(width + channel, mask=ok, other=0)
+    start = tl.load(offset + channel, mask=ok, other=0)
+    base = tl.load(first_level + channel, mask=ok, other=0)
+    return tl.load(levels + base[:, None] + channel_codes(words, start, bits, ok, PLANES, N))

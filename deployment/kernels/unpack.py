@@ -14,10 +14,10 @@ of `turn`, which are the same for every block (see `phase.py`).
 import triton
 import triton.language as tl
 
-from deployment.kernels.loads import channel_levels
-from deployment.kernels.lookup import prepared
+from deployment.kernels.lookup import prepared, unpaired
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, units
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
+from deployment.kernels.tiles import block_words as block_words_of
 
 
 @triton.jit(do_not_specialize=["shift", "tokens", "first_block", "segment_blocks", "blocks", "room"])
@@ -64,7 +64,6 @@ def unpack_kernel(
     ROTATED: tl.constexpr,  # keys are, values are not
     FAST: tl.constexpr,
     ENTRIES: tl.constexpr,
-    WIDTH: tl.constexpr,
 ):
     """Block `first_block + i` of every sequence and head, i the program's number; finite numbers where no token is."""
     stream = tl.program_id(1).to(tl.int64)
@@ -98,8 +97,11 @@ def unpack_kernel(
 
     if ROTATED:
         if SOURCE == FRAGMENT_ORDER:
-            levels_of = arrange(units(words, prepared(levels, BITS, FAST), BITS, GEOMETRY, FAST), GEOMETRY, WIDTH)
-            one, two = tl.split(levels_of)
+            first_words, second_words, third_words = block_words_of(words, BITS, GEOMETRY)
+            found = units(first_words, second_words, third_words, prepared(levels, BITS, FAST), BITS, FAST)
+            one, two = tl.split(arrange(found, GEOMETRY, FAST))
+            if FAST:
+                one, two = unpaired(one), unpaired(two)
             a, b_half = tl.trans(one), tl.trans(two)
         else:
             a = raw_tile(source, token, first, token_ok, pair_ok, SOURCE, BITS, PAIRS)
@@ -128,8 +130,11 @@ def unpack_kernel(
         tl.store(to + second[None, :], (b_half * cos + a * sin).to(ELEMENT), mask=ok)
     else:
         if SOURCE == FRAGMENT_ORDER:
-            levels_of = arrange(units(words, prepared(levels, BITS, FAST), BITS, GEOMETRY, FAST), GEOMETRY, WIDTH)
-            tile = tl.reshape(levels_of, (64, CHANNELS))
+            first_words, second_words, third_words = block_words_of(words, BITS, GEOMETRY)
+            found = units(first_words, second_words, third_words, prepared(levels, BITS, FAST), BITS, FAST)
+            tile = tl.reshape(arrange(found, GEOMETRY, FAST), (32 if FAST else 64, CHANNELS))
+            if FAST:
+                tile = unpaired(tile)
         else:
             tile = raw_tile(source, token, channel, token_ok, channel_ok, SOURCE, BITS, CHANNELS)
         if SOURCE != DENSE:
@@ -170,7 +175,7 @@ def decoded(tile, source, token, channel, token_ok, channel_ok, DYNAMIC: tl.cons
 
 @triton.jit
 def outlier_list(starts, ends, stream, block, blocks):
-    """(begin, end) of the entries among which a block's outliers are."""
+    """(begin, end) of a block's outliers among the entries."""
     if block > 0:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
         begin = tl.load(ends + stream * blocks + block - 1)
     else:
@@ -179,9 +184,9 @@ def outlier_list(starts, ends, stream, block, blocks):
 
 
 @triton.jit
-def outlier_place(number, block, D: tl.constexpr):
-    """(token within its block, channel, whether it belongs to `block`) of an entry of `outlier_list`; see streams.py."""
-    return number // D, number % D, number >= 0
+def outlier_place(number, D: tl.constexpr):
+    """(token within its block, channel) of an entry of `outlier_list`; see streams.py."""
+    return number // D % 64, number % D
 
 
 @triton.jit
@@ -194,8 +199,8 @@ def put_outliers(result, outliers, stream, block, blocks, held, D: tl.constexpr,
         ok = entry < end
         number = tl.load(index + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
         exact = tl.load(value + entry, mask=ok, other=0)
-        token, channel, is_here = outlier_place(number, block, D)
-        tl.store(result + token * D + channel, exact.to(result.dtype.element_ty), mask=ok & is_here & (token < held))
+        token, channel = outlier_place(number, D)
+        tl.store(result + token * D + channel, exact.to(result.dtype.element_ty), mask=ok & (token < held))
 
 
 @triton.jit(do_not_specialize=["shift"])

@@ -16,7 +16,6 @@ from deployment.order import FragmentOrder
 from quant.storage import BLOCK_TOKENS
 
 _ENTRIES = 256  # outliers at a time
-_WIDTH = 2  # k in its natural order, see `operand_order`: no tensor core reads these tiles from registers
 _TABLES = ("levels", "scale", "zero", "width", "offset", "first_level")
 _STREAMS = ("index", "value", "starts", "ends")
 _STRIDES = ("dense_stride_b", "dense_stride_g", "dense_stride_t")
@@ -50,7 +49,7 @@ class Unpacking:
             "turn": turn,
             "ROTARY_HALF": rotary.half,
         }
-        shape = {"room": room, "G": heads, "D": dim, "ENTRIES": _ENTRIES, "WIDTH": _WIDTH}
+        shape = {"room": room, "G": heads, "D": dim, "ENTRIES": _ENTRIES}
         shape |= {"PAIRS": triton.next_power_of_2(dim // 2), "CHANNELS": triton.next_power_of_2(dim)}
         for source, result, rotated in zip(sources, (key, value), (True, False), strict=True):
             is_fragments = source["SOURCE"] == FRAGMENT_ORDER

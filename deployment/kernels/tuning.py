@@ -1,0 +1,41 @@
+"""Numbers that were found by measuring, not by reasoning, with the device and the day.
+
+Measured with `python -m deployment.benchmark` on LLaMA-7B's shape (32 heads of 128), one query, 131072 tokens, 1 % outliers; in us at
+4 / 3 / 2 bits. A device that is not listed takes the nearest older one's.
+
+    H200, 2026-11-23   128 registers, 4 programs per multiprocessor   569 / 464 / 397
+                       168 registers, 3 programs                      544 / 435 / 389    and outliers loaded ahead: 506 / - / 351
+                       no cap (up to 255), 2 programs                 706 / 675 / 611    (an earlier kernel)
+                       512 outliers at a time instead of 256          549 / 434 / 383
+                       chunks of 1024 tokens instead of 512           no difference
+                       words through shared memory, 3 stages          564 / - / 360
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the decode kernel runs on a kind of GPU."""
+
+    registers: int  # of a lane at most
+    waves: int  # programs per multiprocessor
+    chunk: int  # tokens between two phases, at most
+    entries: int  # outliers at a time
+
+
+_MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=256)}
+_ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=256)
+
+
+@cache
+def tuning_of(device: torch.device) -> Tuning:
+    """For a device; the interpreter takes what unlisted GPUs take."""
+    if device.type != "cuda":
+        return _ELSEWHERE
+    major, minor = torch.cuda.get_device_capability(device)
+    older = [capability for capability in _MEASURED if capability <= 10 * major + minor]
+    return _MEASURED[max(older)] if older else _ELSEWHERE

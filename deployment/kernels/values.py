@@ -1,0 +1,107 @@
+"""Values of a chunk: from codes to tiles, and times the weights, into the output.
+
+A tile holds levels only. Where ranges belong to tokens, their scales are multiplied into the softmax weights; where they belong to
+channels, into the finished output. Zeros add up on their own.
+"""
+
+import triton
+import triton.language as tl
+
+from deployment.kernels.lookup import unpaired
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, block_words, channel_levels, units
+
+
+@triton.jit
+def value_levels(
+    words,
+    held,
+    table,
+    levels,
+    widths,
+    dense,
+    dense_stride,
+    token0,
+    tokens,
+    channel,
+    channel_ok,
+    GEOMETRY: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BITS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    FAST: tl.constexpr,
+):
+    """Levels `[64, CHANNELS]` fp32 (fp16 if FAST) of a block; arguments as of `key_levels`."""
+    if SOURCE == DENSE:
+        token = token0 + tl.arange(0, 64)
+        at = dense + token[:, None] * dense_stride + channel[None, :]
+        mask = (token < tokens)[:, None] & channel_ok[None, :]
+        tile = tl.load(at, mask=mask, other=0).to(tl.float32)
+    elif SOURCE == FRAGMENT_ORDER:
+        tile = arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST)
+        if FAST:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
+            tile = unpaired(tl.reshape(tile, [32, CHANNELS]))
+        else:
+            tile = tl.reshape(tile, [64, CHANNELS])
+    else:
+        tile = tl.trans(
+            channel_levels(words, levels, widths[0], widths[1], widths[2], channel, channel_ok, BITS, CHANNELS)
+        )
+    return tile
+
+
+@triton.jit
+def attend_chunk(
+    output,  # [16, CHANNELS] fp32
+    weights,  # [ROWS, CHUNK]: of levels
+    words_ahead,  # `block_words` of the chunk's first block
+    source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
+    table,  # `prepared`
+    token0,
+    here,
+    held,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BITS: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    FAST: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`output` plus the weighted sum of the levels of a chunk's tokens; row r of it is of query r % ROWS."""
+    channel, query = tl.arange(0, CHANNELS), tl.arange(0, 16) % ROWS
+    words, stride, levels, widths, plain, plain_stride = source
+    block_at = words + (token0 // 64).to(tl.int64) * stride
+    ahead = block_at
+    w0, w1, w2 = words_ahead
+    for j in range(here):
+        holds = (w0, w1, w2)
+        if SOURCE == FRAGMENT_ORDER:
+            ahead += tl.where(j + 1 < here, stride, 0)
+            w0, w1, w2 = block_words(ahead, BITS, GEOMETRY)
+        if j < here:  # always; a branch keeps Triton from choosing an operand layout by what is behind it
+            tile = value_levels(
+                block_at + j * stride,
+                holds,
+                table,
+                levels,
+                widths,
+                plain,
+                plain_stride,
+                token0 + j * 64,
+                held,
+                channel,
+                channel < D,
+                GEOMETRY,
+                SOURCE,
+                BITS,
+                CHANNELS,
+                FAST,
+            ).to(OPERAND)
+        else:
+            tile = tl.zeros([64, CHANNELS], OPERAND)
+        weight_at = weights + (query * CHUNK)[:, None] + (j * 64 + tl.arange(0, 64))[None, :]
+        output = tl.dot(tl.load(weight_at), tile, output, input_precision=PRECISION)
+    return output
