@@ -150,15 +150,16 @@ def speed() -> str:
 
 
 def passkey() -> str:
-    """The share of pass keys retrieved and the NLL of their digits, a column for each context."""
-    rows = {(row["scheme"], row["context"]): row for row in rows_of("passkey") if row["mode"] != "packed"}
-    contexts = sorted({context for _, context in rows})
+    """The share of pass keys retrieved and the NLL of their digits, a column for each context, simulated and packed."""
+    rows = {(row["scheme"], row["context"], row["mode"] == "packed"): row for row in rows_of("passkey")}
+    contexts = sorted({key[1:] for key in rows})
     cells = []
-    for scheme in dict.fromkeys(scheme for scheme, _ in rows):
-        of_scheme = [rows.get((scheme, context)) for context in contexts]
+    for scheme in dict.fromkeys(scheme for scheme, *_ in rows):
+        of_scheme = [rows.get((scheme, context, is_packed)) for context, is_packed in contexts]
         shown = ("" if row is None else f"{row['retrieved']:.0%} ({row['answer_nll']:.2f})" for row in of_scheme)
         cells.append([scheme, *(text.replace("%", " %") for text in shown)])
-    return markdown(["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], cells)
+    columns = [f"{context} tokens{', packed' if is_packed else ''}" for context, is_packed in contexts]
+    return markdown(["retrieved (NLL of the answer)", *columns], cells)
 
 
 def needle() -> str:
