@@ -21,10 +21,12 @@ def generator(seed: int) -> torch.Generator:
 
 
 def make_quantizer(channels: int, kind: str, bits: int, share: float) -> Quantizer:
-    scheme = Scheme(datatype="nf", bits=bits, outliers=share)
+    scheme = Scheme(datatype="nf", bits=bits, outliers=min(share, 0.1))
     if kind == "token":
         return TokenQuantizer(scheme, int_codebook(2**bits)).to(DEVICE)
     scale = torch.rand(channels, generator=generator(1)) + 0.5
+    if share == 1.0:  # ranges that hold nothing
+        scale = torch.full_like(scale, 1e-6)
     zero = torch.randn(channels, generator=generator(2))
     if kind == "channel":
         return ChannelQuantizer(scheme, nf_codebook(2**bits), scale, zero).to(DEVICE)
@@ -193,6 +195,11 @@ def test_shares_of_outliers(share: float) -> None:
 def test_outliers_beyond_the_span_of_an_index(dim: int, span: int) -> None:
     """That of the largest heads is shorter than the chunk that a program reads at once."""
     assert run_case(dim=dim, heads=(1, 1), lengths=(2 * span + 70,), share=0.1) < 2e-3
+
+
+@pytest.mark.parametrize("new", [1, 20])
+def test_a_full_page_of_outliers(new: int) -> None:
+    assert run_case(kinds=("channel", "channel"), share=1.0, lengths=(64, 31), new=new) < 2e-3
 
 
 @pytest.mark.parametrize("new", [1, 5, 40])
