@@ -42,7 +42,7 @@ def rotate_kernel(
     stream = tl.program_id(1).to(tl.int64)
     b, g = stream // G, stream % G
     row, pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PAIRS)
-    first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
+    first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     pair_ok = pair < D // 2
     token, head = row // GROUP, g * GROUP + row % GROUP
     row_ok = token < new

@@ -69,14 +69,14 @@ def add_to_scores(
             number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
         )
         pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
-        turn_at = turn + pair * 64 + token % TURN
-        cos = tl.load(turn_at, mask=ok, other=0) * delta
-        sin = tl.load(turn_at + D * 32, mask=ok, other=0) * delta
+        turn_at = turn + (pair * 64 + token % TURN)
+        cos = tl.load(turn_at) * delta
+        sin = tl.load(turn_at + D * 32) * delta
         on_a, on_b = tl.where(is_second, -sin, cos), tl.where(is_second, cos, sin)
-        at = rotated + (token // TURN) * (ROWS * 2 * PAIRS) + pair
+        at = rotated + (token // TURN * (ROWS * 2 * PAIRS) + pair)
         for row in tl.static_range(ROWS):
-            a = tl.load(at + row * 2 * PAIRS, mask=ok, other=0).to(tl.float32)
-            b = tl.load(at + (row * 2 + 1) * PAIRS, mask=ok, other=0).to(tl.float32)
+            a = tl.load(at + row * 2 * PAIRS).to(tl.float32)
+            b = tl.load(at + (row * 2 + 1) * PAIRS).to(tl.float32)
             tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, mask=ok, sem="relaxed")
 
 
@@ -106,7 +106,7 @@ def add_to_output(
             number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
         )
         for row in tl.static_range(ROWS):
-            weight = tl.load(weights + row * CHUNK + token, mask=ok, other=0).to(tl.float32)
+            weight = tl.load(weights + row * CHUNK + token).to(tl.float32)
             tl.atomic_add(extra + row * D + channel, weight * delta, mask=ok, sem="relaxed")
 
 
@@ -115,7 +115,8 @@ def outlier_deltas(
     place, exact, edges, entry, ok, coded, token0, here, CHUNK: tl.constexpr, D: tl.constexpr, DYNAMIC: tl.constexpr
 ):
     """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
-    place = place.to(tl.int32) & 0xFFFF
+    # what does not exist is taken for the first element, so that no further load needs a mask
+    place = tl.where(ok, place.to(tl.int32) & 0xFFFF, token0 % _span(D) * D)
     # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
     SPAN: tl.constexpr = _span(D)
     token, channel = place // D - token0 % SPAN, place % D
@@ -127,5 +128,5 @@ def outlier_deltas(
         scale, zero = token_ranges(coded[0], token0 + token, ok)
         level = tl.load(coded[1]) * scale + zero
     else:
-        level = tl.load(coded[2] + channel, mask=ok, other=0)
+        level = tl.load(coded[2] + channel)
     return token, channel, exact.to(tl.float32) - level

@@ -85,21 +85,35 @@ def cos_sin(position, high, low, QUICK: tl.constexpr = False):
 
 
 @triton.jit
-def first_of_pair(pair, ROTARY_HALF: tl.constexpr):
+def first_of_pair(pair, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr):
     """Channel of a pair's first half."""
-    return pair + tl.where(pair < ROTARY_HALF, 0, ROTARY_HALF)
+    # all rotate: the compiler is to see that neighbours stay neighbours
+    if ROTARY_HALF == HALF:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
+        channel = pair
+    else:
+        channel = pair + tl.where(pair < ROTARY_HALF, 0, ROTARY_HALF)
+    return channel
 
 
 @triton.jit
 def second_of_pair(pair, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr):
     """Channel of a pair's second half."""
-    return pair + tl.where(pair < ROTARY_HALF, ROTARY_HALF, HALF)
+    if ROTARY_HALF == HALF:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
+        channel = pair + HALF
+    else:
+        channel = pair + tl.where(pair < ROTARY_HALF, ROTARY_HALF, HALF)
+    return channel
 
 
 @triton.jit
 def pair_of(channel, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr):
     """(pair, whether it is the second half) of a channel."""
-    is_second = ((channel >= ROTARY_HALF) & (channel < 2 * ROTARY_HALF)) | (channel >= HALF + ROTARY_HALF)
-    shift = tl.where(is_second, tl.where(channel < 2 * ROTARY_HALF, ROTARY_HALF, HALF), 0)
-    shift += tl.where((channel >= 2 * ROTARY_HALF) & (channel < HALF + ROTARY_HALF), ROTARY_HALF, 0)
-    return channel - shift, is_second
+    if ROTARY_HALF == HALF:
+        is_second = channel >= HALF
+        pair = channel - tl.where(is_second, HALF, 0)
+    else:
+        is_second = ((channel >= ROTARY_HALF) & (channel < 2 * ROTARY_HALF)) | (channel >= HALF + ROTARY_HALF)
+        shift = tl.where(is_second, tl.where(channel < 2 * ROTARY_HALF, ROTARY_HALF, HALF), 0)
+        shift += tl.where((channel >= 2 * ROTARY_HALF) & (channel < HALF + ROTARY_HALF), ROTARY_HALF, 0)
+        pair = channel - shift
+    return pair, is_second

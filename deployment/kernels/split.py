@@ -145,7 +145,7 @@ def split_kernel(
     row, mma_row = tl.arange(0, ROWS), tl.arange(0, 16)
     pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
     pair_ok, channel_ok = pair < D // 2, channel < D
-    first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
+    first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     channels = (first, second, pair_ok)
     high_bits = tl.load(high + pair, mask=pair_ok, other=0)
     low_bits = tl.load(low + pair, mask=pair_ok, other=0)

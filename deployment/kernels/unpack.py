@@ -79,7 +79,7 @@ def unpack_kernel(
     token_ok = (token < held) & (base + token >= 0)
     first, second = pair, pair + D // 2
     if 2 * ROTARY_HALF != D:  # else the compiler would not see neighbours as such
-        first, second = first_of_pair(pair, ROTARY_HALF), second_of_pair(pair, ROTARY_HALF, D // 2)
+        first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     pair_ok, channel_ok = pair < D // 2, channel < D
 
     # what belongs to this sequence, head and block
