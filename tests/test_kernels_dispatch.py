@@ -12,6 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.evaluate import evaluate_packed
 from deployment.kernels.dispatch import VARIABLE, runs_kernels
 from gradients.cli import UserError
 from quant.artefact import Quantizers
@@ -74,6 +75,28 @@ def test_logits_equal_the_torch_path(
         pages = [layer.packed["key"].pages[0] for layer in (first, second)]
         same = (pages[0].words == pages[1].words).float().mean()
         assert same > 0.98  # a rounding error before a boundary may flip a code
+
+
+@pytest.mark.parametrize("exact_chunk", [True, False])
+def test_perplexity_equals_the_torch_path(
+    wide_llama: PreTrainedModel,
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+    exact_chunk: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What `deployment.evaluate` reports, chunks of a few queries and of many."""
+    quantizers = fit_model(wide_llama.cpu(), Scheme.parse("nuq3-5%"))
+    wide_llama.to(DEVICE)
+    windows = make_tokens(1, 34).to(DEVICE)
+    nll = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv(VARIABLE, backend)
+        for chunk in (7, 17):
+            result = evaluate_packed(wide_llama, windows, quantizers, chunk, exact_chunk)
+            nll[backend, chunk] = result["nll"]
+    for chunk in (7, 17):
+        assert nll["triton", chunk] == pytest.approx(nll["torch", chunk], rel=1e-4)
 
 
 def test_left_padding_cropping_and_growing(
