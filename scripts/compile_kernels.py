@@ -3,17 +3,17 @@
     python -m scripts.compile_kernels                                  # attention at D = 128 for sm_80 and sm_90
     python -m scripts.compile_kernels --targets 80 --bits 3 --groups 4 --all
 
-A row per kernel: registers, bytes of stack, shared memory, and machine instructions of a warp's lane per dequantized element:
-`keys` and `values` those of the loop over blocks of keys, per element of a key, and of that over values, `mean` of the two;
-`queries` rotated back, their product with what all tiles share, per element of a key; `outliers`, the `rest` of a chunk, and
-the `whole` kernel, all per element of keys and values together: whole = mean + queries / 2 + outliers + rest.
-`spills` are loads from and stores to local memory in one round of each inner loop. `--all` says what the instructions
-of a round are, for the loops over keys and values.
+A row per kernel: registers, bytes of stack, shared memory, and machine instructions of a warp's lane per dequantized
+element: `keys` and `values` those of the loop over blocks of keys, per element of a key, and of that over values,
+`mean` of the two; `queries` rotated back, their product with what all tiles share, per element of a key; `outliers`,
+the `rest` of a chunk, and the `whole` kernel, all per element of keys and values together: whole = mean + queries / 2
++ outliers + rest. `spills` are loads from and stores to local memory in one round of each inner loop. `--all` says
+what the instructions of a round are, for the loops over keys and values.
 
-The kernel is compiled with the constants and options that `deployment/kernels/packed.py` would use. What is assumed: whole
-chunks; --outliers of all elements, Poisson-distributed, in a loop that takes so many at a time as the kernel does; loops
-are found and counted as `scripts/machine_code.py` says. What a program does once, before and after its chunks, is left
-out. Environments in which Triton interprets kernels cannot compile them.
+The kernel is compiled with the constants and options that `deployment/kernels/packed.py` would use. What is assumed:
+whole chunks; --outliers of all elements, Poisson-distributed, in a loop that takes so many at a time as the kernel
+does; loops are found and counted as `scripts/machine_code.py` says. What a program does once, before and after its
+chunks, is left out. Environments in which Triton interprets kernels cannot compile them.
 """
 
 import math
@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from deployment.kernels.packed import _ENTRIES, _chunk, _options, _turn
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import FRAGMENT_ORDER
-from deployment.order import FragmentOrder
+from deployment.order import FragmentOrder, Role
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
 from scripts.source_lines import places_of_code, places_of_loop
@@ -60,8 +60,9 @@ _TYPES = {
 
 
 def attention_constants(bits: int, group: int, chunk: int | None = None, outliers: bool = True) -> dict[str, Any]:
-    """The decode kernel for keys with ranges per channel and values with ranges per token; `chunk` as it runs, or other."""
-    orders = {side: FragmentOrder(bits, 8, HEAD_DIM, side, torch.device("cpu")) for side in ("key", "value")}  # type: ignore[arg-type]
+    """The decode kernel for keys with ranges per channel, values with ranges per token; `chunk`: None for its own."""
+    roles: tuple[Role, ...] = ("key", "value")
+    orders = {side: FragmentOrder(bits, 8, HEAD_DIM, side, torch.device("cpu")) for side in roles}
     geometry = {f"{side.upper()}_GEOMETRY": order.geometry.constants() for side, order in orders.items()}
     both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers, "FAST": True}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
@@ -133,7 +134,7 @@ def per_element(runs: Sequence[Run], elements: float) -> dict[str, Any]:
 
 
 def expected_rounds(mean: float, at_a_time: int) -> float:
-    """How often a loop runs that takes `at_a_time` of a Poisson-distributed number of entries: the mean of the ceiling."""
+    """How often a loop runs that takes `at_a_time` of a Poisson-distributed number: the mean of the ceiling."""
     probability, below, rounds = math.exp(-mean), 0.0, 0.0
     if mean > 600:  # e^-mean would vanish, and the distribution is narrow
         deviation, edge = math.sqrt(2 * mean), 0

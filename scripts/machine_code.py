@@ -1,24 +1,24 @@
 """Read the machine code of the attention kernel: which loops it has, and how often each instruction runs.
 
-A program of the kernel works through chunks of the context (`deployment/kernels/split.py`). The *chunk loop* is the innermost
-loop that multiplies on tensor cores both before and after it takes exponentials: keys, softmax, values. Loops directly
-within it are told apart by what they hold, and what they hold says how often they run:
+A program of the kernel works through chunks of the context (`deployment/kernels/split.py`). The *chunk loop* is the
+innermost loop that multiplies on tensor cores both before and after it takes exponentials: keys, softmax, values.
+Loops directly within it are told apart by what they hold, and what they hold says how often they run:
 
     tensor cores, before exponentials    keys: as often as it takes to get through the products of a chunk, so that a body
     tensor cores, after them             values   of two or four blocks, or code before and after the loop, counts rightly
     atomics                              outliers of keys, of values: the expected number of rounds
 
-and the rest, everything outside these loops, runs once in a chunk. Of several loops over the same outliers or products the
-first, or largest, counts; any other loop is refused, since nothing says how often it runs.
+and the rest, everything outside these loops, runs once in a chunk. Of several loops over the same outliers or
+products the first, or largest, counts; any other loop is refused, since nothing says how often it runs.
 
-Keys come in *spans* of blocks, and queries are rotated once for each. Where spans are a loop around the loop over blocks,
-what this outer one holds by itself are the `queries`. Compilers drop either loop, though, when a span is a whole chunk or a
-single block. What was written for a span then lies among other code, and only the line of the source that every
-instruction stems from (`scripts/source_lines.py`) tells them apart; it runs as often as the code it lies in. Where a loop runs
-once for each of several blocks, whatever it holds is keys.
+Keys come in *spans* of blocks, and queries are rotated once for each. Where spans are a loop around the loop over
+blocks, what this outer one holds by itself are the `queries`. Compilers drop either loop, though, when a span is a
+whole chunk or a single block. What was written for a span then lies among other code, and only the line of the source
+that every instruction stems from (`scripts/source_lines.py`) tells them apart; it runs as often as the code it lies
+in. Where a loop runs once for each of several blocks, whatever it holds is keys.
 
-Every instruction counts alike, whether its predicate holds or not, and so does code that is jumped over at times. Waiting
-is not counted.
+Every instruction counts alike, whether its predicate holds or not, and so does code that is jumped over at times.
+Waiting is not counted.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Which line of source a machine instruction stems from, and which lines were written for which loop of a kernel.
 
-Compilers move code and merge loops, but keep with every instruction the line it was written on. Of a function that was
-inlined that may be a chain of lines that ends in the kernel, or just the line in the function. Hence what was written for
-a loop are its own lines, and those of the functions that it calls.
+Compilers move code and merge loops, but keep with every instruction the line it was written on. Of a function that
+was inlined that may be a chain of lines that ends in the kernel, or just the line in the function. Hence what was
+written for a loop are its own lines, and those of the functions that it calls.
 """
 
 import ast

@@ -28,8 +28,8 @@ class Bound(NamedTuple):
     spills: int  # in a round of each inner loop, together
 
 
-# by bits and queries per KV head. The goals for 4, 3, 2 bits are loops of 4.0, 3.3, 3.1; kernels of 4.7, 4.1, 3.9 for one
-# query and of 5.5, 4.8, 4.5 for four; no spills. Met are those of the loops at 3 and 2 bits.
+# by bits and queries per KV head. The goals for 4, 3, 2 bits are loops of 4.0, 3.3, 3.1; kernels of 4.7, 4.1, 3.9 for
+# one query and of 5.5, 4.8, 4.5 for four; no spills. Met are those of the loops at 3 and 2 bits.
 BOUNDS = {
     (4, 1): Bound(4.5, 5.7, 26),
     (4, 4): Bound(4.5, 7.2, 91),
