@@ -3,15 +3,17 @@
     python -m scripts.compile_kernels                                  # attention at D = 128 for sm_80 and sm_90
     python -m scripts.compile_kernels --targets 80 --bits 3 --groups 4 --all
 
-A row per kernel: registers, bytes of stack, shared memory, and machine instructions of a warp's lane per dequantized element:
-`keys` and `values` those of the loop over keys, per element of a key, and of that over values, `mean` of the two; `outliers`,
-`other` loops (queries rotated back), the `rest` of a chunk, and the `whole` kernel, all per element of keys and values together.
-`spills_in_loops` are loads from and stores to local memory in one round of each inner loop. `--all` says what the instructions
-of a round are, for the loops over keys and values.
+A row per kernel: registers, bytes of stack, shared memory, and machine instructions of a warp's lane per dequantized
+element: `keys` and `values` those of the loop over blocks of keys, per element of a key, and of that over values,
+`mean` of the two; `queries` rotated back, their product with what all tiles share, per element of a key; `outliers`,
+the `rest` of a chunk, and the `whole` kernel, all per element of keys and values together: whole = mean + queries / 2
++ outliers + rest. `spills` are loads from and stores to local memory in one round of each inner loop. `--all` says
+what the instructions of a round are, for the loops over keys and values.
 
-What is assumed: whole chunks of --chunk tokens; --outliers of all elements, Poisson-distributed, in a loop that takes so many at
-a time as the kernel does; loops are found and counted as `scripts/machine_code.py` says. What a program does once, before
-and after its chunks, is left out. Environments in which Triton interprets kernels cannot compile them.
+The kernel is compiled with the constants and options that `deployment/kernels/packed.py` would use. What is assumed:
+whole chunks; --outliers of all elements, Poisson-distributed, in a loop that takes so many at a time as the kernel
+does; loops are found and counted as `scripts/machine_code.py` says. What a program does once, before and after its
+chunks, is left out. Environments in which Triton interprets kernels cannot compile them.
 """
 
 import math
@@ -30,18 +32,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deployment.kernels.packed import _warps
+from deployment.kernels.packed import _chunk, _options, _turn
+from deployment.kernels.scores import score_chunk
 from deployment.kernels.split import split_kernel
-from deployment.kernels.tuning import tuning_of
-from deployment.order import Fragment
+from deployment.kernels.tiles import FRAGMENT_ORDER
+from deployment.kernels.tuning import tuning_for
+from deployment.order import FragmentOrder, Role
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
+from scripts.source_lines import places_of_code, places_of_loop
 
 HEAD_DIM = 128
-_TUNING = tuning_of(torch.device("cpu"))
-CHUNK = 512
 OUTLIERS = 0.01
-_TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     "*i64": "positions origins limits",
     "*i16": "key_index value_index",
@@ -58,31 +61,53 @@ _TYPES = {
 }
 
 
-def attention_constants(bits: int, group: int, chunk: int = CHUNK, outliers: bool = True) -> dict[str, Any]:
-    """The decode kernel for keys with ranges per channel and values with ranges per token."""
-    geometry = {f"{role.upper()}_GEOMETRY": Fragment.of(bits, HEAD_DIM, role).constants() for role in ("key", "value")}  # type: ignore[arg-type]
-    both = {"SOURCE": 1, "BITS": bits, "OUTLIERS": outliers}
+def attention_constants(
+    target: int, bits: int, group: int, chunk: int | None = None, outliers: bool = True
+) -> dict[str, Any]:
+    """The decode kernel for keys with ranges per channel, values with ranges per token; `chunk`: None for its own."""
+    roles: tuple[Role, ...] = ("key", "value")
+    orders = {side: FragmentOrder(bits, 8, HEAD_DIM, side, torch.device("cpu")) for side in roles}
+    geometry = {f"{side.upper()}_GEOMETRY": order.geometry.constants() for side, order in orders.items()}
+    both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers, "FAST": True}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
-    heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": triton.next_power_of_2(group), "CHUNK": chunk}
-    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": _TUNING.entries}
+    rows, tuning = triton.next_power_of_2(group), tuning_for(target)
+    heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": rows, "CHUNK": chunk or _chunk(rows, tuning)}
+    sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": tuning.entries}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
-    flags |= {"KEY_FAST": True, "VALUE_FAST": True, "TURN": 32, "QUICK": True}
-    return {**heads, **sizes, **sides, **geometry, **flags}
+    return {**heads, **sizes, **sides, **geometry, **flags, "TURN": _turn(orders["key"], rows), "QUICK": True}
+
+
+def chunk_of(constants: dict[str, Any], warps: int, outliers: float) -> Chunk:
+    """The work of a chunk for one warp; `score_chunk` divides it by the same rules."""
+    rows, turn, tokens = (constants[name] for name in ("ROWS", "TURN", "CHUNK"))
+    span = min(16 // rows, tokens // turn) * turn  # tokens for which 16 rows hold rotated queries
+    products = 64 * HEAD_DIM // 64 // warps  # of n8k8: 64 tokens, D numbers each
+    return Chunk(
+        blocks=tokens // 64,
+        products=products,
+        rounds=expected_rounds(outliers * tokens * HEAD_DIM, constants["ENTRIES"]),
+        spans=tokens // span,
+        span_products=products * turn // 64,
+        span_places=places_of_loop(score_chunk.fn, "span"),
+    )
 
 
 def compile_for(
-    target: int, bits: int, group: int, chunk: int = CHUNK, outliers: float = OUTLIERS
+    target: int, bits: int, group: int, chunk: int | None = None, outliers: float = OUTLIERS
 ) -> tuple[dict[str, Any], list[Run]]:
     """Compile the decode kernel for a GPU of compute capability `target` / 10; (the counts, what they are made of)."""
-    constants = attention_constants(bits, group, chunk, outliers > 0)
-    warps = _warps(HEAD_DIM)
-    compiled = _compile(target, constants, warps)
-    usage = _disassemble(compiled.asm["cubin"], "-res-usage")
-    products = 64 * HEAD_DIM // 64 // warps  # of n8k8: 64 tokens, D numbers each
-    rounds = expected_rounds(outliers * chunk * HEAD_DIM, constants["ENTRIES"])
-    code = parse(_disassemble(compiled.asm["cubin"], "-sass"))
+    constants = attention_constants(target, bits, group, chunk, outliers > 0)
+    options = _options(HEAD_DIM, tuning_for(target))
+    warps = options["num_warps"]
+    compiled = _compile(target, constants, options)
+    cubin = compiled.asm["cubin"]
+    usage = _disassemble(cubin, "cuobjdump", "-res-usage")
+    places = places_of_code(_disassemble(cubin, "nvdisasm", "-gi", "-c"), score_chunk.fn)
+    if not places:
+        raise UserError("the machine code names no lines of its source; unset TRITON_DISABLE_LINE_INFO")
+    code = parse(_disassemble(cubin, "cuobjdump", "-sass"), places)
     try:
-        runs, blocks = runs_of_a_chunk(code, Chunk(chunk // 64, products, rounds))
+        runs, blocks = runs_of_a_chunk(code, chunk_of(constants, warps, outliers))
     except ValueError as error:
         raise RuntimeError(f"sm_{target}, {bits} bits, group {group}: {error}") from error
     counts = {
@@ -104,17 +129,17 @@ def per_element(runs: Sequence[Run], elements: float) -> dict[str, Any]:
         "keys": total["keys"],
         "values": total["values"],
         "mean": (total["keys"] + total["values"]) / 2,
+        "queries": total["queries"],
         "outliers": (total["key_outliers"] + total["value_outliers"]) / 2,
-        "other": total["other"] / 2,
         "rest": total["rest"] / 2,
         "whole": sum(total.values()) / 2,
     }
-    spills = {run.phase: run.spills for run in runs if run.phase != "rest"}
-    return {**{name: round(count, 2) for name, count in counts.items()}, "spills_in_loops": spills}
+    spills = {run.phase: run.spills for run in runs if run.inner}
+    return {**{name: round(count, 2) for name, count in counts.items()}, "spills": spills}
 
 
 def expected_rounds(mean: float, at_a_time: int) -> float:
-    """How often a loop runs that takes `at_a_time` of a Poisson-distributed number of entries: the mean of the ceiling."""
+    """How often a loop runs that takes `at_a_time` of a Poisson-distributed number: the mean of the ceiling."""
     probability, below, rounds = math.exp(-mean), 0.0, 0.0
     if mean > 600:  # e^-mean would vanish, and the distribution is narrow
         deviation, edge = math.sqrt(2 * mean), 0
@@ -129,7 +154,7 @@ def expected_rounds(mean: float, at_a_time: int) -> float:
     return rounds
 
 
-def _compile(target: int, constants: dict[str, Any], warps: int) -> Any:
+def _compile(target: int, constants: dict[str, Any], options: dict[str, int]) -> Any:
     types = {name: kind for kind, names in _TYPES.items() for name in names.split()}
     names = split_kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -139,22 +164,21 @@ def _compile(target: int, constants: dict[str, Any], warps: int) -> Any:
         if signature[name].startswith("*") or name.endswith("block_words")
     }
     source = ASTSource(split_kernel, signature, {n: constants[n] for n in names if n in constants}, aligned)
-    options = {"num_warps": warps, "num_stages": 1, "maxnreg": _TUNING.registers}
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def _disassemble(cubin: bytes, option: str) -> str:
+def _disassemble(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        environment = {**os.environ, "PATH": f"{_TOOL.parent}:{os.environ['PATH']}"}
-        run = subprocess.run([_TOOL, option, file.name], capture_output=True, text=True, env=environment, check=True)
-    return run.stdout + run.stderr
+        environment = {**os.environ, "PATH": f"{_TOOLS}:{os.environ['PATH']}"}
+        command = [_TOOLS / tool, *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
 
 def class_rows(counts: dict[str, Any], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What a round of the loops over keys and values consists of, a row for each class and a column for each loop."""
-    dense = {run.phase: run.kinds() for run in runs if run.phase in ("keys", "values")}
+    dense = {run.phase: run.kinds() for run in runs if run.inner and run.phase in ("keys", "queries", "values")}
     kinds = sorted(
         {kind for found in dense.values() for kind in found}, key=lambda k: -sum(f[k] for f in dense.values())
     )
@@ -168,11 +192,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--targets", type=positive_int, nargs="+", default=[80, 90])
     parser.add_argument("--bits", type=positive_int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--groups", type=positive_int, nargs="+", default=[1, 4, 8])
-    parser.add_argument("--chunk", type=positive_int, default=CHUNK, help=f"tokens, a multiple of 64 ({CHUNK})")
+    parser.add_argument("--chunk", type=positive_int, help="tokens, a power of two (as the kernel runs)")
     parser.add_argument("--outliers", type=float, default=OUTLIERS, help=f"share of all elements; 0: none ({OUTLIERS})")
     parser.add_argument("--all", action="store_true", help="instructions of the loops by class, too")
     arguments = parser.parse_args(argv)
-    if not 0 <= arguments.outliers < 0.5 or arguments.chunk & (arguments.chunk - 1) or arguments.chunk < 64:
+    chunk = arguments.chunk or 64
+    if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < 64:
         raise UserError("--outliers is a share below 0.5, and --chunk a power of two from 64 on")
     kernels = [
         compile_for(target, bits, group, arguments.chunk, arguments.outliers)
@@ -180,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         for bits in arguments.bits
         for group in arguments.groups
     ]
-    print(format_table([{**counts, "spills_in_loops": _short(counts["spills_in_loops"])} for counts, _ in kernels]))
+    print(format_table([{**counts, "spills": _short(counts["spills"])} for counts, _ in kernels]))
     if arguments.all:
         for counts, runs in kernels:
             print("\n" + format_table(class_rows(counts, runs)))

@@ -1,31 +1,39 @@
 """Read the machine code of the attention kernel: which loops it has, and how often each instruction runs.
 
-A program of the kernel works through chunks of the context (`deployment/kernels/split.py`). The *chunk loop* is the innermost
-loop that multiplies on tensor cores both before and after it takes exponentials: keys, softmax, values. Loops directly
-within it are told apart by what they hold, and what they hold says how often they run:
+A program of the kernel works through chunks of the context (`deployment/kernels/split.py`). The *chunk loop* is the
+innermost loop that multiplies on tensor cores both before and after it takes exponentials: keys, softmax, values.
+Loops directly within it are told apart by what they hold, and what they hold says how often they run:
 
     tensor cores, before exponentials    keys: as often as it takes to get through the products of a chunk, so that a body
     tensor cores, after them             values   of two or four blocks, or code before and after the loop, counts rightly
     atomics                              outliers of keys, of values: the expected number of rounds
-    none of these                        other: once in a block of 64 tokens, as queries are rotated back
 
-and the rest, everything outside these loops, runs once in a chunk. Of several loops over the same outliers or products the
-first, or largest, counts. Code that is jumped over together with a loop nested still deeper is the slow path of the
-sine of huge angles, which phases below one turn never take: it counts nothing. Every instruction counts alike, whether
-its predicate holds or not, and waiting is not counted.
+and the rest, everything outside these loops, runs once in a chunk. Of several loops over the same outliers or
+products the first, or largest, counts; any other loop is refused, since nothing says how often it runs.
+
+Keys come in *spans* of blocks, and queries are rotated once for each. Where spans are a loop around the loop over
+blocks, what this outer one holds by itself are the `queries`. Compilers drop either loop, though, when a span is a
+whole chunk or a single block. What was written for a span then lies among other code, and only the line of the source
+that every instruction stems from (`scripts/source_lines.py`) tells them apart; it runs as often as the code it lies
+in. Where a loop runs once for each of several blocks, whatever it holds is keys.
+
+Every instruction counts alike, whether its predicate holds or not, and so does code that is jumped over at times.
+Waiting is not counted.
 """
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from scripts.source_lines import Place
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);", re.MULTILINE)
 _PRODUCT = re.compile(r"HMMA\.16(8)(\d+)")  # m16n8k8, m16n8k16
 _ATOMIC = ("RED", "ATOM")
 _SPILL = ("LDL", "STL")
-PHASES = ("keys", "key_outliers", "values", "value_outliers", "other", "rest")
+PHASES = ("keys", "queries", "key_outliers", "values", "value_outliers", "rest")
 # what instructions are for; the first prefix that fits decides
 _CLASSES = {
     "PRMT": ("PRMT",),
@@ -51,6 +59,7 @@ class Instruction:
     address: int
     name: str  # with modifiers
     operands: str
+    place: Place | None = None  # in the source
 
     @property
     def target(self) -> int | None:
@@ -98,21 +107,21 @@ class Loop:
         return [loop for loop in inside if not any(other.holds(loop) for other in inside)]
 
     @cached_property
-    def runs(self) -> Code:
-        """What runs in one round of an inner loop: everything but the slow paths of functions."""
-        left_out: list[range] = []
-        for loop in self.nested:
-            jumps = [i for i in self.body if i.target and i.address < loop.first and loop.last < i.target <= self.last]
-            if jumps:
-                target = min(i.target for i in jumps if i.target)
-                start = min(i.address for i in jumps if i.target == target)
-                left_out.append(range(start + 1, target))
-        return [i for i in self.body if not any(i.address in span for span in left_out)]
+    def own(self) -> Code:
+        """Its instructions that lie in no nested loop."""
+        return [i for i in self.body if not any(n.first <= i.address <= n.last for n in self.nested)]
+
+    @cached_property
+    def products(self) -> int:
+        """Of a round, with nested loops once, in units of n8k8."""
+        return _products(self.body)
 
 
-def parse(listing: str) -> Code:
-    """The instructions of `cuobjdump -sass`."""
-    return [Instruction(int(address, 16), name, rest) for address, name, rest in _LINE.findall(listing)]
+def parse(listing: str, places: Mapping[int, Place] | None = None) -> Code:
+    """The instructions of `cuobjdump -sass`; `places` says from where in the source the one at an address stems."""
+    places = places or {}
+    found = ((int(address, 16), name, operands) for address, name, operands in _LINE.findall(listing))
+    return [Instruction(at, name, operands, places.get(at)) for at, name, operands in found]
 
 
 def loops(code: Sequence[Instruction]) -> list[Loop]:
@@ -131,15 +140,19 @@ class Chunk:
     blocks: int  # of 64 tokens
     products: int  # of a block's keys, and as many of its values, in units of n8k8
     rounds: float  # through a loop over outliers: the expected number
+    spans: int = 1  # of keys
+    span_products: int = 0  # of a span, besides those of its blocks
+    span_places: Collection[Place] = ()  # in the source, written for a span and not for its blocks
 
 
 @dataclass(frozen=True)
 class Run:
-    """Instructions, and how often they run in a chunk."""
+    """Instructions, and how often they run in a chunk; `inner`: in a loop within that over chunks."""
 
     phase: str
     code: Code
     times: float
+    inner: bool = True
 
     @property
     def instructions(self) -> float:
@@ -155,22 +168,29 @@ class Run:
         """Loads from and stores to local memory in one round."""
         return sum(i.name.startswith(_SPILL) for i in self.code)
 
+    def without_queries(self, places: Collection[Place]) -> list["Run"]:
+        """Itself, less the instructions that stem from `places`; and these."""
+        parts = {self.phase: [i for i in self.code if i.place not in places]}
+        parts["queries"] = [i for i in self.code if i.place in places]
+        return [Run(phase, code, self.times, self.inner) for phase, code in parts.items() if code]
+
 
 def runs_of_a_chunk(code: Code, chunk: Chunk) -> tuple[list[Run], float]:
     """(what runs in the chunk loop, blocks of one round of it). Raises ValueError for code that reads differently."""
     loop, boundary = _chunk_loop(code)
-    blocks = float(chunk.blocks)
-    if not any(_products(inner.body) for inner in loop.nested):  # unrolled throughout: the code says how far
-        blocks = _products(loop.body) / 2 / chunk.products
-    found: list[Run] = []
-    for phase, inside in (("keys", lambda i: i.address < boundary), ("values", lambda i: i.address > boundary)):
-        inner = [nested for nested in loop.nested if inside(nested.body[0])]
-        found += _side(phase, inner, [i for i in _own(loop) if inside(i)], chunk, blocks)
-    return [*found, Run("rest", _own(loop), 1)], blocks
-
-
-def _own(loop: Loop) -> Code:
-    return [i for i in loop.body if not any(n.first <= i.address <= n.last for n in loop.nested)]
+    blocks, of_spans = float(chunk.blocks), chunk.spans * chunk.span_products
+    if not any(inner.products for inner in loop.nested):  # unrolled throughout: the code says how far
+        blocks = (loop.products - of_spans) / 2 / chunk.products
+    before = [inner for inner in loop.nested if inner.first < boundary]
+    after = [inner for inner in loop.nested if inner.first > boundary]
+    done = _products([i for i in loop.own if i.address < boundary])
+    keys = _keys(before, blocks * chunk.products + of_spans, done, chunk)
+    values = _dense("values", after, blocks * chunk.products, _products(loop.own) - done)
+    if any(inner.nested for inner in after):
+        raise ValueError("a loop over values or their outliers holds further loops")
+    sparse = [*_sparse("key_outliers", before, chunk.rounds), *_sparse("value_outliers", after, chunk.rounds)]
+    rest = Run("rest", loop.own, 1, inner=False).without_queries(chunk.span_places)
+    return [*keys, *values, *sparse, *rest], blocks
 
 
 def _products(code: Sequence[Instruction]) -> int:
@@ -193,17 +213,35 @@ def _chunk_loop(code: Code) -> tuple[Loop, int]:
     return min(innermost, key=lambda candidate: len(candidate[0].body))
 
 
-def _side(phase: str, inner: Sequence[Loop], own: Code, chunk: Chunk, blocks: float) -> list[Run]:
-    """What runs in the loops before, or after, the exponentials; `own` is the code between these loops."""
-    needed, done = blocks * chunk.products, _products(own)
-    dense = [loop for loop in inner if _products(loop.body)]
-    runs = []
-    if dense:
-        largest = max(dense, key=lambda loop: _products(loop.body))
-        runs.append(Run(phase, largest.runs, (needed - done) / _products(largest.body)))
-    elif done != needed:
-        raise ValueError(f"{done} products of {phase} in a chunk and no loop over them, where {needed:g} are needed")
-    sparse = [loop for loop in inner if loop not in dense and any(i.name.startswith(_ATOMIC) for i in loop.body)]
-    if sparse:
-        runs.append(Run(f"{phase[:-1]}_outliers", sparse[0].runs, chunk.rounds))
-    return runs + [Run("other", loop.runs, blocks) for loop in inner if loop not in dense and loop not in sparse]
+def _dense(phase: str, inner: Sequence[Loop], needed: float, done: int) -> list[Run]:
+    """The largest loop over products, of which `needed` are, and `done` elsewhere."""
+    dense = [loop for loop in inner if loop.products]
+    if not dense:
+        if done != needed:
+            raise ValueError(f"{done} products of {phase} in a chunk and no loop over them where {needed:g} are needed")
+        return []
+    largest = max(dense, key=lambda loop: loop.products)
+    if done >= needed:
+        raise ValueError(f"{done} products of {phase} outside their loop, and only {needed:g} in a chunk")
+    return [Run(phase, largest.body, (needed - done) / largest.products)]
+
+
+def _keys(inner: Sequence[Loop], needed: float, done: int, chunk: Chunk) -> list[Run]:
+    """Keys, and queries that lie in loops: a loop around that over blocks, or one loop for both."""
+    outer = max(inner, key=lambda loop: loop.products, default=None)
+    if outer is None or not outer.nested:
+        merged = chunk.span_places if chunk.spans == chunk.blocks else ()
+        return [part for run in _dense("keys", inner, needed, done) for part in run.without_queries(merged)]
+    if len(outer.nested) > 1 or outer.nested[0].nested or done:
+        raise ValueError("spans of keys are not one loop over blocks within another over spans")
+    (blocks,) = _dense("keys", outer.nested, needed / chunk.spans, _products(outer.own))
+    return [Run("keys", blocks.code, blocks.times * chunk.spans), Run("queries", outer.own, chunk.spans)]
+
+
+def _sparse(phase: str, inner: Sequence[Loop], rounds: float) -> list[Run]:
+    """The first loop over outliers; no loop is left that nothing is known of."""
+    sparse = [loop for loop in inner if not loop.products]
+    for loop in sparse:
+        if not any(i.name.startswith(_ATOMIC) for i in loop.body):
+            raise ValueError(f"a loop of {len(loop.body)} instructions has neither products nor atomics")
+    return [Run(phase, sparse[0].body, rounds)] if sparse else []

@@ -1,37 +1,95 @@
 """What the compiler makes of the kernels, without a GPU; on one, that contexts of any length run the same binary."""
 
+import inspect
 import json
 import os
 import subprocess
 import sys
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
 
+from deployment.kernels.tuning import tuning_for
 from scripts.machine_code import Chunk, parse, runs_of_a_chunk
+from scripts.source_lines import places_of_code, places_of_loop
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program may take
-# per dequantized element, keys and values averaged, of the byte permutes; the study's inline assembly got 4.0, 3.3, 3.1
-MOST_INSTRUCTIONS = {4: 8.0, 3: 7.0, 2: 6.0}
-MOST_IN_ALL = {4: 12.0, 3: 11.0, 2: 10.0}  # of the whole kernel, with 1 % outliers
 
 
-def test_decode_compiles_for_both_architectures() -> None:
-    """In a process of its own, since Triton interprets in this one."""
+class Bound(NamedTuple):
+    """The goal where it is met; else what triton 3.6 and 3.9 reach on sm_80 and sm_90, the largest, rounded up to 0.1."""
+
+    loops: float  # instructions per element in the loops over blocks of keys and of values, on average
+    whole: float  # of the kernel, with 1 % outliers
+    spills: int  # in a round of each inner loop, together
+
+
+# by bits and queries per KV head. The goals for 4, 3, 2 bits are loops of 4.0, 3.3, 3.1; kernels of 4.7, 4.1, 3.9 for
+# one query and of 5.5, 4.8, 4.5 for four; no spills. Met are those of the loops at 3 and 2 bits, and for one query that
+# of spills.
+BOUNDS = {
+    (4, 1): Bound(4.2, 5.5, 0),
+    (4, 4): Bound(4.3, 7.0, 40),
+    (4, 8): Bound(4.4, 8.4, 60),
+    (3, 1): Bound(3.3, 4.2, 0),
+    (3, 4): Bound(3.3, 5.7, 28),
+    (3, 8): Bound(3.3, 6.9, 28),
+    (2, 1): Bound(3.1, 4.0, 0),
+    (2, 4): Bound(3.1, 5.6, 20),
+    (2, 8): Bound(3.1, 6.8, 20),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[dict[str, Any]]:
+    """The counts of every kernel, from a process for each GPU, since Triton interprets in this one."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "scripts.compile_kernels", "--groups", "1", "4"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment, check=True)
-    kernels = json.loads(run.stdout.splitlines()[-1])["kernels"]
-    assert len(kernels) == 2 * 3 * 2
+    command = [sys.executable, "-m", "scripts.compile_kernels", "--bits", "4", "3", "2", "--groups", "1", "4", "8"]
+    runs = [
+        subprocess.Popen(
+            [*command, "--targets", target.removeprefix("sm_")],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment,
+        )
+        for target in SHARED_LIMIT
+    ]
+    outputs = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * len(runs)
+    return [kernel for output in outputs for kernel in json.loads(output.splitlines()[-1])["kernels"]]
+
+
+def test_decode_compiles_for_both_architectures(kernels: list[dict[str, Any]]) -> None:
+    found = {(kernel["target"], kernel["bits"], kernel["group"]) for kernel in kernels}
+    assert found == {(target, *case) for target in SHARED_LIMIT for case in BOUNDS} and len(kernels) == len(found)
     for kernel in kernels:
-        assert kernel["shared"] <= SHARED_LIMIT[kernel["target"]]
-        assert kernel["mean"] <= MOST_INSTRUCTIONS[kernel["bits"]], kernel
-        assert kernel["mean"] < kernel["whole"] <= MOST_IN_ALL[kernel["bits"]], kernel
-        assert {"keys", "values"} <= set(kernel["spills_in_loops"])
+        assert 0 < kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
+        assert kernel["registers"] <= tuning_for(int(kernel["target"].removeprefix("sm_"))).registers, kernel
+
+
+def test_instructions_stay_as_few_as_they_are(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        bound = BOUNDS[kernel["bits"], kernel["group"]]
+        assert kernel["mean"] <= bound.loops, kernel
+        assert kernel["mean"] < kernel["whole"] <= bound.whole, kernel
+        parts = kernel["mean"] + kernel["queries"] / 2 + kernel["outliers"] + kernel["rest"]
+        assert kernel["whole"] == pytest.approx(parts, abs=0.03), kernel
+
+
+def test_spills_stay_as_few_as_they_are(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        spills = kernel["spills"]
+        # one query's are rotated outside of all inner loops
+        assert set(spills) - {"queries"} == {"keys", "key_outliers", "values", "value_outliers"}, kernel
+        assert ("queries" in spills) == (kernel["group"] > 1), kernel
+        assert sum(spills.values()) <= BOUNDS[kernel["bits"], kernel["group"]].spills, kernel
 
 
 def listing(*lines: str) -> str:
@@ -44,14 +102,18 @@ def listing(*lines: str) -> str:
     return "\n".join(code)
 
 
-KEYS = ["rotate: PRMT R0", "@!P1 BRA fast", "slow: STL R0", "@P0 BRA slow", "fast: FADD R1", "@P2 BRA rotate"]
-KEYS += ["keys: HMMA.16816.F32 R0", "LDL R3", "@P0 BRA keys", "found: RED.E.ADD R0", "LOP3.LUT R1", "@P0 BRA found"]
+KEYS = ["keys: HMMA.16816.F32 R0", "LDL R3", "@P0 BRA keys", "found: RED.E.ADD R0", "LOP3.LUT R1", "@P0 BRA found"]
 VALUES = ["values: HMMA.16816.F32 R0", "HMMA.1688.F32 R0", "HMMA.1688.F32 R0", "@P0 BRA values"]
 FRAME = ["work: S2R R0"], ["MUFU.EX2 R0"], ["@P0 BRA chunk", "BRA work"]
+CHUNK = Chunk(blocks=8, products=2, rounds=2.5)
 
 
-def counted(lines: list[str], blocks: int = 8) -> dict[str, float]:
-    runs, _ = runs_of_a_chunk(parse(listing(*lines)), Chunk(blocks=blocks, products=2, rounds=2.5))
+def counted(
+    lines: list[str], chunk: Chunk = CHUNK, places: dict[int, tuple[str, int]] | None = None
+) -> dict[str, float]:
+    """Instructions of a phase; `places` by number of the line."""
+    at = {16 * i: place for i, place in (places or {}).items()}
+    runs, _ = runs_of_a_chunk(parse(listing(*lines), at), chunk)
     totals: dict[str, float] = {}
     for run in runs:
         totals[run.phase] = totals.get(run.phase, 0) + run.instructions
@@ -60,15 +122,36 @@ def counted(lines: list[str], blocks: int = 8) -> dict[str, float]:
 
 def test_every_loop_counts_as_often_as_it_runs() -> None:
     lines = [*FRAME[0], "chunk: MOV R0", *KEYS, *FRAME[1], *VALUES, *FRAME[2]]
-    # of the rotation two instructions are the slow path; a body of two blocks of values runs half as often
-    assert counted(lines) == {"other": 8 * 4, "keys": 8 * 3, "key_outliers": 2.5 * 3, "values": 4 * 4, "rest": 3}
+    # a body of two blocks of values runs half as often
+    assert counted(lines) == {"keys": 8 * 3, "key_outliers": 2.5 * 3, "values": 4 * 4, "rest": 3}
+
+
+def test_blocks_within_spans_count_on_their_own() -> None:
+    span = ["span: MUFU.SIN R0", "HMMA.1688.F32 R0", "@P1 BRA next", *KEYS[:3], "next: MOV R0", "@P0 BRA span"]
+    lines = [*FRAME[0], "chunk: MOV R0", *span, *KEYS[3:], *FRAME[1], *VALUES, *FRAME[2]]
+    found = counted(lines, replace(CHUNK, spans=4, span_products=1))
+    assert found == {"keys": 8 * 3, "queries": 4 * 5, "key_outliers": 2.5 * 3, "values": 4 * 4, "rest": 3}
+
+
+def test_source_tells_queries_apart_where_a_loop_was_dropped() -> None:
+    written = frozenset({("split.py", 7), ("phase.py", 3)})
+    lines = [*FRAME[0], "chunk: MOV R0", "keys: MUFU.SIN R0", "HMMA.1688.F32 R0", "HMMA.16816.F32 R0", "@P0 BRA keys"]
+    lines += [*FRAME[1], *VALUES, *FRAME[2]]
+    places = {2: ("phase.py", 3), 3: ("split.py", 7), 4: ("split.py", 9)}
+    merged = replace(CHUNK, spans=8, span_products=1, span_places=written)
+    assert counted(lines, merged, places) == {"keys": 8 * 2, "queries": 8 * 2, "values": 4 * 4, "rest": 3}
+    # one span: its own code is outside of the loop, and what the loop repeats is keys wherever it stems from
+    lines = [*FRAME[0], "chunk: MUFU.SIN R0", "HMMA.1688.F32 R0", *KEYS[:3], *FRAME[1], *VALUES, *FRAME[2]]
+    whole = replace(merged, spans=1)
+    places = {1: ("phase.py", 3), 2: ("split.py", 7), 4: ("split.py", 7)}
+    assert counted(lines, whole, places) == {"keys": 8 * 3, "queries": 2, "values": 4 * 4, "rest": 2}
 
 
 def test_products_outside_a_loop_shorten_it_and_no_loop_says_how_long_a_chunk_is() -> None:
     lines = [*FRAME[0], "chunk: MOV R0", *KEYS, *FRAME[1], *VALUES, "HMMA.16816.F32 R0", *FRAME[2]]
     assert counted(lines)["values"] == 3.5 * 4 and counted(lines)["rest"] == 4
     flat = [*FRAME[0], "chunk: HMMA.16816.F32", "MUFU.EX2 R0", "HMMA.16816.F32", *FRAME[2]]
-    runs, blocks = runs_of_a_chunk(parse(listing(*flat)), Chunk(8, 2, 0))
+    runs, blocks = runs_of_a_chunk(parse(listing(*flat)), replace(CHUNK, rounds=0))
     assert blocks == 1 and [(run.phase, run.instructions) for run in runs] == [("rest", 4)]
 
 
@@ -77,6 +160,56 @@ def test_code_of_another_shape_is_refused() -> None:
         counted(["chunk: HMMA.16816.F32", "@P0 BRA chunk"])
     with pytest.raises(ValueError, match="2 products of values in a chunk and no loop"):
         counted([*FRAME[0], "chunk: MOV R0", *KEYS, *FRAME[1], "HMMA.16816.F32", *FRAME[2]])
+    unknown = ["rotate: MUFU.SIN R0", "@P0 BRA rotate"]
+    with pytest.raises(ValueError, match="a loop of 2 instructions has neither products nor atomics"):
+        counted([*FRAME[0], "chunk: MOV R0", *unknown, *KEYS, *FRAME[1], *VALUES, *FRAME[2]])
+    span = ["span: MOV R0", *unknown, *KEYS[:3], "@P0 BRA span"]
+    with pytest.raises(ValueError, match="spans of keys"):
+        counted([*FRAME[0], "chunk: MOV R0", *span, *FRAME[1], *VALUES, *FRAME[2]], replace(CHUNK, spans=4))
+
+
+def test_of_a_chain_of_lines_that_in_the_function_tells_or_the_innermost() -> None:
+    file = f'//## File "/a/{Path(__file__).name}", line'
+    within = inspect.getsourcelines(listing)[1] + 1
+    chain = [
+        '//## File "/a/phase.py", line 3 inlined at "/a/x.py", line 7',
+        f'{file} {within} inlined at "/a/split.py", line 7',
+        '//## File "/a/split.py", line 7',
+    ]
+    other = ['//## File "/a/phase.py", line 4 inlined at "/a/split.py", line 8', '//## File "/a/split.py", line 8']
+    code = listing("MOV R0", "MOV R1", "MOV R2", "MOV R3", "MOV R4").splitlines()
+    text = "\n".join([code[0], *chain, code[1], code[2], *other, code[3], f"{file} {within - 2}", code[4]])
+    found = places_of_code(text, listing)
+    own = Path(__file__).name
+    assert found == {16: (own, within), 32: (own, within), 48: ("phase.py", 4), 64: (own, within - 2)}
+
+
+def test_lines_of_a_loop_leave_out_those_of_inner_ones_and_hold_what_it_calls() -> None:
+    from deployment.kernels.phase import cos_sin_of, phase_of
+    from deployment.kernels.scores import keep, score_chunk
+
+    def line(function: Any, text: str) -> tuple[str, int]:
+        source, first = inspect.getsourcelines(function)
+        (found,) = [i for i, content in enumerate(source, first) if content.strip().startswith(text)]
+        return Path(inspect.getfile(function)).name, found
+
+    places = places_of_loop(score_chunk.fn, "span")
+    assert {line(phase_of.fn, "phase = "), line(cos_sin_of.fn, "angle = ")} <= places
+    assert {line(score_chunk.fn, "for span in"), line(score_chunk.fn, "back_b = ")} <= places
+    assert not places & {line(score_chunk.fn, start) for start in ("for j in range(span", "own = ", "stretch_phase = ")}
+    assert line(keep.fn, "bits = ") not in places  # called from the loop within
+    assert {name for name, _ in places} == {"scores.py", "phase.py"}
+    with pytest.raises(ValueError, match="no loop over nothing"):
+        places_of_loop(score_chunk.fn, "nothing")
+
+
+@pytest.mark.parametrize(("group", "spans"), [(1, 1), (4, 4), (6, 8), (8, 8), (16, 8)])
+def test_spans_are_those_of_the_kernel(group: int, spans: int) -> None:
+    module = compile_module()
+    chunk = module.chunk_of(module.attention_constants(80, 4, group), warps=4, outliers=0.01)
+    # 16 rows hold the queries of 16, 4, 2, 2, 1 stretches of TURN tokens; a chunk is of 8 blocks
+    turn = 64 if group == 16 else 32
+    assert (chunk.blocks, chunk.products, chunk.spans, chunk.span_products) == (8, 32, spans, turn // 2)
 
 
 @pytest.mark.parametrize("mean", [0.5, 3, 655.36])

@@ -18,9 +18,9 @@ from deployment.kernels.combine import combine_kernel
 from deployment.kernels.phase import Rotary
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
-from deployment.kernels.tuning import tuning_of
+from deployment.kernels.tuning import Tuning, tuning_of
 from deployment.layout import PackedTensor, Page
-from deployment.order import FragmentOrder
+from deployment.order import FragmentOrder, Order
 
 _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
@@ -86,7 +86,7 @@ class Plan:
         tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
         tiles = -(-rows // tile)
         tuning = tuning_of(device)
-        chunk = min(tuning.chunk, _CHUNK_SCORES // max(tile, 16))
+        chunk = _chunk(tile, tuning)
         wanted = multiprocessors(device) * tuning.waves
         most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
         splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
@@ -127,7 +127,7 @@ def attend_packed(
     part = 0
     for segment, splits in zip(segments, plan.splits, strict=True):
         fast = _fast(segment, precise)
-        turn = _turn(segment, plan.rows)
+        turn = 64 if isinstance(segment, DenseSegment) else _turn(segment.key.order, plan.rows)
         works = streams * plan.tiles * splits
         split_kernel[(min(works, plan.programs),)](
             query=query,
@@ -167,9 +167,7 @@ def attend_packed(
             TURN=turn,
             QUICK=query.is_cuda and not precise,
             **fast,
-            num_warps=_warps(dim),
-            num_stages=1,
-            maxnreg=tuning.registers,
+            **_options(dim, tuning),
         )
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
@@ -229,16 +227,19 @@ def _fast(segment: Segment, precise: bool) -> dict[str, bool]:
     return {name: isinstance(order, FragmentOrder) for name, order in orders.items()}
 
 
-def _turn(segment: Segment, rows: int) -> int:
+def _chunk(rows: int, tuning: Tuning) -> int:
+    """Tokens of a chunk."""
+    return min(tuning.chunk, _CHUNK_SCORES // max(rows, 16))
+
+
+def _turn(order: Order, rows: int) -> int:
     """Tokens that one rotation of the queries serves: what the warps' tensor cores take along n, or a block."""
-    if isinstance(segment, DenseSegment) or not isinstance(segment.key.order, FragmentOrder) or rows > 8:
-        return 64
-    return 8 * segment.key.order.geometry.warps
+    return 8 * order.geometry.warps if isinstance(order, FragmentOrder) and rows <= 8 else 64
 
 
-def _warps(dim: int) -> int:
-    """As many as the fragments were laid out for."""
-    return 8 if dim > 128 else 4
+def _options(dim: int, tuning: Tuning) -> dict[str, int]:
+    """How the kernel is compiled: as many warps as the fragments were laid out for."""
+    return {"num_warps": 8 if dim > 128 else 4, "num_stages": 1, "maxnreg": tuning.registers}
 
 
 def _segment_arguments(segment: Segment) -> dict[str, Any]:

@@ -37,5 +37,10 @@ def tuning_of(device: torch.device) -> Tuning:
     if device.type != "cuda":
         return _ELSEWHERE
     major, minor = torch.cuda.get_device_capability(device)
-    older = [capability for capability in _MEASURED if capability <= 10 * major + minor]
+    return tuning_for(10 * major + minor)
+
+
+def tuning_for(capability: int) -> Tuning:
+    """For GPUs of a compute capability, such as 80 or 90, which need not be there."""
+    older = [measured for measured in _MEASURED if measured <= capability]
     return _MEASURED[max(older)] if older else _ELSEWHERE
