@@ -62,9 +62,9 @@ def score_chunk(
 
     block_at = words + (token0 // 64).to(tl.int64) * stride
     w0, w1, w2 = 0, 0, 0
-    ahead = block_at
+    ahead = tl.zeros([], tl.int32)  # words from the chunk's first block to the one that is loaded
     if SOURCE == FRAGMENT_ORDER:
-        w0, w1, w2 = block_words(ahead, BITS, GEOMETRY)
+        w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
     for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
         phase = (
             phase_of(origin + span * (STRETCHES * TURN), high, low)[None, :] + stretch[:, None] * stretch_phase[None, :]
@@ -84,8 +84,8 @@ def score_chunk(
         for j in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here)):
             holds = (w0, w1, w2)
             if SOURCE == FRAGMENT_ORDER:
-                ahead += tl.where(j + 1 < here, stride, 0)
-                w0, w1, w2 = block_words(ahead, BITS, GEOMETRY)
+                ahead = tl.minimum(ahead + stride, (here - 1) * stride)
+                w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
             level_a, level_b = key_levels(
                 block_at + j * stride,
                 holds,
@@ -120,8 +120,16 @@ def score_chunk(
                 if DYNAMIC:
                     scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
                     dot = dot * scale[None, :] + start * zero[None, :]
-                own = stretch == j * PARTS + part - span * STRETCHES
+                own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
                 keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
+
+
+@triton.jit
+def opaque(number, QUICK: tl.constexpr):
+    """The same; a compiler that saw where a loop's number comes from would compare 64-bit addresses in its place."""
+    if QUICK:
+        number = tl.inline_asm_elementwise("mov.b32 $0,$1;", "=r,r", [number], tl.int32, is_pure=True, pack=1)
+    return number
 
 
 @triton.jit

@@ -74,13 +74,13 @@ def attend_chunk(
     channel, query = tl.arange(0, CHANNELS), tl.arange(0, 16) % ROWS
     words, stride, levels, widths, plain, plain_stride = source
     block_at = words + (token0 // 64).to(tl.int64) * stride
-    ahead = block_at
+    ahead = tl.zeros([], tl.int32)  # words from the chunk's first block to the one that is loaded
     w0, w1, w2 = words_ahead
     for j in range(here):
         holds = (w0, w1, w2)
         if SOURCE == FRAGMENT_ORDER:
-            ahead += tl.where(j + 1 < here, stride, 0)
-            w0, w1, w2 = block_words(ahead, BITS, GEOMETRY)
+            ahead = tl.minimum(ahead + stride, (here - 1) * stride)
+            w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
         if j < here:  # always; a branch keeps Triton from choosing an operand layout by what is behind it
             tile = value_levels(
                 block_at + j * stride,
