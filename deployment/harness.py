@@ -10,7 +10,7 @@ It is the harness's own `hf` model (tokenization, batching, truncation and stop 
   shorter than a chunk would read nothing packed, and the score would be that of the unquantized model. So here every
   token sees all tokens, itself included, as stored (`exact_chunk=False`): what is scored has passed through the cache.
 
-Without quantizers the cache keeps fp tokens in transformers' own layers and everything else stays as it is.
+Without quantizers the cache consists of transformers' own layers, in full precision, and all else stays as it is.
 """
 
 from typing import Any

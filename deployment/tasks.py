@@ -61,16 +61,27 @@ def _manager(include_path: str | None) -> Any:
     return TaskManager(include_path=include_path)
 
 
-def _check_loads(manager: Any, name: str) -> None:
-    """Raise `UserError` if a task's definition or data cannot be loaded: its code, file or data set is not ours."""
+def _check(manager: Any, name: str, lm: Any) -> None:
+    """Raise `UserError` if a task's definition or data cannot be loaded, or its answers exceed the model's positions."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
     try:
-        manager.load([name])
-    except Exception as error:
+        tasks = manager.load([name])["tasks"]
+    except Exception as error:  # its code, its file and its data set are not ours: anything may be wrong
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UserError(
             f"task {name!r} cannot be loaded ({type(error).__name__}: {reason}); see that its data set is reachable "
             "and what its metrics need is installed"
         ) from error
+    for task in tasks.values():
+        if task.get_config("output_type") != "generate_until":
+            continue
+        wanted = normalize_gen_kwargs(task.get_config("generation_kwargs") or {}, lm.max_gen_toks)["max_gen_toks"]
+        if wanted >= lm.max_length:
+            raise UserError(
+                f"task {name!r} wants answers of {wanted} tokens, the model's positions are {lm.max_length}, prompt "
+                "included; use a model with more, or --max-positions"
+            )
 
 
 def _identity(
@@ -153,8 +164,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     identities = {name: _identity(arguments, loaded, quantizers, name) for name in names}
     rows = read_rows(arguments.results) if arguments.results else []
     missing = [name for name in names if not any(identities[name].items() <= row.items() for row in rows)]
-    for name in missing:
-        _check_loads(manager, name)  # all of them, before hours go into the first
     lm = PackedLM(
         loaded.model,
         quantizers,
@@ -164,6 +173,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         tokenizer=loaded.tokenizer,
         batch_size=arguments.batch,
     )
+    for name in missing:
+        _check(manager, name, lm)  # all of them, before hours go into the first
     summary = {}
     for name in missing:
         row = identities[name] | _run(lm, manager, name, arguments)

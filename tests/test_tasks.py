@@ -51,6 +51,7 @@ metric_list:
     higher_is_better: true
 """
 BROKEN = GENERATION.replace("tiny_generation", "tiny_broken").replace("{data}", "no-such-file.json")
+LENGTHY = GENERATION.replace("tiny_generation", "tiny_lengthy").replace("toks: 12", "toks: 512")
 QUESTIONS = [
     "the key of",
     "value and token, head and value:" * 4,
@@ -82,7 +83,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "questions.json"
     rows = [{"question": text, "answer": "key", "label": i % 3} for i, text in enumerate(QUESTIONS)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    for name, content in (("generation", GENERATION), ("choice", CHOICE), ("broken", BROKEN)):
+    for name, content in (("generation", GENERATION), ("choice", CHOICE), ("broken", BROKEN), ("lengthy", LENGTHY)):
         (folder / f"{name}.yaml").write_text(content.format(data=data))
     return folder
 
@@ -205,6 +206,7 @@ def test_command_writes_rows_and_skips_what_is_there(
         (["--tasks", "tiny_choice,nothing_like_it"], "task 'nothing_like_it' is unknown"),
         (["--tasks", " , "], "names no task"),
         (["--tasks", "tiny_broken"], "task 'tiny_broken' cannot be loaded"),
+        (["--tasks", "tiny_lengthy"], "'tiny_lengthy' wants answers of 512 tokens, the model's positions are 512"),
         (["--tasks", "tiny_choice", "--include-path", "no-such-folder"], "'no-such-folder' is no folder"),
         (["--tasks", "tiny_choice", "--quantizers", "no-such-file"], "no-such-file"),
     ],
