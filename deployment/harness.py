@@ -1,7 +1,7 @@
 """A model for lm-evaluation-harness whose cache is packed, so that every task the harness knows runs through it.
 
-    import deployment.harness                        # registers it as "kvquant"
-    lm_eval.simple_evaluate(model="kvquant", model_args="pretrained=./smollm2,quantizers=nuq3.safetensors,batch_size=4", ...)
+    import deployment.harness  # registers it as "kvquant"
+    lm_eval.simple_evaluate(model="kvquant", model_args="pretrained=./smollm2,quantizers=nuq3.safetensors", ...)
 
 It is the harness's own `hf` model (tokenization, batching, truncation and stop sequences are its), with another cache:
 

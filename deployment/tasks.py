@@ -93,6 +93,7 @@ def _identity(
         "model": Path(arguments.model).name,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "max_positions": arguments.max_positions,
+        "full_attention": arguments.full_attention,
         "scheme": None if quantizers is None else quantizers.scheme.describe(),
         "quantizers": None if quantizers is None else quantizers_digest(quantizers),
         "limit": arguments.limit,
