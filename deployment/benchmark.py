@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deployment.devices import current
 from deployment.kernels.dispatch import attend, runs_kernels
 from deployment.plan import parse_tokens
 from deployment.step import attend_with_torch
@@ -144,6 +145,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 
+    with current(torch.device(arguments.device)):
+        return {"rows": _measured(arguments)}
+
+
+def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of all contexts, printed and appended to the results one by one."""
     device = torch.device(arguments.device)
     scheme, shape = Scheme.parse(arguments.scheme), Shape.named(arguments.shape)
     rate, rows = copy_rate(device), []
@@ -157,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(format_table(row["ops"]), flush=True)
         append_row(arguments.results, row)
         rows.append(row)
-    return {"rows": rows}
+    return rows
 
 
 if __name__ == "__main__":

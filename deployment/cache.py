@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from deployment import layout
+from deployment.devices import is_capturing
 from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
@@ -271,11 +272,6 @@ class PackedLayer(Numbered, CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor held for cached tokens."""
         return [*self.sinks.values(), *(tensor for packed in self.packed.values() for tensor in packed.tensors())]
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: nothing may be allocated for good, or waited for."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class PackedCache(Cache):

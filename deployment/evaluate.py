@@ -2,6 +2,7 @@
 
     python -m deployment.evaluate --model ./smollm2 --quantizers nuq3.safetensors --text notes.txt:50-100
     python -m deployment.evaluate ... --no-exact-chunk --prefill-chunk 1       # equals `python -m quant.evaluate`
+    accelerate launch -m deployment.evaluate ...                  # the windows split over processes (torchrun on CPUs)
 
 By default a chunk sees itself in full precision and only the past packed, as generation does. With
 `--no-exact-chunk` it sees itself as stored, too; any size of chunk then reproduces the simulation, which proves
@@ -24,6 +25,8 @@ from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
+from gradients.placement import input_device
+from gradients.processes import gathered, own_share, process_state
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_windows
 
@@ -34,7 +37,7 @@ def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chun
 
     The cache must be empty; it holds all tokens afterwards. Raises `UserError` for logits that are NaN.
     """
-    tokens = windows.to(model.get_input_embeddings().weight.device)
+    tokens = windows.to(input_device(model))
     total = 0.0
     with packed_attention(model):
         for start in range(0, tokens.shape[1], chunk):
@@ -51,15 +54,18 @@ def evaluate_packed(
 ) -> dict[str, Any]:
     """Perplexity over `windows` `[n, S]`, and the bytes of the cache at the end of a window.
 
-    `batch` windows run side by side, which changes the speed and nothing else.
+    `batch` windows run side by side, which changes the speed and nothing else. Under `accelerate launch` every process
+    takes its share of the batches and all return the whole result, to the last bit that of one.
     """
-    seqlen = windows.shape[1]
-    nll, nbytes, fp16_nbytes, started = 0.0, 0, 0, time.perf_counter()
-    for part in tqdm(windows.split(batch), desc="evaluating packed", unit="batch"):
+    seqlen, parts, started = windows.shape[1], windows.split(batch), time.perf_counter()
+    rows = torch.zeros(len(parts), 3, dtype=torch.float64)  # nats, bytes, bytes in fp16 of every batch
+    quiet = not process_state().is_main_process
+    for number in tqdm(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
         cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
-        nll += packed_nll(model, part, cache, chunk)
-        nbytes += cache.nbytes()
-        fp16_nbytes += cache.fp16_nbytes()
+        nll = packed_nll(model, parts[number], cache, chunk)
+        rows[number] = torch.tensor([nll, cache.nbytes(), cache.fp16_nbytes()], dtype=torch.float64)
+    sums = [sum(column) for column in zip(*gathered(rows).tolist(), strict=True)]
+    nll, nbytes, fp16_nbytes = sums[0], int(sums[1]), int(sums[2])
     tokens = len(windows) * (seqlen - 1)
     return {
         "perplexity": math.exp(nll / tokens),
@@ -75,8 +81,8 @@ def evaluate_packed(
     }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
     parser = command_parser("deployment.evaluate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
@@ -97,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         arguments.exact_chunk,
         arguments.batch,
     )
+    if not process_state().is_main_process:
+        return None
     shown = (
         "scheme",
         "prefill_chunk",

@@ -38,6 +38,7 @@ from deployment.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
 from gradients.models import LoadedModel
+from gradients.processes import require_one_process
 from quant.artefact import load_quantizers
 
 
@@ -155,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     _check(arguments)
+    require_one_process("deployment.generate")
     text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
     loaded = load_model_from(arguments)
     quantizers.check_model(loaded.model.config)

@@ -34,7 +34,7 @@ class Rope(Numbered):
     module: nn.Module
     layer_type: str | None = None
     _memo: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
-    _rotary: dict[tuple[Any, ...], "Rotary"] = field(default_factory=dict)
+    _rotary: dict[tuple[Any, ...], tuple[int | None, "Rotary"]] = field(default_factory=dict)
 
     @property
     def length_dependent(self) -> bool:
@@ -54,7 +54,8 @@ class Rope(Numbered):
         x = torch.empty(0, device=positions.device, dtype=dtype)
         kind = {} if self.layer_type is None else {"layer_type": self.layer_type}
         cos, sin = self.module.forward(x, torch.cat([positions, last], dim=1), **kind)
-        return cos[:, :tokens], sin[:, :tokens]
+        # with a `device_map` the module answers from its own device, wherever it is asked from
+        return cos[:, :tokens].to(positions.device), sin[:, :tokens].to(positions.device)
 
     def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
         """(radians per token `[R/2]`, factor on cos and sin) in a sequence that has `length` tokens by now."""
@@ -65,15 +66,14 @@ class Rope(Numbered):
         return frequencies.to(device), float(getattr(self.module, f"{prefix}attention_scaling"))
 
     def for_kernels(self, length: int, head_dim: int, device: torch.device) -> "Rotary":
-        """The embedding as the kernels read it, remembered from layer to layer."""
+        """The embedding as the kernels read it, remembered from layer to layer, on each of the layers' devices."""
         from deployment.kernels.phase import Rotary
 
-        key = (head_dim, device, length if self.length_dependent else None)
-        if key not in self._rotary:
-            self._rotary.clear()
+        key, current = (head_dim, device), length if self.length_dependent else None
+        if key not in self._rotary or self._rotary[key][0] != current:
             frequencies, scaling = self.frequencies(length, device)
-            self._rotary[key] = Rotary.of(frequencies.float(), head_dim, scaling)
-        return self._rotary[key]
+            self._rotary[key] = current, Rotary.of(frequencies.float(), head_dim, scaling)
+        return self._rotary[key][1]
 
     def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) `[1, n, R]` float32 of the positions of a page, remembered from layer to layer and step to step."""

@@ -26,6 +26,7 @@ from gradients.atomic import atomic_write
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint, canonical_json
 from gradients.models import KINDS, decoder, kv_shape
+from gradients.placement import module_device
 from gradients.records import checksum
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
@@ -122,7 +123,7 @@ class SavedCache:
         """
         cache = PackedCache(self.quantizers, model.config, capacity, exact_chunk)
         for number, layer in enumerate(cache.layers):
-            device = layer_device(decoder(model).layers[number])
+            device = module_device(decoder(model).layers[number])
             prefix = f"layers.{number}."
             parts = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
             try:
@@ -151,15 +152,6 @@ class SavedCache:
             packed.pages = pages_of(packed, own, (capacity or 0) - layer.sink_tokens)
         layer.slots, layer.lengths = self.slots, list(self.lengths)
         layer.stored = torch.tensor(self.lengths, device=device)
-
-
-def layer_device(layer: torch.nn.Module) -> torch.device:
-    """Where a decoder layer computes, also when its weights are fetched for every forward."""
-    device = next(layer.parameters()).device
-    if device.type != "meta":
-        return device
-    hook: Any = layer._hf_hook
-    return torch.device(hook.execution_device)
 
 
 def load_cache(path: str | Path, quantizers: Quantizers, config: PreTrainedConfig) -> SavedCache:

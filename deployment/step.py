@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deployment.cache import PackedLayer
+from deployment.devices import current
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.rope import Rope
@@ -39,7 +40,8 @@ def attend_step(
     """
     padding = chunk_padding(mask, layer, query.shape[2])
     if runs_kernels(backend, layer, query.device):
-        return attend_and_store(layer, rope, query, key, value, padding, scaling)
+        with current(query.device):
+            return attend_and_store(layer, rope, query, key, value, padding, scaling)
     output = _with_torch(layer, rope, query, key, value, padding, scaling)
     return output.transpose(1, 2).to(query.dtype).contiguous()
 

@@ -20,17 +20,23 @@ from gradients.cli import UserError, command_parser, non_negative_int, positive_
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
 from gradients.models import LoadedModel, decoder_config, kv_sites, load_model
-from gradients.processes import process_state
+from gradients.placement import STRATEGIES
+from gradients.processes import own_share, process_state
 from gradients.records import Manifest, Records
 from gradients.rope import rope_tables
 from gradients.text import Corpus, load_corpus
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--model --dtype --device --full-attention --max-positions`, spelled alike in every command that runs a model."""
+    """`--model --dtype --device --device-map ...`, spelled alike in every command that runs a model."""
     parser.add_argument("--model", required=True, help="hub id, local folder, or folder of GGUF weights")
     parser.add_argument("--dtype", default="auto", help="torch dtype; auto: the checkpoint's, on the CPU float32")
     parser.add_argument("--device", default="auto", help="torch device; auto: all accelerators, then CPU memory")
+    parser.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help=f"spread the layers over devices: {', '.join(STRATEGIES)}, or a JSON file of modules and devices",
+    )
     parser.add_argument(
         "--full-attention",
         action="store_true",
@@ -47,7 +53,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
     """The model that `add_model_arguments` describes."""
     return load_model(
-        arguments.model, arguments.dtype, arguments.device, arguments.full_attention, arguments.max_positions
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.full_attention,
+        arguments.max_positions,
+        arguments.device_map,
     )
 
 
@@ -65,7 +76,7 @@ def record(loaded: LoadedModel, corpus: Corpus, records: Records, windows: int, 
     state = process_state()
     manifest = records.manifest
     drawn = corpus.calibration_windows(manifest.seqlen, windows, manifest.seed)
-    mine = range(state.process_index, windows, state.num_processes)
+    mine = own_share(windows)
     missing = [window for window in mine if not records.is_complete(window)]
     unit = {"unit": "tok", "unit_scale": True, "disable": not state.is_main_process}
     with tqdm(total=len(mine) * manifest.seqlen, desc="recording", **unit) as progress:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from gradients.cli import UserError
 from gradients.models import KVSite, kv_sites
+from gradients.placement import input_device
 from gradients.records import ACTIVATION_DTYPE, FISHER_DTYPE
 
 # lifts fp16 gradients out of the subnormals; a power of two, so dividing it out again is exact
@@ -39,7 +40,7 @@ def record_window(model: PreTrainedModel, tokens: Tensor, checkpointing: bool = 
         stack.enter_context(torch.enable_grad())
         for module_sites in _by_module(sites):
             stack.enter_context(recorder.watching(module_sites))
-        tokens = tokens.to(model.get_input_embeddings().weight.device)[None]
+        tokens = tokens.to(input_device(model))[None]
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = next_token_loss(logits, tokens)
         (loss * recorder.loss_scale).backward()

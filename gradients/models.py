@@ -20,8 +20,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gradients.cli import UserError
+from gradients.placement import Placement, input_device
 from gradients.positions import extend_positions
-from gradients.processes import process_state
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -167,8 +167,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go; with a `device_map`, where the embedding lives."""
-        return self.model.get_input_embeddings().weight.device
+        """Where inputs go; with a `device_map`, where the embedding computes."""
+        return input_device(self.model)
 
 
 def load_model(
@@ -177,6 +177,7 @@ def load_model(
     device: str = "auto",
     full_attention: bool = False,
     max_positions: int | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load a hub id, a local folder, or a folder (or file) of GGUF weights; parameters come frozen.
 
@@ -184,6 +185,7 @@ def load_model(
     `device`: a torch device, or `auto`: every accelerator, then CPU memory, by accelerate's `device_map`.
     `full_attention`: treat sliding-window layers as fully attending (right while no context exceeds the window).
     `max_positions`: more positions than the model has, by linear scaling of its rotary embedding (positions.py).
+    `device_map`: instead of a device one of accelerate's strategies, or a JSON file of modules and devices (placement.py).
     Raises `UserError` for a missing model or dtype, `NotImplementedError` for an unsupported architecture.
     """
     source = _resolve_source(name)
@@ -201,33 +203,23 @@ def load_model(
     cached_layers(text_config)  # fail before the weights are read
     if max_positions is not None:
         extend_positions(text_config, max_positions)
-    device = resolve_device(device)
-    placement = {"device_map": "auto"} if device == "auto" else {"device_map": {"": device}}
+    placement = Placement.of(device, device_map)
     model = _load_or_explain(
-        AutoModelForCausalLM, name, source, config=config, dtype=_resolve_dtype(dtype, device), **placement
+        AutoModelForCausalLM,
+        name,
+        source,
+        config=config,
+        dtype=_resolve_dtype(dtype, placement.on_cpu),
+        device_map=placement.device_map,
     )
     tokenizer = _load_or_explain(AutoTokenizer, name, source)
     model.eval().requires_grad_(False)
     return LoadedModel(name, model, tokenizer)
 
 
-def resolve_device(device: str) -> str:
-    """`auto` becomes `cpu` without an accelerator, this process's own device under `accelerate launch`."""
-    if device != "auto":
-        try:
-            torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"device {device!r} is unknown; use auto, cpu, or a device such as cuda:1") from error
-        return device
-    state = process_state()
-    if state.num_processes > 1:
-        return state.device.type if state.device.type == "cpu" else str(state.device)
-    return "auto" if torch.accelerator.is_available() else "cpu"
-
-
-def _resolve_dtype(dtype: str, device: str) -> torch.dtype | str:
+def _resolve_dtype(dtype: str, on_cpu: bool) -> torch.dtype | str:
     if dtype == "auto":
-        return torch.float32 if device == "cpu" else "auto"
+        return torch.float32 if on_cpu else "auto"
     resolved = getattr(torch, dtype, None)
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"dtype {dtype!r} is not a floating-point dtype; use auto, float32, bfloat16 or float16")

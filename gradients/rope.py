@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradients.models import cached_layers, decoder
+from gradients.placement import input_device
 
 
 def rope_tables(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def rope_tables(model: PreTrainedModel, tokens: int) -> tuple[Tensor, Tensor]:
     kind: dict[str, Any] = {}
     if isinstance(rotary.rope_type, dict):
         kind["layer_type"] = decoder(model).layers[cached_layers(model.config)[0]].self_attn.layer_type
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     positions = torch.arange(tokens, device=device)[None]
     with torch.no_grad():
         cos, sin = rotary(torch.empty(0, device=device), positions, **kind)

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from gradients.finite import require_finite
+from gradients.placement import input_device
 from quant.artefact import Quantizers
 from quant.prompts import Sample
 from quant.simulate import simulated
@@ -57,7 +58,7 @@ def share_found(expected: tuple[str, ...], text: str) -> float:
 @torch.inference_mode()
 def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantizers, new_tokens: int = 0) -> Reply:
     """The reply of the model quantized in simulation, with so many greedy `new_tokens`. Raises `UserError` for NaN."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     prompt, answer = sample.prompt.to(device), sample.answer.to(device)
     tokens = torch.cat([prompt, answer[:-1]])[None]
     cache = DynamicCache()  # of whole layers, also where the model has windows: its masks see to them
@@ -115,7 +116,7 @@ def reply_cached(
 
     `measure` tells the cache's size at the end. Raises `UserError` for NaN.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     prompt, answer = sample.prompt.to(device), sample.answer.to(device)
     for part in prompt.split(chunk):
         logits = model(input_ids=part[None], past_key_values=cache, logits_to_keep=1).logits[:, -1]

@@ -12,13 +12,11 @@ import argparse
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -27,7 +25,8 @@ from gradients.__main__ import add_model_arguments, check_seqlen, load_model_fro
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
 from gradients.models import LoadedModel
-from gradients.processes import process_state
+from gradients.placement import input_device
+from gradients.processes import gathered, own_share, process_state
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.results import append_row
@@ -88,7 +87,7 @@ def compare_logits(logits: Tensor, baseline: Tensor, targets: Tensor) -> Totals:
 def evaluate(model: PreTrainedModel, windows: Tensor, quantizers: Quantizers | None) -> dict[str, Any]:
     """Perplexity and distance from the unquantized model over `windows`, `[n, S]` int64.
 
-    Under `accelerate launch` every process takes its share and all return the whole result.
+    Under `accelerate launch` every process takes its share and all return the whole result, to the last bit that of one.
     """
     return evaluate_many(model, windows, [quantizers])[0]
 
@@ -99,11 +98,10 @@ def evaluate_many(
 ) -> list[dict[str, Any]]:
     """`evaluate` for several quantizers (None: unquantized), which share each window's unquantized logits."""
     state = process_state()
-    device = model.get_input_embeddings().weight.device
-    scores = [_Score() for _ in candidates]
-    mine = windows[state.process_index :: state.num_processes]
-    for window in tqdm(mine, desc="evaluating", unit="window", disable=not state.is_main_process):
-        tokens = window.to(device)[None]
+    device = input_device(model)
+    scores = [_Score.of(len(windows)) for _ in candidates]
+    for number in tqdm(own_share(len(windows)), desc="evaluating", unit="window", disable=not state.is_main_process):
+        tokens = windows[number].to(device)[None]
         started = time.perf_counter()
         baseline = model(input_ids=tokens, use_cache=False).logits[0, :-1]
         require_finite(baseline, model, tokens)
@@ -117,40 +115,36 @@ def evaluate_many(
                     logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
                 size = usage.size
                 require_finite(logits, model, tokens)
-            score.add(compare_logits(logits, baseline, targets), size, shared + time.perf_counter() - started)
-    return [
-        score.over_processes(state).summary(model, quantizers)
-        for quantizers, score in zip(candidates, scores, strict=True)
-    ]
+            score.add(number, compare_logits(logits, baseline, targets), size, shared + time.perf_counter() - started)
+    return [score.summary(model, quantizers) for quantizers, score in zip(candidates, scores, strict=True)]
 
 
 @dataclass
 class _Score:
-    """What adds up over windows for one set of quantizers; `seconds` include the unquantized pass."""
+    """A row per window for one set of quantizers: its totals, its size, its seconds with the unquantized pass."""
 
-    totals: Totals = field(default_factory=Totals)
-    size: StoredSize = field(default_factory=StoredSize)
-    seconds: float = 0.0
+    rows: Tensor  # [n, 8] float64, zero for the windows of other processes
 
-    def add(self, totals: Totals, size: StoredSize, seconds: float) -> None:
-        self.totals, self.size, self.seconds = self.totals + totals, self.size + size, self.seconds + seconds
+    @classmethod
+    def of(cls, windows: int) -> "_Score":
+        return cls(torch.zeros(windows, len(vars(Totals())) + 3, dtype=torch.float64))
 
-    def over_processes(self, state: PartialState) -> "_Score":
-        if state.num_processes == 1:
-            return self
-        mine = [*vars(self.totals).values(), self.size.bits, self.size.elements]
-        sums = reduce(torch.tensor(mine, dtype=torch.float64, device=state.device), "sum").tolist()
-        totals = Totals(
-            **{name: type(value)(total) for (name, value), total in zip(vars(self.totals).items(), sums, strict=False)}
-        )
-        return _Score(totals, StoredSize(int(sums[-2]), int(sums[-1])), self.seconds)
+    def add(self, window: int, totals: Totals, size: StoredSize, seconds: float) -> None:
+        row = [*vars(totals).values(), size.bits, size.elements, seconds]
+        self.rows[window] = torch.tensor(row, dtype=torch.float64)
 
     def summary(self, model: PreTrainedModel, quantizers: Quantizers | None) -> dict[str, Any]:
+        totals, size, seconds = Totals(), StoredSize(), 0.0
+        for *sums, bits, elements, lasted in gathered(self.rows).tolist():
+            named = zip(vars(totals).items(), sums, strict=True)
+            totals += Totals(**{name: type(value)(added) for (name, value), added in named})
+            size += StoredSize(int(bits), int(elements))
+            seconds += lasted
         return {
-            **self.totals.summary(),
-            "bits_per_element": self.size.bits_per_element if quantizers else float(torch.finfo(model.dtype).bits),
+            **totals.summary(),
+            "bits_per_element": size.bits_per_element if quantizers else float(torch.finfo(model.dtype).bits),
             "scheme": quantizers.scheme.describe() if quantizers else "unquantized",
-            "tokens_per_second": round(self.totals.tokens / self.seconds, 1),
+            "tokens_per_second": round(totals.tokens * process_state().num_processes / seconds, 1),
         }
 
 
@@ -170,7 +164,12 @@ def evaluation_windows(loaded: LoadedModel, arguments: argparse.Namespace) -> Te
 
 
 def append_result(result: dict[str, Any], loaded: LoadedModel, arguments: argparse.Namespace) -> None:
-    """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to."""
+    """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to.
+
+    Of several processes, all of which have the whole result, the main one does.
+    """
+    if not process_state().is_main_process:
+        return
     identity = {
         "model": Path(arguments.model).name,
         "text": Path(arguments.text).name,

@@ -5,7 +5,8 @@ r"""Regenerate the paper's perplexity and ablation tables for a model, with the 
         --windows 12 --tables axes datatypes outliers --other-records pydoc=records-pydoc/ --results tables.jsonl
 
 One JSONL row per cell (`scripts/paper_tables.py` lists them); cells that the results file already holds are not run
-again, and an interrupted run continues. Cells that ask for the same evaluation share it.
+again, and an interrupted run continues. Cells that ask for the same evaluation share it. Under `accelerate launch`
+(`torchrun` on CPUs) the windows of every cell are split over processes.
 """
 
 from argparse import Namespace
@@ -17,6 +18,7 @@ from typing import Any
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, run_command
 from gradients.models import LoadedModel
+from gradients.processes import process_state
 from gradients.records import Records
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
 from quant.fit import fit
@@ -140,8 +142,8 @@ def show(tables: Iterable[Table], rows: Sequence[Row]) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
     names = [table.name for table in TABLES]
     parser = command_parser("scripts.reproduce_tables", __doc__)
     add_model_arguments(parser)
@@ -164,8 +166,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     others = [name for name in records if name is not None]
     known = [*TABLES, *([corpus_table(others)] if others else [])]
     tables = [table for table in known if not arguments.tables or table.name in arguments.tables]
+    state = process_state()
     wanted = missing(tables, read_rows(arguments.results), records, arguments)
+    state.wait_for_everyone()  # all have read the same rows before the first is added
     added = run(wanted, records, load_model_from(arguments), arguments) if wanted else 0
+    if not state.is_main_process:
+        return None
     show(tables, read_rows(arguments.results))
     return {"results": arguments.results, "tables": [table.name for table in tables], "rows_added": added}
 

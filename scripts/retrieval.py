@@ -28,6 +28,7 @@ from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int
 from gradients.models import LoadedModel, decoder_config
+from gradients.processes import require_one_process
 from quant.answers import Reply, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.prompts import Prompter, Sample
@@ -132,6 +133,7 @@ def _measure(
     missing: Sequence[tuple[Candidate, Cell, Row]], arguments: argparse.Namespace, spare_tokens: int | None
 ) -> list[Row]:
     """A row for each candidate, cell and identity, appended to the results one by one."""
+    require_one_process("a retrieval test")
     loaded = load_model_from(arguments)
     prompter = Prompter(loaded.tokenizer, arguments.chat_template)
     cells = {id(cell): cell for _, cell, _ in missing}

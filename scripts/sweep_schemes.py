@@ -13,6 +13,7 @@ from typing import Any
 
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.processes import process_state
 from gradients.records import Records
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
 from quant.fit import fit
@@ -28,8 +29,8 @@ def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, 
     return [scheme for scheme in schemes if scheme.describe() not in done]
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
     parser = command_parser("scripts.sweep_schemes", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "calibration_windows": records.manifest.windows,
     }
     schemes = missing(wanted, arguments.results, identity)
+    process_state().wait_for_everyone()  # all have read the same rows before the first is added
     if not schemes:
         return {"results": arguments.results, "rows_added": 0}
     loaded = load_model_from(arguments)
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for quantizers in candidates:
         quantizers.check_model(loaded.model.config)
     rows = evaluate_many(loaded.model, windows, candidates)
+    if not process_state().is_main_process:
+        return None
     for row in rows:
         append_result({**row, **identity}, loaded, arguments)
     shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")

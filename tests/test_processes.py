@@ -7,19 +7,41 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY
+from transformers import PreTrainedModel
 
+import scripts.reproduce_tables
+from deployment.evaluate import main as deployed_main
+from gradients.cli import UserError
+from gradients.processes import gathered, own_share, require_one_process
 from gradients.records import Records
+from quant.artefact import Quantizers
+from quant.evaluate import evaluate
 from quant.evaluate import main as evaluate_main
+from quant.results import read_rows
+from scripts.reproduce_tables import main as tables_main
 
 SCRIPT = """
 import json, os, sys
+from deployment.evaluate import main as deployed
+from deployment.generate import main as generate
 from gradients.__main__ import main as record
+from gradients.cli import UserError
 from quant.evaluate import main as evaluate
+from scripts.reproduce_tables import main as tables
 
-summaries = [main(arguments) for main, arguments in zip((record, evaluate), json.loads(sys.argv[1]))]
+def said(main, arguments):
+    try:
+        return main(arguments)
+    except UserError as error:
+        return str(error)
+
+commands = (record, evaluate, deployed, deployed, tables, generate)
+summaries = [said(main, arguments) for main, arguments in zip(commands, json.loads(sys.argv[1]), strict=True)]
 with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
     json.dump(summaries, file)
 """
@@ -31,6 +53,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def launch(folder: Path, arguments: list[list[str]]) -> list[list[Any]]:
+    """Run `SCRIPT` in two processes over gloo; the summaries of each."""
+    (folder / "all.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, "--master_port", str(free_port()), str(folder / "all.py"), json.dumps(arguments)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return [json.loads((folder / f"summaries-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def without_speed(result: dict[str, Any] | None) -> dict[str, Any]:
+    assert result is not None
+    return {name: value for name, value in result.items() if name != "tokens_per_second"}
+
+
 def test_two_processes_do_the_work_of_one(
     record_arguments: list[str],
     records: Records,
@@ -39,30 +83,105 @@ def test_two_processes_do_the_work_of_one(
     quantizers_file: Path,
     tmp_path: Path,
     snapshot: Callable[[Path], dict[str, bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two processes over gloo; `accelerate launch` starts several only where there are several accelerators."""
-    (tmp_path / "both.py").write_text(SCRIPT)
-    evaluation = ["--model", str(llama_folder), "--text", f"{text_file}:50-100", "--seqlen", "65", "--windows", "3"]
-    evaluation += ["--device", "cpu", "--quantizers", str(quantizers_file)]
-    arguments = [[*record_arguments, "--output", str(tmp_path / "records")], evaluation]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    finished = subprocess.run(
-        [*launch, str(tmp_path / "both.py"), json.dumps(arguments)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    assert snapshot(tmp_path / "records") == snapshot(records.folder)
+    """`accelerate launch` starts several only where there are several accelerators; `torchrun` does anywhere."""
+    model = ["--model", str(llama_folder), "--device", "cpu"]
+    text = ["--text", f"{text_file}:50-100", "--seqlen", "65", "--windows", "3"]
+    quantizers = ["--quantizers", str(quantizers_file)]
+    simulated, deployed = [*model, *text, *quantizers], [*model, *text, *quantizers, "--prefill-chunk", "16"]
+    one_batch = [*deployed, "--batch", "3"]  # the second process has nothing to do
+    tables = [*model, *text, "--records", str(records.folder), "--tables", "sinks"]
+    results = {name: tmp_path / f"{name}.jsonl" for name in ("alone", "together", "deployed")}
 
-    silent = json.loads((tmp_path / "summaries-1.json").read_text())
-    assert silent == [None, None], "only the main process reports"
-    recorded, evaluated = json.loads((tmp_path / "summaries-0.json").read_text())
-    assert (recorded["windows"], recorded["recorded_now"]) == (4, 2)
-    alone = evaluate_main(evaluation)
-    assert alone is not None
-    for name in ("perplexity", "nll", "baseline_nll", "kl", "tokens", "top1_agreement", "bits_per_element"):
-        assert evaluated[name] == pytest.approx(alone[name], rel=1e-12), name
+    # an evaluation of the tables that is interrupted after its first cells, and those of one process
+    evaluate_many, calls = scripts.reproduce_tables.evaluate_many, []
+
+    def stop_at_second(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_many(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scripts.reproduce_tables, "evaluate_many", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            tables_main([*tables, "--results", str(results["together"])])
+    finished = results["together"].read_text()
+    tables_main([*tables, "--results", str(results["alone"])])
+
+    main_process, other = launch(
+        tmp_path,
+        [
+            [*record_arguments, "--output", str(tmp_path / "records")],
+            simulated,
+            [*deployed, "--results", str(results["deployed"])],
+            one_batch,
+            [*tables, "--results", str(results["together"])],
+            [*model, *quantizers, "--prompt", "key"],
+        ],
+    )
+    refusal = "deployment.generate is one process's work and 2 were started"
+    assert other[:-1] == [None] * 5, "only the main process reports"
+    assert refusal in other[-1] and refusal in main_process[-1]
+
+    assert snapshot(tmp_path / "records") == snapshot(records.folder)
+    assert (main_process[0]["windows"], main_process[0]["recorded_now"]) == (4, 2)
+    assert without_speed(main_process[1]) == without_speed(evaluate_main(simulated))
+    assert without_speed(main_process[2]) == without_speed(deployed_main(deployed))
+    assert without_speed(main_process[3]) == without_speed(deployed_main(one_batch))
+    assert len(read_rows(results["deployed"])) == 1, "only the main process writes"
+
+    assert results["together"].read_text().startswith(finished), "finished cells are not run again"
+    together, alone = ([without_speed(row) for row in read_rows(results[name])] for name in ("together", "alone"))
+    assert together == alone and len(alone) == 8
+    assert main_process[4]["rows_added"] == 8 - len(finished.splitlines()) < 8
+
+
+class Several:
+    """What a process of several sees of the others."""
+
+    num_processes, is_main_process, device = 2, False, torch.device("cpu")
+
+    def __init__(self, index: int) -> None:
+        self.process_index = index
+
+
+def test_shares_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for index in (0, 1):
+        monkeypatch.setattr("gradients.processes.process_state", lambda index=index: Several(index))
+        shares.append(list(own_share(5)))
+        assert list(own_share(0)) == []
+    assert shares == [[0, 2, 4], [1, 3]]
+    with pytest.raises(UserError, match="this is one process's work and 2 were started; start one"):
+        require_one_process("this")
+
+
+def test_one_process_gathers_what_it_has() -> None:
+    rows = torch.rand(3, 2, dtype=torch.float64)
+    assert gathered(rows) is rows and list(own_share(3)) == [0, 1, 2]
+    require_one_process("this")
+
+
+def test_other_processes_append_nothing(
+    llama: PreTrainedModel,
+    quantizers: Quantizers,
+    llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quant.evaluate.process_state", lambda: Several(1))
+    arguments = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "2"]
+    assert evaluate_main([*arguments, "--device", "cpu", "--results", str(tmp_path / "rows")]) is None
+    assert not (tmp_path / "rows").exists()
+    assert evaluate(llama, torch.full((1, 9), 5), quantizers)["tokens"] == 8
+
+
+def test_a_map_and_several_processes_are_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradients.placement.process_state", lambda: Several(1))
+    with pytest.raises(
+        UserError, match="--device-map auto spreads a model that each of 2 processes has its own device"
+    ):
+        evaluate_main(["--model", str(llama_folder), "--text", "pydoc", "--device-map", "auto"])

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deployment.cache import PackedLayer, is_capturing
+from deployment.cache import PackedLayer
+from deployment.devices import is_capturing
 from deployment.rope import Rope
 from gradients.cli import UserError
 
