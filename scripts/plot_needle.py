@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results" / "needle.jsonl"
-_EVALUATION = ("model", "text", "samples", "seed")
+_EVALUATION = ("model", "text", "seed")  # cells may hold different numbers of needles
 _COLUMNS = 3  # panels side by side
 _WHITE_FROM = 0.7  # share found from which the ground is dark enough for white figures
 
@@ -80,10 +80,11 @@ def draw(schemes: Mapping[str, Mapping[tuple[int, float], Row]]) -> "Figure":
     bar = figure.colorbar(ScalarMappable(cmap=colours), ax=flat, shrink=0.8, pad=0.02, format="{x:.0%}")
     bar.set_label("words of the needle found")
     bar.outline.set_visible(False)
-    any_row = next(iter(next(iter(schemes.values())).values()))
-    figure.suptitle(
-        "{model}, {samples} needles per cell; below, NLL of the answer per token".format_map(any_row), fontsize=9
-    )
+    rows = [row for cells in schemes.values() for row in cells.values()]
+    counts = sorted({row["samples"] for row in rows})
+    needles = f"{counts[0]} needle" if counts == [1] else f"{' or '.join(map(str, counts))} needles"
+    title = f"{rows[0]['model']}, {needles} per cell; below, NLL of the answer per token"
+    figure.suptitle(title, fontsize=9)
     figure.get_layout_engine().set(wspace=0.06)  # type: ignore[union-attr]
     return figure
 
