@@ -125,8 +125,11 @@ class FragmentOrder:
         """Codes `[..., 64, C]` uint8 of words `[..., W]`; inverse of `pack`."""
         by_head = words.unflatten(-1, (self.heads, -1))
         ordered = unpack_spare_bits(by_head) if self.bits == 3 else unpack(by_head, self.bits)
-        codes = ordered.index_select(-1, self._tables[1]).unflatten(-1, (BLOCK_TOKENS, self.head_dim))
-        return codes.transpose(-2, -3).flatten(-2)
+        return _gathered(ordered.flatten(-2), self._places).unflatten(-1, (BLOCK_TOKENS, self.heads * self.head_dim))
+
+    @property
+    def _places(self) -> Tensor:
+        return _places_of_block(self.bits, self.heads, self.head_dim, self.role, self.device)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,20 @@ def _fragment_tables(bits: int, head_dim: int, role: Role, device: torch.device)
         index = index.unflatten(1, (4, NIBBLES)).transpose(0, 1)
     source = index.flatten()
     return source.to(device), source.argsort().to(device)
+
+
+@cache
+def _places_of_block(bits: int, heads: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
+    """Where element token * C + channel of a block is among the unpacked codes of all its heads, `[64 C]` int32."""
+    place = _fragment_tables(bits, head_dim, role, device)[1].view(BLOCK_TOKENS, 1, head_dim)
+    first = torch.arange(heads, device=device)[:, None] * (BLOCK_TOKENS * head_dim)
+    return (first + place).flatten().int()
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """`rows` `[..., n]` in the order of `places` `[n]`: as one flat list, many times faster on a CPU than row by row."""
+    first = torch.arange(0, rows.numel(), rows.shape[-1], dtype=torch.int32, device=rows.device)
+    return rows.flatten().index_select(0, (first[:, None] + places).flatten()).view(rows.shape)
 
 
 def order_of(quantizer: Quantizer, heads: int, head_dim: int, role: Role, fragments: bool = True) -> Order:

@@ -74,15 +74,21 @@ class OutlierStreams:
         """Outliers of every stream, `[B, G]` int64."""
         return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(number of the list int64, index int64, value fp16) of every outlier, in order."""
+    def entries(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(number of the list int64, index int64, value fp16) of every outlier, in order.
+
+        Or only of those of the blocks `first`, ..., `last - 1`, which costs no more than these.
+        """
         lengths = self.lengths()
-        totals = lengths.sum(-1, keepdim=True)
-        exact = totals.flatten().cumsum(0).view_as(totals) - totals
-        starts = exact if self.starts is None else self.starts.long()[..., None]
-        lists = torch.repeat_interleave(lengths.flatten())
-        rank = torch.arange(len(lists), device=lists.device) - exact.flatten()[lists // self.blocks]
-        place = starts.flatten()[lists // self.blocks] + rank
+        totals = lengths.sum(-1)
+        starts = totals.flatten().cumsum(0).view_as(totals) - totals if self.starts is None else self.starts.long()
+        inside = lengths[..., first:last]
+        places = inside.sum(-1).flatten()
+        # in every stream the blocks asked for lie side by side
+        shift = (starts + lengths[..., :first].sum(-1)).flatten() - (places.cumsum(0) - places)
+        number = torch.arange(lengths.numel(), device=lengths.device).view_as(lengths)[..., first:last]
+        lists = torch.repeat_interleave(number.flatten(), inside.flatten())
+        place = torch.arange(len(lists), device=lists.device) + torch.repeat_interleave(shift, places)
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
