@@ -233,6 +233,26 @@ def _gathered(rows: Tensor, places: Tensor) -> Tensor:
     return rows.flatten().index_select(0, (first[:, None] + places).flatten()).view(rows.shape)
 
 
+def fragment_words(order: FragmentOrder) -> tuple[Tensor, Tensor]:
+    """For a reader that takes a head's words row by row, where a row is a token of keys or a channel of values.
+
+    Returns (`which` `[M, R]`: word m of row r, `columns` `[M, fields]`: which channel or token its fields are), both int32
+    and the same for all rows. Words are those of `pack`; at 3 bits, three quarters of them, then those of the spare bits.
+    """
+    return _fragment_words(order.bits, order.head_dim, order.role, order.device)
+
+
+@cache
+def _fragment_words(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
+    source = _fragment_tables(bits, head_dim, role, torch.device("cpu"))[0]
+    fields = source.view(-1, 2 * NIBBLES if bits == 2 else NIBBLES)
+    token, channel = fields // head_dim, fields % head_dim
+    row, column = (token, channel) if role == "key" else (channel, token)
+    rows = BLOCK_TOKENS if role == "key" else head_dim
+    which = row[:, 0].argsort(stable=True).view(rows, -1).T
+    return which.int().contiguous().to(device), column[which[:, 0]].int().contiguous().to(device)
+
+
 def order_of(quantizer: Quantizer, heads: int, head_dim: int, role: Role, fragments: bool = True) -> Order:
     """The order in which a quantizer's codes are stored; with `fragments` false always channel after channel."""
     widths = torch.zeros(heads * head_dim, dtype=torch.int64)

@@ -74,21 +74,26 @@ class OutlierStreams:
         """Outliers of every stream, `[B, G]` int64."""
         return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(begin, end) of every list in `index` and `value`, `[B, G, blocks]` int64."""
+        lengths = self.lengths()
+        if self.starts is None:
+            ends = lengths.flatten().cumsum(0).view_as(lengths)
+        else:
+            ends = lengths.cumsum(-1) + self.starts[..., None]
+        return ends - lengths, ends
+
     def entries(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(number of the list int64, index int64, value fp16) of every outlier, in order.
 
         Or only of those of the blocks `first`, ..., `last - 1`, which costs no more than these.
         """
-        lengths = self.lengths()
-        totals = lengths.sum(-1)
-        starts = totals.flatten().cumsum(0).view_as(totals) - totals if self.starts is None else self.starts.long()
-        inside = lengths[..., first:last]
-        places = inside.sum(-1).flatten()
-        # in every stream the blocks asked for lie side by side
-        shift = (starts + lengths[..., :first].sum(-1)).flatten() - (places.cumsum(0) - places)
-        number = torch.arange(lengths.numel(), device=lengths.device).view_as(lengths)[..., first:last]
-        lists = torch.repeat_interleave(number.flatten(), inside.flatten())
-        place = torch.arange(len(lists), device=lists.device) + torch.repeat_interleave(shift, places)
+        begin, end = (place[..., first:last].flatten() for place in self.places())
+        lengths = end - begin
+        number = torch.arange(self.ends.numel(), device=self.ends.device).view_as(self.ends)[..., first:last]
+        lists = torch.repeat_interleave(number.flatten(), lengths)
+        shift = torch.repeat_interleave(begin - (lengths.cumsum(0) - lengths), lengths)
+        place = torch.arange(len(lists), device=lists.device) + shift
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
