@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deployment.layout import Page, PackedTensor
+from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder, fragment_words
 from quant.storage import BLOCK_TOKENS
 
@@ -37,7 +37,7 @@ _MOST_LEVELS = 16
 class _Side(ctypes.Structure):
     """`Side` of native.c."""
 
-    _fields_ = [  # noqa: RUF012  ctypes wants a list
+    _fields_ = [
         *((name, ctypes.c_void_p) for name in ("words", "which", "columns", "levels", "scale", "zero")),
         *((name, ctypes.c_void_p) for name in ("index", "value", "begin", "end")),
         *((name, ctypes.c_int64) for name in ("batch", "heads", "dim", "blocks", "first", "last", "bits")),
@@ -127,15 +127,12 @@ def _side(packed: PackedTensor, page: Page, first: int, last: int) -> tuple[_Sid
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled library, built if it is not there yet; None where that cannot be done."""
-    compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
-        machine = Path("/proc/cpuinfo").read_text().split("\n\n")[0].split("flags")[-1].splitlines()[0]
-    except OSError:
-        machine = platform.processor()
-    digest = hashlib.sha256("\n".join((_SOURCE.read_text(), *compiler, *_FLAGS, machine)).encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvquant"
-    library = folder / f"native-{digest[:16]}.so"
-    try:
+        compiler = shlex.split(os.environ.get("CC", "cc"))
+        parts = (_SOURCE.read_text(), *compiler, *_FLAGS, _processor())
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvquant"
+        library = folder / f"native-{digest[:16]}.so"
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as build:
@@ -144,5 +141,16 @@ def _library() -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 made.replace(library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: nobody's home
         return None
+
+
+def _processor() -> str:
+    """What tells processors apart, since a home folder may be shared by several machines."""
+    try:
+        flags = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        ]
+    except OSError:
+        flags = []
+    return flags[0] if flags else f"{platform.machine()} {platform.processor()}"
