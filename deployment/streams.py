@@ -22,6 +22,7 @@ from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
 _INDICES = 1 << 16
+_FEW = 64  # outliers that are added one by one
 _MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
 
 
@@ -116,11 +117,29 @@ class OutlierStreams:
         return streams
 
     def with_added(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
-        """The same page with more outliers, in any order, and no room."""
+        """The same page with more outliers, in any order but of later tokens than their lists hold, and no room."""
+        if self.starts is None and len(lists) <= _FEW:
+            return self._with_few(lists, index, value)
         held_lists, held_index, held_value = self.entries()
         keys = torch.cat([held_lists << 16 | held_index, lists << 16 | index])
         keys, order = keys.sort()
         return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
+
+    def _with_few(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
+        """`with_added` for the few outliers of a decode step: each is put behind its list, and nothing is sorted."""
+        if not len(lists):
+            return self
+        order = (lists << 16 | index).argsort()
+        lists, index, value = lists[order], index[order].short(), value[order]
+        cuts = self.ends.flatten()[lists].tolist()
+        sizes = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(self.index)], strict=True)]
+        both = []
+        for held, added in ((self.index, index), (self.value, value)):
+            pieces = held.split(sizes)
+            merged = [part for pair in zip(pieces, added.split(1), strict=False) for part in pair]
+            both.append(torch.cat([*merged, pieces[-1]]))
+        counts = lists.bincount(minlength=self.ends.numel()).cumsum(0)
+        return OutlierStreams(*both, self.ends + counts.view_as(self.ends).int())
 
     def with_room(self, room: int) -> "OutlierStreams":
         """The same outliers with `room` free places after every stream."""
