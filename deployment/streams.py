@@ -133,13 +133,17 @@ class OutlierStreams:
         lists, index, value = lists[order], index[order].short(), value[order]
         cuts = self.ends.flatten()[lists].tolist()
         sizes = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(self.index)], strict=True)]
-        both = []
-        for held, added in ((self.index, index), (self.value, value)):
+
+        def merged(held: Tensor, added: Tensor) -> Tensor:
             pieces = held.split(sizes)
-            merged = [part for pair in zip(pieces, added.split(1), strict=False) for part in pair]
-            both.append(torch.cat([*merged, pieces[-1]]))
+            return torch.cat(
+                [*(part for pair in zip(pieces, added.split(1), strict=False) for part in pair), pieces[-1]]
+            )
+
         counts = lists.bincount(minlength=self.ends.numel()).cumsum(0)
-        return OutlierStreams(*both, self.ends + counts.view_as(self.ends).int())
+        return OutlierStreams(
+            merged(self.index, index), merged(self.value, value), self.ends + counts.view_as(self.ends).int()
+        )
 
     def with_room(self, room: int) -> "OutlierStreams":
         """The same outliers with `room` free places after every stream."""

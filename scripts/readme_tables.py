@@ -250,7 +250,9 @@ def long() -> str:
         ]
         for (context, cache), row in sorted(rows.items())
     ]
-    return markdown(["context", "cache", "cache, MB", "peak, MB", "prefill, tokens/s", "decode, tokens/s", "NLL"], cells)
+    return markdown(
+        ["context", "cache", "cache, MB", "peak, MB", "prefill, tokens/s", "decode, tokens/s", "NLL"], cells
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
