@@ -32,6 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from deployment.kernels.lookup import SHARED
 from deployment.kernels.packed import _chunk, _options, _turn
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.split import split_kernel
@@ -50,8 +51,8 @@ _TYPES = {
     "*i16": "key_index value_index",
     "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
-        "turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor scores extra "
-        "rescale outputs maxima sums"
+        "turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor own scores "
+        "extra rescale outputs maxima sums"
     ),
     "*i32": (
         "high low key_words value_words key_starts key_ends value_starts value_ends key_width key_offset "
@@ -68,7 +69,7 @@ def attention_constants(
     roles: tuple[Role, ...] = ("key", "value")
     orders = {side: FragmentOrder(bits, 8, HEAD_DIM, side, torch.device("cpu")) for side in roles}
     geometry = {f"{side.upper()}_GEOMETRY": order.geometry.constants() for side, order in orders.items()}
-    both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers, "FAST": True}
+    both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers, "FAST": SHARED.value}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
     rows, tuning = triton.next_power_of_2(group), tuning_for(target)
     heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": rows, "CHUNK": chunk or _chunk(rows, tuning)}

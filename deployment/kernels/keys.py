@@ -99,7 +99,7 @@ def key_levels(
         a = tl.load(at + first[:, None], mask=mask, other=0).to(tl.float32)
         b = tl.load(at + second[:, None], mask=mask, other=0).to(tl.float32)
     elif SOURCE == FRAGMENT_ORDER:
-        a, b = tl.split(arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST))
+        a, b = tl.split(arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST, True))
     else:
         a = channel_levels(words, levels, widths[0], widths[1], widths[2], first, pair_ok, BITS, PAIRS)
         b = channel_levels(words, levels, widths[0], widths[1], widths[2], second, pair_ok, BITS, PAIRS)

@@ -11,6 +11,12 @@ tiles, since the compiler does not reliably see that two fp16 numbers are neighb
 import triton
 import triton.language as tl
 
+from deployment.kernels.pairs import filled, pair_levels
+
+# FAST: not, or by byte permutes, or (4 bits) from a table in shared memory, which pays if many words are looked up
+PERMUTES = tl.constexpr(1)
+SHARED = tl.constexpr(2)
+
 
 def _permutes(bits: int) -> str:
     """PTX: $0 - $3 are the fp16 levels, in pairs, of the codes in the nibbles of $4; then low bytes of levels, then high.
@@ -72,7 +78,9 @@ def per_lane(word):
 @triton.jit
 def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
     """What `unit_levels` looks levels up in: loaded once, used in the loop."""
-    if FAST:
+    if BITS == 4 and FAST == SHARED:
+        table = (filled(levels),)
+    elif FAST:
         low, high = level_bytes(levels, 0)
         table = (low, high)
         if BITS == 3:
@@ -93,7 +101,9 @@ def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
 def unit_levels(nibbles, table, BITS: tl.constexpr, FAST: tl.constexpr):
     """Levels of the codes in the eight nibbles of words: `[..., 8]` fp32, or if FAST `[..., 4]` pairs of fp16."""
     if FAST:
-        if BITS == 4:
+        if BITS == 4 and FAST == SHARED:
+            a, b, c, d = pair_levels(nibbles, table[0])
+        elif BITS == 4:
             a, b, c, d = tl.inline_asm_elementwise(
                 _PTX_4,
                 _IN_4,

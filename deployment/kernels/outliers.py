@@ -7,6 +7,7 @@ Corrections are linear in the difference: a flat loop over the chunk's list adds
 import triton
 import triton.language as tl
 
+from deployment.kernels.operands import column_of, place_in_operand, row_offset
 from deployment.kernels.phase import pair_of
 from deployment.streams import index_span
 
@@ -42,7 +43,7 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 @triton.jit
 def add_to_scores(
     scores,  # [ROWS, CHUNK] fp32
-    rotated,  # [stretches, ROWS, 2, PAIRS]: queries rotated back to the first of every TURN tokens
+    rotated,  # [spans, 2, 16 x PAIRS]: queries rotated back to the first of every TURN tokens, see `rotate_back`
     turn,
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
     place,  # `loaded` of the chunk's first
@@ -56,6 +57,8 @@ def add_to_scores(
     PAIRS: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     TURN: tl.constexpr,
+    STRETCHES: tl.constexpr,
+    ORDERED: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -73,10 +76,13 @@ def add_to_scores(
         cos = tl.load(turn_at) * delta
         sin = tl.load(turn_at + D * 32) * delta
         on_a, on_b = tl.where(is_second, -sin, cos), tl.where(is_second, cos, sin)
-        at = rotated + (token // TURN * (ROWS * 2 * PAIRS) + pair)
+        stretch, column = token // TURN, pair
+        if not ORDERED:
+            column = column_of(pair, PAIRS)
+        at = rotated + stretch // STRETCHES * (32 * PAIRS) + place_in_operand(stretch % STRETCHES * ROWS, column, 16)
         for row in tl.static_range(ROWS):
-            a = tl.load(at + row * 2 * PAIRS).to(tl.float32)
-            b = tl.load(at + (row * 2 + 1) * PAIRS).to(tl.float32)
+            a = tl.load(at + row_offset(row)).to(tl.float32)
+            b = tl.load(at + row_offset(row) + 16 * PAIRS).to(tl.float32)
             tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, mask=ok, sem="relaxed")
 
 

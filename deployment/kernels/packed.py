@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from deployment.kernels.combine import combine_kernel
+from deployment.kernels.lookup import SHARED
 from deployment.kernels.phase import Rotary
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
@@ -195,6 +196,7 @@ def attend_packed(
 class _Scratch:
     """Memory that a program's phases pass results through."""
 
+    own: Tensor
     rotated: Tensor
     scores: Tensor
     weights: Tensor
@@ -210,21 +212,22 @@ class _Scratch:
             return torch.empty(plan.programs, *shape, dtype=dtype, device=device)
 
         return cls(
-            rotated=new(plan.chunk // 32, plan.rows, 2, pairs, dtype=operand),
+            own=new(plan.rows, 2, pairs),
+            rotated=new(max(16, plan.chunk // 32 * plan.rows), 2, pairs, dtype=operand),
             scores=new(plan.rows, plan.chunk),
             weights=new(plan.rows, plan.chunk, dtype=operand),
-            scaled=new(plan.rows, plan.chunk, dtype=operand),
+            scaled=new(2, plan.rows, plan.chunk, dtype=operand),
             extra=new(dim, plan.rows),
             rescale=new(plan.rows),
         )
 
 
-def _fast(segment: Segment, precise: bool) -> dict[str, bool]:
+def _fast(segment: Segment, precise: bool) -> dict[str, int]:
     """Which sides look levels up with inline PTX: fragments in half precision, on a GPU."""
     if isinstance(segment, DenseSegment) or precise or not segment.key_page.words.is_cuda:
-        return {"KEY_FAST": False, "VALUE_FAST": False}
+        return {"KEY_FAST": 0, "VALUE_FAST": 0}
     orders = {"KEY_FAST": segment.key.order, "VALUE_FAST": segment.value.order}
-    return {name: isinstance(order, FragmentOrder) for name, order in orders.items()}
+    return {name: SHARED.value if isinstance(order, FragmentOrder) else 0 for name, order in orders.items()}
 
 
 def _chunk(rows: int, tuning: Tuning) -> int:

@@ -1,16 +1,15 @@
 """Scores of a chunk: its keys, block after block, times the queries, into scratch memory.
 
-A tensor core multiplies 16 rows, and there are ROWS queries, often one. Instead of padding, the first operand holds the queries
-rotated back to the first token of 16 / ROWS *stretches* of TURN tokens, so that it serves all of these, a *span* of tokens; of each
-product only the rows of its own stretch are kept. The words of a block are loaded before those of the one before are used.
+Of a product of 16 rows, which hold the queries rotated back to several stretches (queries.py), only the rows of a token's own stretch
+are kept. The words of a block are loaded before those of the one before are used.
 """
 
 import triton
 import triton.language as tl
 
 from deployment.kernels.keys import key_levels, part_of, turned
+from deployment.kernels.operands import operand
 from deployment.kernels.outliers import token_ranges
-from deployment.kernels.phase import cos_sin_of, phase_of
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 
 _KEEP = tl.constexpr(
@@ -21,9 +20,7 @@ _KEEP = tl.constexpr(
 @triton.jit
 def score_chunk(
     scores,  # [ROWS, CHUNK] fp32
-    rotated,  # [stretches, ROWS, 2, PAIRS]: the rotated queries, for the outliers
-    queries,  # two [16, PAIRS] fp32, rows as of the operand, rotated to their own positions
-    angles,  # two [PAIRS] int32: fractions of a turn per token, high and low; and of the position of the chunk's first
+    rotated,  # [spans, 2, 16 x PAIRS]: operands, see `rotate_back`
     source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
     ranges,  # [tokens, 2] fp16, where they are dynamic
     fixed,  # what does not change: `prepared`, `turn_tables`, two of `turned_zeros`
@@ -34,31 +31,27 @@ def score_chunk(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     TURN: tl.constexpr,
+    STRETCHES: tl.constexpr,
     PAIRS: tl.constexpr,
     SOURCE: tl.constexpr,
     BITS: tl.constexpr,
     GEOMETRY: tl.constexpr,
     DYNAMIC: tl.constexpr,
-    OUTLIERS: tl.constexpr,
     FAST: tl.constexpr,
     QUICK: tl.constexpr,
+    KIND: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores of all stored tokens of a chunk, but for what outliers add."""
-    # stretches of a block, and of an operand of 16 rows
-    PARTS: tl.constexpr = 64 // TURN
-    STRETCHES: tl.constexpr = min(16 // ROWS, CHUNK // TURN)
+    PARTS: tl.constexpr = 64 // TURN  # stretches of a block
     SPAN_BLOCKS: tl.constexpr = STRETCHES * TURN // 64
     STATIC: tl.constexpr = SOURCE != DENSE and not DYNAMIC
     mma_row = tl.arange(0, 16)
     query, stretch = mma_row % ROWS, mma_row // ROWS
-    pair, turn_token = tl.arange(0, PAIRS), tl.arange(0, TURN)
+    turn_token = tl.arange(0, TURN)
     words, stride, levels, widths, plain, plain_stride = source
     table, tables, still_a, still_b = fixed
-    query_a, query_b = queries
-    high, low, origin = angles
-    stretch_phase = phase_of(tl.full([1], TURN, tl.int32), high, low)
 
     block_at = words + (token0 // 64).to(tl.int64) * stride
     w0, w1, w2 = 0, 0, 0
@@ -66,21 +59,12 @@ def score_chunk(
     if SOURCE == FRAGMENT_ORDER:
         w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
     for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
-        phase = (
-            phase_of(origin + span * (STRETCHES * TURN), high, low)[None, :] + stretch[:, None] * stretch_phase[None, :]
-        )
-        cos, sin = cos_sin_of(phase, QUICK)
-        back_a = (query_a * cos + query_b * sin).to(OPERAND)
-        back_b = (query_b * cos - query_a * sin).to(OPERAND)
-        if OUTLIERS:
-            back_at = rotated + (span * STRETCHES * ROWS + mma_row)[:, None] * (2 * PAIRS) + pair[None, :]
-            back_ok = (stretch < STRETCHES)[:, None]
-            tl.store(back_at, back_a, mask=back_ok)
-            tl.store(back_at + PAIRS, back_b, mask=back_ok)
-        start = tl.zeros([16, TURN], tl.float32)
+        back_a = operand(rotated + span * (32 * PAIRS), PAIRS, 16, KIND)
+        back_b = operand(rotated + span * (32 * PAIRS) + 16 * PAIRS, PAIRS, 16, KIND)
+        start_a, start_b = tl.zeros([16, TURN], tl.float32), tl.zeros([16, TURN], tl.float32)
         if SOURCE != DENSE:
-            start = tl.dot(back_a, still_a, input_precision=PRECISION)
-            start = tl.dot(back_b, still_b, start, input_precision=PRECISION)
+            start_a = tl.dot(back_a, still_a, input_precision=PRECISION)
+            start_b = tl.dot(back_b, still_b, input_precision=PRECISION)
         for j in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here)):
             holds = (w0, w1, w2)
             if SOURCE == FRAGMENT_ORDER:
@@ -107,19 +91,17 @@ def score_chunk(
             )
             for part in tl.static_range(PARTS):
                 part_a, part_b = part_of(level_a, part, PARTS), part_of(level_b, part, PARTS)
-                if j < here:  # always; a branch keeps Triton from choosing an operand layout by what is behind it
-                    key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
-                else:
-                    key_a, key_b = still_a, still_b
+                key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
                 token = j * 64 + part * TURN + turn_token
-                if STATIC:
-                    dot = tl.dot(back_a, key_a, start, input_precision=PRECISION)
+                if STATIC:  # two sums, since products that wait for each other take longer than all else
+                    dot = tl.dot(back_a, key_a, start_a, input_precision=PRECISION)
+                    dot += tl.dot(back_b, key_b, start_b, input_precision=PRECISION)
                 else:
                     dot = tl.dot(back_a, key_a, input_precision=PRECISION)
-                dot = tl.dot(back_b, key_b, dot, input_precision=PRECISION)
+                    dot = tl.dot(back_b, key_b, dot, input_precision=PRECISION)
                 if DYNAMIC:
                     scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
-                    dot = dot * scale[None, :] + start * zero[None, :]
+                    dot = dot * scale[None, :] + (start_a + start_b) * zero[None, :]
                 own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
                 keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
 

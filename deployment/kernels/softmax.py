@@ -6,6 +6,7 @@ With m the largest score so far, a weight is 2^(score - m): queries carry log2 e
 import triton
 import triton.language as tl
 
+from deployment.kernels.operands import keep_operand
 from deployment.kernels.outliers import token_ranges
 
 
@@ -32,7 +33,7 @@ def seen_tokens(position, origin, token0, held, ROWS: tl.constexpr, CHUNK: tl.co
 def weigh_chunk(
     scores,  # [ROWS, CHUNK] fp32
     weights,  # [ROWS, CHUNK], written
-    scaled,  # [ROWS, CHUNK], written: weights times the tokens' scales, where values have ranges of their own
+    scaled,  # as `attend_chunk` takes it, written: weights, times the tokens' scales where values have ranges of their own
     ranges,  # [tokens, 2] fp16 of values
     seen,
     state,  # [ROWS] each: highest score, sum of weights, and of weights times the tokens' zeros
@@ -41,6 +42,9 @@ def weigh_chunk(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     DYNAMIC: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    ORDERED: tl.constexpr,  # as are the next, see `keep_operand`
+    KIND: tl.constexpr,
     LIFT: tl.constexpr,  # weights are 2^LIFT larger
     LOWER: tl.constexpr,  # and the scaled ones LOWER times that
 ):
@@ -53,12 +57,14 @@ def weigh_chunk(
     reference = tl.where(raised == float("-inf"), 0.0, raised)
     weight = tl.exp2(score - reference[:, None] + LIFT)
     shrink = tl.exp2(highest - reference)
-    tl.store(weights + to, weight.to(weights.dtype.element_ty))
+    if OUTLIERS:
+        tl.store(weights + to, weight.to(weights.dtype.element_ty))
     if DYNAMIC:  # level * scale + zero: scales go to the weights, zeros add up on their own
         scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
-        tl.store(scaled + to, (weight * (scale * LOWER)[None, :]).to(weights.dtype.element_ty))
+        keep_operand(scaled, weight * (scale * LOWER)[None, :], ROWS, ORDERED, KIND)
         weight_sum, zero_sum = tl.reduce((weight, weight * zero[None, :]), 1, both_sums)
         total, offset = total * shrink + weight_sum, offset * shrink + zero_sum
     else:
+        keep_operand(scaled, weight, ROWS, ORDERED, KIND)
         total = total * shrink + tl.sum(weight, 1)
     return raised, total, offset, shrink

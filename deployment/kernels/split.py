@@ -17,9 +17,10 @@ import triton.language as tl
 from deployment.kernels.ahead import ask_for_list, ask_for_words
 from deployment.kernels.keys import cos_and_sin, turn_tables, turned_zeros
 from deployment.kernels.lookup import prepared
+from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of, shared_memory
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
 from deployment.kernels.phase import first_of_pair, second_of_pair
-from deployment.kernels.queries import positions_of, rotated_queries
+from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.softmax import seen_tokens, weigh_chunk
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
@@ -93,10 +94,11 @@ def split_kernel(
     blocks,  # of the page
     key_block_words,  # W
     value_block_words,
-    rotated,  # [programs, CHUNK / TURN, ROWS, 2, PAIRS] operand dtype
+    own,  # [programs, ROWS, 2, PAIRS] fp32: the queries
+    rotated,  # [programs, spans, 2, 16 x PAIRS] operand dtype
     scores,  # [programs, ROWS, CHUNK] fp32
     weights,  # [programs, ROWS, CHUNK] operand dtype
-    scaled,  # [programs, ROWS, CHUNK] operand dtype
+    scaled,  # [programs, 2 ROWS CHUNK] operand dtype, of an operand; unused if QUICK
     extra,  # [programs, ROWS, D] fp32
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
@@ -143,12 +145,23 @@ def split_kernel(
     LOWER: tl.constexpr = 0.00390625 if VALUE_DYNAMIC and not PRECISE else 1.0
 
     row, mma_row = tl.arange(0, ROWS), tl.arange(0, 16)
-    pair, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
-    pair_ok, channel_ok = pair < D // 2, channel < D
+    natural, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
+    natural_ok, channel_ok = natural < D // 2, channel < D
+    high_bits = tl.load(high + natural, mask=natural_ok, other=0)
+    low_bits = tl.load(low + natural, mask=natural_ok, other=0)
+    # pairs in the order of a tile's rows
+    KEY_ORDERED: tl.constexpr = KEY_SOURCE == FRAGMENT_ORDER
+    pair = natural
+    if KEY_ORDERED:
+        pair = column_of(natural, PAIRS)
+    pair_ok = pair < D // 2
     first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     channels = (first, second, pair_ok)
-    high_bits = tl.load(high + pair, mask=pair_ok, other=0)
-    low_bits = tl.load(low + pair, mask=pair_ok, other=0)
+    # stretches of a chunk, and of an operand of 16 rows
+    COUNT: tl.constexpr = CHUNK // TURN
+    STRETCHES: tl.constexpr = min(16 // ROWS, COUNT)
+    KEY_KIND: tl.constexpr = GLOBAL_OPERAND if QUICK and PAIRS >= 32 else PLAIN
+    VALUE_KIND: tl.constexpr = SHARED_OPERAND if QUICK else PLAIN
     key_table = (0,)
     value_table = (0,)
     if KEY_SOURCE == FRAGMENT_ORDER:
@@ -157,12 +170,16 @@ def split_kernel(
         value_table = prepared(value_levels_at, VALUE_BITS, VALUE_FAST)
 
     program = tl.program_id(0).to(tl.int64)
-    rotated += program * (CHUNK // TURN * ROWS * 2 * PAIRS)
+    own += program * (ROWS * 2 * PAIRS)
+    rotated += program * (max(16, CHUNK // 32 * ROWS) * 2 * PAIRS)
     scores += program * (CHUNK * ROWS)
     weights += program * (CHUNK * ROWS)
-    scaled += program * (CHUNK * ROWS)
+    scaled += program * (CHUNK * 2 * ROWS)
     extra += program * (D * ROWS)
     rescale += program * ROWS
+    weighing = scaled
+    if QUICK:
+        weighing = shared_memory(CHUNK * 4 * min(ROWS, 8))
     for work in range(tl.program_id(0), works, tl.num_programs(0)):
         split, rest = work % splits, work // splits
         tile, stream = rest % tiles, (rest // tiles).to(tl.int64)
@@ -176,10 +193,29 @@ def split_kernel(
         first_chunk, last_chunk = split * per_split, tl.minimum((split + 1) * per_split, chunks)
 
         strides = (query_stride_b, query_stride_h, query_stride_s)
-        number = tile * ROWS + mma_row % ROWS
-        queries = rotated_queries(
-            query, strides, positions, (high_bits, low_bits), channels, b, g, number, new, scaling, GROUP, QUICK
+        halves = (
+            first_of_pair(natural, ROTARY_HALF, D // 2),
+            second_of_pair(natural, ROTARY_HALF, D // 2),
+            natural_ok,
         )
+        query_a, query_b = rotated_queries(
+            query,
+            strides,
+            positions,
+            (high_bits, low_bits),
+            halves,
+            b,
+            g,
+            tile * ROWS + row,
+            new,
+            scaling,
+            GROUP,
+            QUICK,
+        )
+        own_at = own + row[:, None] * (2 * PAIRS) + natural[None, :]
+        tl.store(own_at, query_a)
+        tl.store(own_at + PAIRS, query_b)
+        tl.debug_barrier()
         position = positions_of(positions, b, tile * ROWS + row, new, GROUP)
 
         # the head's part of everything
@@ -240,14 +276,25 @@ def split_kernel(
                     ask_for_list(value_index, value_value, value_entry, value_end, _MOST_ASKED)
 
             # 1: scores
+            rotate_back(
+                rotated,
+                own,
+                (high_bits, low_bits, origin + token0),
+                ROWS,
+                TURN,
+                STRETCHES,
+                COUNT,
+                PAIRS,
+                KEY_ORDERED,
+                QUICK,
+            )
             key_loaded = (0, 0)
             if KEY_OUTLIERS:
                 key_loaded = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
+            tl.debug_barrier()
             score_chunk(
                 scores,
                 rotated,
-                queries,
-                (high_bits, low_bits, origin + token0),
                 keys,
                 key_ranges,
                 fixed,
@@ -258,14 +305,15 @@ def split_kernel(
                 ROWS,
                 CHUNK,
                 TURN,
+                STRETCHES,
                 PAIRS,
                 KEY_SOURCE,
                 KEY_BITS,
                 KEY_GEOMETRY,
                 KEY_DYNAMIC,
-                KEY_OUTLIERS,
                 KEY_FAST,
                 QUICK,
+                KEY_KIND,
                 OPERAND,
                 PRECISION,
             )
@@ -289,6 +337,8 @@ def split_kernel(
                     PAIRS,
                     ROTARY_HALF,
                     TURN,
+                    STRETCHES,
+                    KEY_ORDERED,
                     KEY_DYNAMIC,
                     ENTRIES,
                 )
@@ -306,7 +356,7 @@ def split_kernel(
             highest, total, offset, shrink = weigh_chunk(
                 scores,
                 weights,
-                scaled,
+                weighing,
                 value_ranges,
                 seen_tokens(position, origin, token0, held, ROWS, CHUNK),
                 (highest, total, offset),
@@ -315,6 +365,9 @@ def split_kernel(
                 ROWS,
                 CHUNK,
                 VALUE_DYNAMIC,
+                VALUE_OUTLIERS,
+                VALUE_SOURCE == FRAGMENT_ORDER,
+                VALUE_KIND,
                 LIFT,
                 LOWER,
             )
@@ -333,7 +386,7 @@ def split_kernel(
                 value_loaded = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
             output = attend_chunk(
                 output * tl.load(rescale + mma_row % ROWS)[:, None],
-                scaled if VALUE_DYNAMIC else weights,
+                weighing,
                 value_held,
                 values,
                 value_table,
@@ -341,13 +394,13 @@ def split_kernel(
                 here,
                 held,
                 ROWS,
-                CHUNK,
                 D,
                 CHANNELS,
                 VALUE_SOURCE,
                 VALUE_BITS,
                 VALUE_GEOMETRY,
                 VALUE_FAST,
+                VALUE_KIND,
                 OPERAND,
                 PRECISION,
             )

@@ -82,10 +82,10 @@ def units(first, second, third, table, BITS: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
-def arrange(units, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
+def arrange(units, GEOMETRY: tl.constexpr, FAST: tl.constexpr, WIDE: tl.constexpr = False):
     """`[k, n, halves]` of what units hold; no element leaves its lane (see `Fragment.index`).
 
-    Of pairs (FAST) it is `[k / 2, n, halves]`.
+    Of pairs (FAST) it is `[k / 2, n, halves]`. WIDE: with k in the order of `column_of` (operands.py).
     """
     HALVES: tl.constexpr = GEOMETRY[0]
     SLOTS_N: tl.constexpr = GEOMETRY[1]
@@ -100,6 +100,10 @@ def arrange(units, GEOMETRY: tl.constexpr, FAST: tl.constexpr):
     in_order = tl.permute(lanes, (0, 5, 1, 2, 3, 4, 6, 7, 8, 9))
     tiled = tl.reshape(in_order, (TILES_N, TILES_K, WARPS, 4, 2, 4, HALVES, SLOTS_N, SLOTS_K, PAIR))
     ordered = tl.permute(tiled, (1, 8, 5, 9, 0, 7, 2, 3, 4, 6))
+    if WIDE:
+        EIGHTS: tl.constexpr = TILES_K * SLOTS_K
+        steps = tl.reshape(ordered, (EIGHTS // 4, 2, 2, 4, PAIR, TILES_N * SLOTS_N * WARPS * 8, HALVES))
+        ordered = tl.permute(steps, (0, 2, 3, 1, 4, 5, 6))
     return tl.reshape(ordered, (TILES_K * SLOTS_K * 4 * PAIR, TILES_N * SLOTS_N * WARPS * 8, HALVES))
 
 

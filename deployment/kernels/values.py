@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.lookup import unpaired
+from deployment.kernels.operands import SHARED_OPERAND, operand
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, block_words, channel_levels, units
 
 
@@ -37,7 +38,7 @@ def value_levels(
         mask = (token < tokens)[:, None] & channel_ok[None, :]
         tile = tl.load(at, mask=mask, other=0).to(tl.float32)
     elif SOURCE == FRAGMENT_ORDER:
-        tile = arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST)
+        tile = arrange(units(held[0], held[1], held[2], table, BITS, FAST), GEOMETRY, FAST, True)
         if FAST:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
             tile = unpaired(tl.reshape(tile, [32, CHANNELS]))
         else:
@@ -52,7 +53,7 @@ def value_levels(
 @triton.jit
 def attend_chunk(
     output,  # [16, CHANNELS] fp32
-    weights,  # [ROWS, CHUNK]: of levels
+    weights,  # of levels: where `weigh_chunk` kept them as an operand
     words_ahead,  # `block_words` of the chunk's first block
     source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
     table,  # `prepared`
@@ -60,18 +61,20 @@ def attend_chunk(
     here,
     held,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
     D: tl.constexpr,
     CHANNELS: tl.constexpr,
     SOURCE: tl.constexpr,
     BITS: tl.constexpr,
     GEOMETRY: tl.constexpr,
     FAST: tl.constexpr,
+    KIND: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`output` plus the weighted sum of the levels of a chunk's tokens; row r of it is of query r % ROWS."""
-    channel, query = tl.arange(0, CHANNELS), tl.arange(0, 16) % ROWS
+    # the operand's part that belongs to a block, in bytes or elements
+    BLOCK: tl.constexpr = 128 * min(ROWS, 8) * (2 if KIND == SHARED_OPERAND else 1)
+    channel = tl.arange(0, CHANNELS)
     words, stride, levels, widths, plain, plain_stride = source
     block_at = words + (token0 // 64).to(tl.int64) * stride
     ahead = tl.zeros([], tl.int32)  # words from the chunk's first block to the one that is loaded
@@ -81,27 +84,24 @@ def attend_chunk(
         if SOURCE == FRAGMENT_ORDER:
             ahead = tl.minimum(ahead + stride, (here - 1) * stride)
             w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
-        if j < here:  # always; a branch keeps Triton from choosing an operand layout by what is behind it
-            tile = value_levels(
-                block_at + j * stride,
-                holds,
-                table,
-                levels,
-                widths,
-                plain,
-                plain_stride,
-                token0 + j * 64,
-                held,
-                channel,
-                channel < D,
-                GEOMETRY,
-                SOURCE,
-                BITS,
-                CHANNELS,
-                FAST,
-            ).to(OPERAND)
-        else:
-            tile = tl.zeros([64, CHANNELS], OPERAND)
-        weight_at = weights + (query * CHUNK)[:, None] + (j * 64 + tl.arange(0, 64))[None, :]
-        output = tl.dot(tl.load(weight_at), tile, output, input_precision=PRECISION)
+        tile = value_levels(
+            block_at + j * stride,
+            holds,
+            table,
+            levels,
+            widths,
+            plain,
+            plain_stride,
+            token0 + j * 64,
+            held,
+            channel,
+            channel < D,
+            GEOMETRY,
+            SOURCE,
+            BITS,
+            CHANNELS,
+            FAST,
+        ).to(OPERAND)
+        weight = operand(weights + j * BLOCK, 64, ROWS, KIND)
+        output = tl.dot(weight, tile, output, input_precision=PRECISION)
     return output
