@@ -156,7 +156,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--temperature", type=float, default=1.0, help="with --sample")
     parser.add_argument("--top-p", type=float, default=1.0, help="with --sample")
     parser.add_argument("--beams", type=positive_int, default=1, help="beam search; the text comes at the end")
-    parser.add_argument("--cuda-graph", action="store_true", help="record decode steps, which the host then only repeats")
+    parser.add_argument(
+        "--cuda-graph", action="store_true", help="record decode steps, which the host then only repeats"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
 

@@ -115,7 +115,7 @@ class Steps:
         """The model's forward, replayed where it is one step."""
         logits = None
         ids = options.get("input_ids", arguments[0] if arguments else None)
-        if self._is_step(ids, len(arguments), options):
+        if ids is not None and self._is_step(ids, len(arguments), options):
             logits = self._step(ids)
         elif options.get("past_key_values") is self.cache:
             self.settle()
@@ -123,9 +123,9 @@ class Steps:
             return self._original(*arguments, **options)
         return CausalLMOutputWithPast(logits=logits, past_key_values=self.cache)
 
-    def _is_step(self, ids: Tensor | None, arguments: int, options: dict[str, Any]) -> bool:
+    def _is_step(self, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
         """Whether these are the arguments of a step of sequences all of which hold tokens: none can be padding."""
-        if ids is None or arguments > 1 or ids.shape[1] != 1 or options.get("past_key_values") is not self.cache:
+        if arguments > 1 or ids.shape[1] != 1 or options.get("past_key_values") is not self.cache:
             return False
         holding = all(len(layer.lengths) == len(ids) and all(layer.lengths) for layer in self._layers)
         return holding and not any(options.get(name) for name in _MORE_THAN_LOGITS)
@@ -187,8 +187,8 @@ class Steps:
             self.recordings += 1
         except RuntimeError as error:
             self._give_up(f"recording failed ({str(error).strip().splitlines()[0]})")
-        for layer, (layer.lengths, layer.slots) in zip(self._layers, counts, strict=True):  # nothing was stored
-            layer._handed_on = False
+        for layer, (lengths, slots) in zip(self._layers, counts, strict=True):  # nothing was stored
+            layer.lengths, layer.slots, layer._handed_on = lengths, slots, False
         return self._replay is not None
 
     def _run(self) -> Tensor:

@@ -112,7 +112,10 @@ def test_a_failed_recording_leaves_everything_as_it_was(
                 layer.lengths, layer.slots, layer._handed_on = [layer.lengths[0] + 1], layer.slots + 1, True
             raise RuntimeError("not permitted\nwhile recording")
 
-        with graphed(llama, cache, recorder=fails), pytest.warns(UserWarning, match=r"recording failed \(not permitted\)"):
+        with (
+            graphed(llama, cache, recorder=fails),
+            pytest.warns(UserWarning, match=r"recording failed \(not permitted\)"),
+        ):
             assert torch.equal(generated(llama, cache, ids, 4), expected)
     assert cache.layers[0].lengths == plain.layers[0].lengths
 
