@@ -129,7 +129,7 @@ fi
 if [[ $parts == *smollm2* ]]; then
     if [[ -n ${MODEL:-} && ${#quantizers[@]} -gt 0 ]]; then
         for file in "${quantizers[@]}"; do
-            run "smollm2-$(basename "$file")" 150 "$python" -m scripts.check_device "$MODEL" "$file" --device "$device" \
+            run "smollm2-$(basename "$file")" 200 "$python" -m scripts.check_device "$MODEL" "$file" --device "$device" \
                 --text "${TEXT:-pydoc}" "${check[@]}" --results "$out/device.jsonl"
         done
     else

@@ -6,7 +6,7 @@ Two checks for each dtype the model has on the device:
 
     loss    packed, every token seeing all tokens as stored, against simulated, on the same device: within `--limit` of each other
     text    the device's greedy continuations of the first tokens of some windows, from the packed cache. The torch path on the CPU,
-            in float32, then reads the same tokens one by one: each must be the one it finds most likely, or a tie
+            in the same dtype, then reads the same tokens one by one: each must be the one it finds most likely, or a tie
 
 What is a tie, the CPU says itself. Sums in another order flip a code here and there, which moves every later logit, so that close
 choices go either way; after one, texts differ, which is why the CPU reads the device's tokens and does not write its own. It also reads
@@ -32,13 +32,13 @@ from deployment.cache import PackedCache, PackedLayer
 from deployment.evaluate import evaluate_packed
 from deployment.kernels.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel, load_model
+from gradients.models import load_model
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import evaluate
 from quant.results import append_row
 
-_OWN, _ROUNDING = 2.0, 0.05  # a tie: so many times the CPU's own distance, which counts as this at least
+_OWN, _ROUNDING = 2.0, 0.1  # a tie: so many times the CPU's own distance, which counts as this at least
 
 Row = dict[str, Any]
 
@@ -105,9 +105,12 @@ def check_text(
     }
 
 
-def check(arguments: argparse.Namespace, dtype: str, cpu: LoadedModel, windows: Tensor, quantizers: Quantizers) -> Row:
+def check(arguments: argparse.Namespace, dtype: str, quantizers: Quantizers) -> Row:
     """The row of one dtype."""
-    model = load_model(arguments.model, dtype, arguments.device).model
+    cpu, model = load_model(arguments.model, dtype, "cpu"), load_model(arguments.model, dtype, arguments.device).model
+    quantizers.check_model(cpu.model.config)
+    corpus = load_corpus(arguments.text, "evaluation", cpu.tokenizer)
+    windows = corpus.evaluation_windows(arguments.seqlen, arguments.windows)
     row = {"model": Path(arguments.model).name, "scheme": quantizers.scheme.describe(), "dtype": dtype}
     row |= {"on": torch.device(arguments.device).type, "text": Path(arguments.text).name}
     row |= {"windows": len(windows), "seqlen": arguments.seqlen, "chunk": arguments.prefill_chunk}
@@ -143,13 +146,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
     arguments = parser.parse_args(argv)
     if arguments.prompt_tokens > arguments.seqlen:
         raise UserError(f"--prompt-tokens {arguments.prompt_tokens} exceeds --seqlen {arguments.seqlen}; lower it")
-    quantizers = load_quantizers(arguments.quantizers)
-    cpu = load_model(arguments.model, "float32", "cpu")
-    quantizers.check_model(cpu.model.config)
-    corpus = load_corpus(arguments.text, "evaluation", cpu.tokenizer)
-    windows, rows = corpus.evaluation_windows(arguments.seqlen, arguments.windows), []
+    quantizers, rows = load_quantizers(arguments.quantizers), []
     for dtype in arguments.dtypes:
-        row = check(arguments, dtype, cpu, windows, quantizers)
+        row = check(arguments, dtype, quantizers)
         append_row(arguments.results, row, packages=("torch", "transformers", "triton"))
         rows.append(row)
     shown = (
