@@ -1,9 +1,9 @@
 """Attention over an fp16 cache, in every way that is known here: what the packed cache is timed against.
 
-A decode step has one query per head. torch's SDPA takes grouped queries with `enable_gqa`, but not every backend does that well,
-so the H / G queries of a KV head are also folded into one problem of as many queries, `[B, G, H/G, D]` against `[B, G, T, D]`: exact,
-since a decode step masks nothing. Our own split kernel reads plain tensors, too; it rotates keys on the way, which the others
-do not have to. The fastest of them all is what counts.
+A decode step has one query per head. torch's SDPA takes grouped queries with `enable_gqa`, but not every backend does
+that well, so the H / G queries of a KV head are also folded into one problem of as many queries, `[B, G, H/G, D]`
+against `[B, G, T, D]`: exact, since a decode step masks nothing. Our own split kernel reads plain tensors, too; it
+rotates keys on the way, which the others do not have to. The fastest of them all is what counts.
 """
 
 from collections.abc import Callable

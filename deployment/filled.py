@@ -1,8 +1,8 @@
 """A model of any shape with random weights, and packed caches of it that are full from the start: for measuring.
 
-Nothing that is timed depends on the numbers, but for the share of outliers, which is as the scheme says (synthetic.py). One layer
-is filled by the append path itself, with random keys and values, chunk by chunk; the others get copies of its bytes, so that
-a million tokens take seconds. Rows of such caches say `"filled": "synthetic"`.
+Nothing that is timed depends on the numbers, but for the share of outliers, which is as the scheme says
+(synthetic.py). One layer is filled by the append path itself, with random keys and values, chunk by chunk; the others
+get copies of its bytes, so that a million tokens take seconds. Rows of such caches say `"filled": "synthetic"`.
 """
 
 import torch

@@ -3,19 +3,20 @@
     with packed_attention(model), graphed(model, cache):
         model.generate(ids, past_key_values=cache, ...)        # sampling, streaming, stopping: all as before
 
-Within the block a forward of one new token per sequence over `cache` is replayed from a graph; any other forward (a chunk of the
-prompt, another cache) runs as it is. A step goes through three stages:
+Within the block a forward of one new token per sequence over `cache` is replayed from a graph; any other forward (a
+chunk of the prompt, another cache) runs as it is. A step goes through three stages:
 
     first      runs as it is, so that kernels are compiled and tables made
     second     room for `steps` tokens is reserved, the forward recorded, and replayed
-    others     token ids copied into the recorded input, replayed, counted on the host; after `steps` there is new room, and a
-               new recording if that moved anything
+    others     token ids copied into the recorded input, replayed, counted on the host; after `steps` there is new room,
+               and a new recording if that moved anything
 
-Whatever else happens to the cache in between (a crop, a chunk, another batch) shows in its counts or tensors, and the graph is
-made anew. Attention masks are left out: a single token of a sequence that holds others is never padding (step.py).
+Whatever else happens to the cache in between (a crop, a chunk, another batch) shows in its counts or tensors, and the
+graph is made anew. Attention masks are left out: a single token of a sequence that holds others is never padding
+(step.py).
 
-On other devices than CUDA, and for models whose step depends on more than the recorded tensors, everything runs as it is,
-and a warning says why.
+On other devices than CUDA, and for models whose step depends on more than the recorded tensors, everything runs as it
+is, and a warning says why.
 """
 
 import functools

@@ -103,8 +103,8 @@ for row in read_rows(sys.argv[1]):
         times = timed.get(op)
         line[op] = f"{times['us']:.0f}" if times else ""
         line[f"{op} fp16"] = f"{times['fp16_us']:.0f}" if times else ""
-    decode = timed.get("decode", {"speedup": 0, "percent_of_copy": 0})
-    lines.append({**line, "speed-up": f"{decode['speedup']:.2f}", "% of copy": f"{decode['percent_of_copy']:.0f}"})
+    decode = timed.get("decode", {"speedup": 0, "percent_of_copy": 0, "fp16_way": ""})
+    lines.append({**line, "fp16 by": decode.get("fp16_way", ""), "speed-up": f"{decode['speedup']:.2f}", "% of copy": f"{decode['percent_of_copy']:.0f}"})
 print(format_table(lines) if lines else "no rows")
 PYTHON
 }

@@ -4,15 +4,15 @@
     python -m scripts.benchmark_generate --shape llama-3-8b --contexts 1M --caches nuq2-1% nuq2 --modes graph --chunks
     python -m scripts.benchmark_generate --shape tiny --contexts 128 --caches fp16 nuq3-1% --chunks 16     # on a CPU, to try it
 
-The model has random weights of a named shape in fp16, and the cache is full of random tokens from the start (`"filled": "synthetic"`):
-neither changes what is timed. A row is one cache at one context and
+The model has random weights of a named shape in fp16, and the cache is full of random tokens from the start
+(`"filled": "synthetic"`): neither changes what is timed. A row is one cache at one context and
 
-    decode     greedy steps of one sequence, as they are (`eager`) and recorded in a CUDA graph (`graph`); the peak of
-               allocated memory during them, weights and cache included
+    decode     greedy steps of one sequence, as they are (`eager`) and recorded in a CUDA graph (`graph`; only caches that
+               are written in place); the peak of allocated memory during them, weights and cache included
     prefill    forwards of a chunk of tokens behind `--prefill-context` others, logits of the last token only
 
-Caches are schemes, such as nuq3-1%, or those of scripts/fp16_caches.py. What runs out of memory, or is not installed, is a row that says
-so. Nothing is begun after `--seconds`; rows are written as they are measured.
+Caches are schemes, such as nuq3-1%, or those of scripts/fp16_caches.py. What runs out of memory, or is not installed,
+is a row that says so. Nothing is begun after `--seconds`; rows are written as they are measured.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from deployment.shapes import SHAPES, named_config
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.results import append_row
 from quant.scheme import Scheme
-from scripts.fp16_caches import NAMES, attending, full_cache, is_known, stored_bytes
+from scripts.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
 
 CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
 MODES = ("eager", "graph")
@@ -144,6 +144,8 @@ class Benchmark:
             for mode in self.arguments.modes:
                 if self.late:
                     break
+                if mode == "graph" and is_known(name) and name not in IN_PLACE:
+                    continue  # what is copied to another place with every token cannot be replayed
                 measured: Row
                 try:
                     with self._steps(cache, mode) as forward:

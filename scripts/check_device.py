@@ -4,16 +4,19 @@
 
 Two checks for each dtype the model has on the device:
 
-    loss    packed, every token seeing all tokens as stored, against simulated, on the same device: within `--limit` of each other
-    text    the device's greedy continuations of the first tokens of some windows, from the packed cache. The torch path on the CPU,
-            in the same dtype, then reads the same tokens one by one: each must be the one it finds most likely, or a tie
+    loss    packed, every token seeing all tokens as stored, against simulated, on the same device: within `--limit`
+    text    the device's greedy continuations of the first tokens of some windows, from the packed cache. The torch path
+            on the CPU, in the same dtype, then reads the same tokens one by one: each must be the one it finds most
+            likely, or a tie
 
-What is a tie, the CPU says itself. Sums in another order flip a code here and there, which moves every later logit, so that close
-choices go either way; after one, texts differ, which is why the CPU reads the device's tokens and does not write its own. It also reads
-them in chunks of `--prefill-chunk`: the tokens that it finds most likely then lie up to `own_distance` below those of one by
-one. The device's tokens may lie twice as far (`largest_distance`); what a wrong kernel says lies much further.
+What is a tie, the CPU says itself. Sums in another order flip a code here and there, which moves every later logit,
+so that close choices go either way; after one, texts differ, which is why the CPU reads the device's tokens and does
+not write its own. It also reads them in chunks of `--prefill-chunk`: the tokens that it finds most likely then lie up
+to `own_distance` below those of one by one. The device's tokens may lie twice as far (`largest_distance`); what a
+wrong kernel says lies much further.
 
-Exits with 1 if anything is outside the limits. On the CPU (`--device cpu`) the torch path is held against itself, to try it.
+Exits with 1 if anything is outside the limits. On the CPU (`--device cpu`) the torch path is held against itself, to
+try it.
 """
 
 import argparse

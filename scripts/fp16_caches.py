@@ -1,7 +1,8 @@
 """Caches that are not ours, full from the start: what the packed cache is compared with end to end.
 
-    fp16           a cache of the right size that is written in place, over which flash attention reads exactly the tokens there are; the
-                   queries of a KV head are folded into one problem. The strongest baseline known: nothing is copied or masked
+    fp16           a cache of the right size that is written in place, over which flash attention reads exactly the tokens
+                   there are; the queries of a KV head are folded into one problem. The strongest baseline known: nothing
+                   is copied or masked
     fp16-dynamic   transformers' DynamicCache: every step copies the whole cache
     fp16-static    transformers' StaticCache: written in place, attention is masked beyond the end
     hqq4, quanto2  transformers' QuantizedCache with that library and so many bits
@@ -24,10 +25,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from gradients.cli import UserError
 from gradients.models import kv_shape
 
-IN_PLACE = "fp16"
+_FOLDED = "fp16"
+IN_PLACE = (_FOLDED, "fp16-static")  # the caches whose tensors stay where they are
 _QUANTIZED = re.compile(r"(hqq|quanto)([1-8])")
 _ATTENTION = "fp16_in_place"
-NAMES = (IN_PLACE, "fp16-dynamic", "fp16-static", "hqq4", "hqq2", "quanto4", "quanto2")
+NAMES = (_FOLDED, "fp16-dynamic", "fp16-static", "hqq4", "hqq2", "quanto4", "quanto2")
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -106,7 +108,7 @@ AttentionMaskInterface.register(_ATTENTION, _no_mask)
 def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Within the block the model attends as the cache of this name wants it."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION if name == IN_PLACE else "sdpa")
+    model.set_attn_implementation(_ATTENTION if name == _FOLDED else "sdpa")
     try:
         yield
     finally:
@@ -135,7 +137,7 @@ def full_cache(name: str, config: PreTrainedConfig, tokens: int, capacity: int, 
 
 
 def _empty(name: str, config: PreTrainedConfig, capacity: int) -> Cache:
-    if name == IN_PLACE:
+    if name == _FOLDED:
         return Cache(layers=[InPlaceLayer(capacity) for _ in range(config.num_hidden_layers)])
     if name == "fp16-dynamic":
         return DynamicCache(config=config)

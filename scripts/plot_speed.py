@@ -3,9 +3,10 @@
     python -m scripts.plot_speed                       # from scripts/results/gpu-benchmark.jsonl
     python -m scripts.plot_speed --results results/h200/benchmark.jsonl --batch 8 --output speed.png
 
-Reads rows of `python -m deployment.benchmark`: a panel for each shape, a line for fp16 (the fastest of the ways that were tried) and for
-each scheme. The dotted line of the same colour is the bandwidth limit, the bytes stored over the rate of a large copy on the same
-device in the same run. Both axes are logarithmic. Rows of the device that was measured last; of equal ones the last counts.
+Reads rows of `python -m deployment.benchmark`: a panel for each shape, a line for fp16 (the fastest of the ways that
+were tried) and for each scheme. The dotted line of the same colour is the bandwidth limit, the bytes stored over the
+rate of a large copy on the same device in the same run. Both axes are logarithmic. Rows of the device that was
+measured last; of equal ones the last counts.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,8 @@
     compute-sanitizer --tool racecheck python -m scripts.small_steps --device cuda --schemes nuq3-5%
     TRITON_INTERPRET=1 python -m scripts.small_steps --device cpu --schemes nuq2
 
-A layer stores a prompt in chunks and a token by itself, attends with one query per head, and with a chunk of them. Schemes are
-of both layouts, with outliers and without. Exits with 1 if an output is not that of the torch path.
+A layer stores a prompt in chunks and a token by itself, attends with one query per head, and with a chunk of them.
+Schemes are of both layouts, with outliers and without. Exits with 1 if an output is not that of the torch path.
 """
 
 import json
