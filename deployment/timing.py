@@ -5,27 +5,48 @@ Calls are visited in turn, and on CUDA a graph of them is replayed, so that laun
 
 import math
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 
 _SECONDS = 0.3  # of measuring each
+_MOMENT = 0.02  # of finding out which is worth measuring
 _REPEATS = 10
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}  # of one copy: less does not reach the memory's rate
 _COPIES = 4
 
 
-def microseconds(calls: Sequence[Callable[[], object]], device: torch.device) -> tuple[float, float]:
-    """(mean, standard error) of one call, all of them made in turn."""
+def microseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = _SECONDS
+) -> tuple[float, float]:
+    """(mean, standard error) of one call, all of them made in turn, for about so many `seconds`."""
     for call in calls[:2]:
         call()
     run = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls]
     times = [_timed(run, 1, device)]
-    count = max(1, int(_SECONDS / _REPEATS / max(times[0], 1e-7)))
+    count = max(1, int(seconds / _REPEATS / max(times[0], 1e-7)))
     times = [_timed(run, count, device) / len(calls) for _ in range(_REPEATS if device.type == "cuda" else 3)]
     return statistics.mean(times) * 1e6, statistics.stdev(times) / math.sqrt(len(times)) * 1e6
+
+
+def fastest(ways: Mapping[str, Sequence[Callable[[], object]]], device: torch.device) -> tuple[str, float]:
+    """(name, microseconds of a call) of the way that takes the least; those that raise RuntimeError are none.
+
+    With several, each is first timed for a moment. Raises RuntimeError when there is none.
+    """
+    quick: dict[str, float] = {}
+    for name, calls in ways.items():
+        try:
+            quick[name] = microseconds(calls, device, _MOMENT)[0] if len(ways) > 1 else 0.0
+        except RuntimeError as error:
+            print(f"{name} is left out: {(str(error).strip().splitlines() or ['no reason given'])[0]}", file=sys.stderr)
+    if not quick:
+        raise RuntimeError(f"none of {', '.join(ways)} runs on {device}")
+    best = min(quick, key=lambda name: quick[name])
+    return best, microseconds(ways[best], device)[0]
 
 
 def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

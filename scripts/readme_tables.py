@@ -15,6 +15,7 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
+from scripts.gpu_tables import device_table, generate_table, prefill_table, speed_table
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
 
@@ -210,19 +211,10 @@ def allocation() -> str:
     return markdown(["error (bits per element)", *(f"{bits} bits" for bits in widths)], cells)
 
 
-def gpu() -> str:
-    """Decode attention of one layer from the packed cache against fp16, in one run."""
-    cells = []
-    for row in rows_of("gpu-benchmark"):
-        decode = next(op for op in row["ops"] if op["op"] == "decode")
-        what = [
-            row["shape"],
-            row["scheme"],
-            f"{row['context']:,}",
-            f"{row['fp16_bytes_per_token'] / row['bytes_per_token']:.1f}x",
-        ]
-        cells.append([*what, f"{decode['us']:.0f}", f"{decode['fp16_us']:.0f}"])
-    return markdown(["shape", "scheme", "context", "smaller than fp16", "decode, us", "fp16 SDPA, us"], cells)
+def of_gpus(name: str, table: Callable[[list[Row]], tuple[list[str], list[list[str]]]]) -> str:
+    """A table of `gpu_tables`, or that there is nothing yet."""
+    rows = rows_of(name)
+    return markdown(*table(rows)) if rows else "Not measured yet.\n"
 
 
 def roofline() -> str:
@@ -245,7 +237,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "passkey": passkey,
     "needle": needle,
     "ruler": ruler,
-    "gpu": gpu,
+    "gpu": lambda: of_gpus("gpu-benchmark", speed_table),
+    "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
+    "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
+    "gpu_device": lambda: of_gpus("gpu-device", device_table),
     "roofline": roofline,
     "allocation": allocation,
 }

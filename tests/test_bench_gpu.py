@@ -39,6 +39,23 @@ def test_failures_and_lack_of_time_are_told(
     assert len(asked) == (0 if "BUDGET" in variables else 1)
 
 
+def test_other_parts_are_asked_for(tmp_path: Path) -> None:
+    parts = {"PARTS": "sanitize smollm2 generate", "MODEL": "smol", "QUANTIZERS": "q4.st q3.st", "TEXT": "notes.txt"}
+    done, asked = run(tmp_path, **parts, SANITIZER=str(tmp_path / "python"), CONTEXTS="32K", CACHES="fp16 nuq2")
+    assert done.returncode == 0 and len(asked) == 2 + 2 + 2
+    assert asked[0].startswith("--tool memcheck --error-exitcode 9") and "--tool racecheck" in asked[1]
+    assert asked[1].endswith("-m scripts.small_steps --device cuda")
+    assert "scripts.check_device smol q3.st --device cuda --text notes.txt --results" in asked[3]
+    assert "--shape llama-3-8b --caches fp16 nuq2 --contexts 32K --seconds" in asked[5]
+    assert int(asked[5].split("--seconds ")[1].split()[0]) < 270
+
+
+def test_parts_without_what_they_need_are_left_out(tmp_path: Path) -> None:
+    done, asked = run(tmp_path, PARTS="sanitize smollm2", SANITIZER=str(tmp_path / "none"), MODEL="smol")
+    assert done.returncode == 0 and not asked
+    assert "sanitize: no compute-sanitizer" in done.stdout and "smollm2: no MODEL, or no QUANTIZERS" in done.stdout
+
+
 def test_without_a_folder_it_says_what_it_takes() -> None:
     command = ["bash", str(REPOSITORY / "scripts" / "bench_gpu.sh")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

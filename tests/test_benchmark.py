@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from deployment.benchmark import main
-from deployment.synthetic import Shape, synthetic_quantizers
-from deployment.timing import copy_rate
+from deployment.dense import decode_calls
+from deployment.synthetic import Shape, make_case, synthetic_quantizers
+from deployment.timing import copy_rate, fastest
 from gradients.cli import UserError
 from quant.results import read_rows
 from quant.scheme import Scheme
@@ -64,3 +65,29 @@ def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("deployment.timing.microseconds", timed)
     assert copy_rate(torch.device("cpu")) == pytest.approx(2 * 800 / 2)
+
+
+def test_ways_to_attend_in_fp16_agree() -> None:
+    shape, device = Shape(4, 2, 32), torch.device("cpu")
+    case = make_case(shape, Scheme.parse("nuq3"), 70, 2, device, seed=0)
+    torch.manual_seed(5)
+    calls = decode_calls(case, shape, kernels=False)
+    assert list(calls) == ["sdpa", "sdpa folded"]
+    expected = calls["sdpa"]()
+    assert torch.allclose(calls["sdpa folded"]().view_as(expected), expected, atol=2e-3)
+
+
+def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"slow": 3.0, "quick": 1.0, "broken": 0.5}
+
+    def timed(calls: list[str], _device: torch.device, _seconds: float = 1.0) -> tuple[float, float]:
+        if calls == ["broken"]:
+            raise RuntimeError("no such backend")
+        return times[calls[0]], 0.0
+
+    monkeypatch.setattr("deployment.timing.microseconds", timed)
+    ways = {name: [name] for name in times}
+    assert fastest(ways, torch.device("cpu")) == ("quick", 1.0)  # type: ignore[arg-type]
+    assert "broken is left out: no such backend" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="none of broken, broken too"):
+        fastest({"broken": ["broken"], "broken too": ["broken"]}, torch.device("cpu"))  # type: ignore[dict-item]

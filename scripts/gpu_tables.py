@@ -1,0 +1,97 @@
+"""Tables of what was measured on GPUs, from rows of deployment.benchmark, scripts.benchmark_generate and scripts.check_device.
+
+Each is a header and lines of cells. Of rows that measure the same thing, the last counts.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+
+def latest(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[Row]:
+    """The last row of each key, in the order in which keys first came."""
+    return list({key(row): row for row in rows}.values())
+
+
+def speed_table(rows: Sequence[Row]) -> Table:
+    """Decode attention of one layer from the packed cache against fp16, in one run."""
+    lines = []
+    for row in latest(rows, lambda row: (row["device"], row["shape"], row["batch"], row["scheme"], row["context"])):
+        for step in (op for op in row["ops"] if op["op"] == "decode"):
+            smaller = row["fp16_bytes_per_token"] / row["bytes_per_token"]
+            what = [row["shape"], str(row["batch"]), row["scheme"], f"{row['context']:,}", f"{smaller:.1f}x"]
+            times = [f"{step['us']:.0f}", f"{step['fp16_us']:.0f}", f"{step['speedup']:.2f}x"]
+            lines.append([*what, *times, f"{step['percent_of_copy']:.0f} %"])
+    header = [
+        "shape",
+        "batch",
+        "scheme",
+        "context",
+        "smaller than fp16",
+        "decode, us",
+        "fp16, us",
+        "faster",
+        "of a copy's rate",
+    ]
+    return header, lines
+
+
+def generate_table(rows: Sequence[Row]) -> Table:
+    """Greedy decoding with whole models: a line for each shape, context and cache."""
+    steps = latest(
+        [row for row in rows if row["op"] == "decode"],
+        lambda row: (row["device"], row["shape"], row["layers"], row["context"], row["cache"], row.get("mode")),
+    )
+    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in steps:
+        line = lines.setdefault((row["shape"], row["context"], row["cache"]), {})
+        line |= {mode: row for mode in ([row["mode"]] if "mode" in row else ["eager", "graph"])}
+    cells = []
+    for (shape, context, cache), modes in lines.items():
+        rates = [_rate(modes[mode]) if mode in modes else "" for mode in ("eager", "graph")]
+        sizes = [
+            max((row.get(name) or 0 for row in modes.values()), default=0) for name in ("cache_bytes", "peak_bytes")
+        ]
+        cells.append([shape, f"{context:,}", cache, *rates, *(f"{size / 1e9:.1f}" if size else "" for size in sizes)])
+    return ["shape", "context", "cache", "tokens/s", "tokens/s, CUDA graph", "cache, GB", "peak memory, GB"], cells
+
+
+def _rate(row: Row) -> str:
+    if "error" in row:
+        return row["error"] if row["error"] in ("out of memory", "not installed") else "failed"
+    return f"{row['tokens_per_second']:.1f}"
+
+
+def prefill_table(rows: Sequence[Row]) -> Table:
+    """Tokens per second of reading, a column for each size of chunk."""
+    chunks = sorted({row["chunk"] for row in rows if row["op"] == "prefill" and "chunk" in row})
+    lines: dict[tuple[Any, ...], dict[int, str]] = {}
+    for row in rows:
+        if row["op"] == "prefill":
+            line = lines.setdefault((row["shape"], row["context"], row["cache"]), {})
+            line |= {chunk: _rate(row) for chunk in ([row["chunk"]] if "chunk" in row else chunks)}
+    cells = [
+        [shape, f"{context:,}", cache, *(line.get(chunk, "") for chunk in chunks)]
+        for (shape, context, cache), line in lines.items()
+    ]
+    return ["shape", "tokens before", "cache", *(f"chunks of {chunk}" for chunk in chunks)], cells
+
+
+def device_table(rows: Sequence[Row]) -> Table:
+    """A real model on a device, against simulation there and against the CPU."""
+    cells = []
+    for row in latest(rows, lambda row: (row["device"], row["model"], row["scheme"], row["dtype"])):
+        losses = [f"{row['nll_simulated']:.4f}", f"{row['nll_packed']:.4f}", f"{row['nll_difference']:.1e}"]
+        equal = [f"{row[name]} of {row['tokens']}" for name in ("equal_tokens", "own_equal_tokens")]
+        cells.append([row["scheme"], row["dtype"], *losses, *equal])
+    header = [
+        "scheme",
+        "dtype",
+        "NLL simulated",
+        "NLL packed",
+        "relative difference",
+        "greedy tokens equal to the CPU's",
+    ]
+    return [*header, "the CPU's own, in chunks"], cells

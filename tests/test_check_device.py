@@ -1,0 +1,50 @@
+"""`python -m scripts.check_device`, on the CPU against itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradients.cli import UserError
+from quant.artefact import Quantizers
+from quant.results import read_rows
+from scripts.check_device import _main_with_exit_code, distances, greedy, main
+
+
+@pytest.fixture
+def arguments(llama_folder: Path, quantizers_file: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    sizes = ["--seqlen", "60", "--windows", "3", "--prompts", "2", "--prompt-tokens", "20", "--new-tokens", "6"]
+    rows = ["--results", str(tmp_path / "rows.jsonl"), "--text", str(text_file)]
+    command = [str(llama_folder), str(quantizers_file), "--device", "cpu", "--dtypes", "float32", *sizes, *rows]
+    return [*command, "--prefill-chunk", "20", "--limit", "0.01"]  # few tokens: a flipped code shows in the mean
+
+
+def test_the_cpu_agrees_with_itself(arguments: list[str], tmp_path: Path) -> None:
+    (row,) = main(arguments)["rows"]
+    assert row["passed"] and row["path"] == "torch" and row["tokens"] == 12
+    assert row["equal_tokens"] == 12 and row["equal_texts"] == 2 and row["largest_distance"] < 1e-3
+    assert 0 <= row["nll_difference"] < 0.01 and row["nll_simulated"] > 1
+    assert read_rows(tmp_path / "rows.jsonl")[0]["scheme"] == row["scheme"] == "nuq3-1%"
+
+
+def test_other_tokens_are_far_from_the_top(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any) -> None:
+    prompt = make_tokens(1, 20)[0]
+    tokens, path = greedy(llama, quantizers, prompt, 6)
+    assert path == "torch" and tokens.shape == (6,)
+    below, own = distances(llama, quantizers, prompt, tokens, chunk=20)
+    assert torch.equal(below, torch.zeros(6)) and own.shape == (6,)
+    wrong: Tensor = (tokens + 1) % 259
+    assert distances(llama, quantizers, prompt, wrong, chunk=20)[0].max() > 1
+
+
+def test_what_is_outside_the_limits_fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _main_with_exit_code([*arguments[:-1], "-1"])
+    assert ended.value.code == 1
+    assert not json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
+    with pytest.raises(UserError, match="--prompt-tokens 99 exceeds --seqlen 60"):
+        main([*arguments, "--prompt-tokens", "99"])
