@@ -18,7 +18,7 @@ from torch import Tensor
 from deployment.streams import OutlierStreams
 
 ROOM_TOKENS = 32  # there is room for all elements of so many tokens being outliers, once a count has arrived
-_SHARE = 32  # and for one in so many of those held: growing does not copy a long stream again and again
+ROOM_SHARE = 32  # and for one in so many of those held: growing does not copy a long stream again and again
 _ASKED = 4  # a count is asked for when this part of the room may be gone
 LOST = "outliers were lost for want of room; reserve more tokens before capturing a graph"
 
@@ -70,7 +70,7 @@ class Room:
         if most <= self._free and not news:
             return streams
         needed = self.held + (self.since + most)
-        spares = self.held // _SHARE + spare
+        spares = self.held // ROOM_SHARE + spare
         wasteful = not self.fixed and (self.places - needed - 2 * spares).sum() > 0
         return self._moved(streams, needed + spares) if most > self._free or wasteful else streams
 

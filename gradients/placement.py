@@ -60,7 +60,7 @@ def read_device_map(path: str) -> dict[str, int | str]:
     if not isinstance(places, dict) or not places:
         raise UserError(f'--device-map {path!r} is no JSON object; write {{"model.layers.0": 0, ...}}')
     for module, place in places.items():
-        if not _exists(place):
+        if not exists(place):
             raise UserError(
                 f"--device-map {path!r}: device {place!r} of {module!r} is not there; use cpu, disk, "
                 f"or one of {torch.accelerator.device_count()} accelerators, counted from 0"
@@ -68,7 +68,8 @@ def read_device_map(path: str) -> dict[str, int | str]:
     return places
 
 
-def _exists(place: Any) -> bool:
+def exists(place: Any) -> bool:
+    """Whether a map may name this device on this machine."""
     count = torch.accelerator.device_count()
     if isinstance(place, int) and not isinstance(place, bool):
         return 0 <= place < count

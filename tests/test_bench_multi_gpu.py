@@ -1,0 +1,261 @@
+"""`scripts/bench_multi_gpu.sh` and what it calls: caches filled with blocks, sharded decoding, processes compared."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from deployment.cache import PackedLayer
+from deployment.kernels.dispatch import attend
+from deployment.rope import Rope
+from deployment.step import attend_with_torch
+from deployment.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
+from gradients.cli import run_command
+from gradients.models import KINDS, load_model
+from quant.results import read_rows
+from quant.scheme import Scheme
+from quant.storage import BLOCK_TOKENS
+from scripts import random_model
+from scripts.benchmark_sharded import add_equality, largest, main
+from scripts.random_model import config_of, device_map_of, spread
+from scripts.sharded_decoding import Request, Sharded, rounded_context
+
+SHAPE = Shape(heads=4, kv_heads=2, head_dim=64)
+CPU = torch.device("cpu")
+
+
+def filled(scheme: str, blocks: int, capacity: int, shape: Shape = SHAPE) -> PackedLayer:
+    parsed = Scheme.parse(scheme)
+    layer = PackedLayer(*synthetic_quantizers(parsed, shape), parsed.sink_tokens, capacity)
+    fill_with_blocks(layer, shape, blocks, CPU, seed=3)
+    return layer
+
+
+@pytest.mark.parametrize("scheme", ["nuq3-1%", "nuq2", "rdnuq3.4"])
+def test_blocks_repeat_what_was_encoded(scheme: str) -> None:
+    layer = filled(
+        scheme, 37, capacity=40 * BLOCK_TOKENS
+    )  # 16 blocks are a period: indices of outliers span 1024 tokens
+    period = max(8, layer.packed["key"].span // BLOCK_TOKENS) * BLOCK_TOKENS
+    packed = {kind: layer.packed[kind].read(layer.packed[kind].pages[0], 0, 37) for kind in KINDS}
+    drawn = torch.Generator().manual_seed(3)
+    for kind in KINDS:
+        tokens = torch.randn(1, 2, layer.sink_tokens + period, 64, generator=drawn).half()
+        quantizer, dense = layer.packed[kind].quantizer, packed[kind]
+        flat = tokens[:, :, layer.sink_tokens :].transpose(1, 2).flatten(2)
+        expected = quantizer.decode(quantizer.encode(flat)).unflatten(-1, (2, 64)).transpose(1, 2)
+        torch.testing.assert_close(dense[:, :, :period], expected.float())
+        for start in range(period, 37 * BLOCK_TOKENS, period):
+            part = dense[:, :, start : start + period]
+            assert torch.equal(part, dense[:, :, : part.shape[2]])
+        torch.testing.assert_close(layer.sinks[kind], tokens[:, :, : layer.sink_tokens])
+    assert layer.lengths == [37 * BLOCK_TOKENS + layer.sink_tokens] and layer.stored.tolist() == layer.lengths
+
+
+def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVQUANT_BACKEND", "triton")
+    shape = Shape(heads=2, kv_heads=1, head_dim=128)  # 8 blocks are a period
+    layer = filled("nuq3-1%", 9, 10 * BLOCK_TOKENS, shape)
+    before = [(page, page.outliers) for packed in layer.packed.values() for page in packed.pages]
+    rope: Rope = make_case(shape, Scheme.parse("nuq3-1%"), 64, 1, CPU, 0).rope
+    generator = torch.Generator().manual_seed(1)
+    key, value = (torch.randn(1, 1, 1, 128, generator=generator).half() * 2 for _ in KINDS)
+    query = torch.randn(1, 2, 1, 128, generator=generator).half()
+    kernels = attend(layer, rope, query, (key, value), [0], 0.1)
+    with_torch = attend_with_torch(layer, rope, query, (key, value), [0], 0.1, list(layer.lengths))
+    torch.testing.assert_close(kernels.transpose(1, 2).float(), with_torch, rtol=2e-2, atol=2e-3)
+    layer.append_with_kernels(key, value, [0], layer.no_padding)
+    layer.recount()
+    for kind, states in zip(KINDS, (key, value), strict=True):
+        packed = layer.packed[kind]
+        stored = packed.read(packed.pages[0], 9, 1)[0, 0, 0]
+        torch.testing.assert_close(stored, packed.quantizer.decode(packed.quantizer.encode(states[0, 0]))[0].float())
+    assert all(page.outliers.index is outliers.index for page, outliers in before), "streams have moved: no room"
+
+
+def test_a_split_computes_what_one_device_computes(tmp_path: Path) -> None:
+    config = config_of("tiny")
+    request = Request(Scheme.parse("nuq3-1%"), rounded_context(Scheme.parse("nuq3-1%"), 300), 6)
+    for filled_with in ("synthetic", "prefill"):
+        own = Request(**vars(request) | {"filled": filled_with, "prefill_chunk": 128})
+        whole = Sharded(config, ["cpu"]).decode(own)
+        split = Sharded(config, ["cpu", "disk"], folder=str(tmp_path / filled_with)).decode(own)
+        other = Sharded(config, ["cpu"]).decode(Request(**vars(own) | {"seed": 1}))
+        assert whole is not None and split is not None and other is not None
+        assert whole.tokens == split.tokens != other.tokens
+        assert len(set(whole.tokens)) > 1 and len(split.memory) == 2
+        assert sum(part["held"] for part in split.memory) == whole.memory[0]["held"]
+        assert filled_with == "prefill" or abs(whole.memory[0]["held_off_percent"]) < 1
+
+
+def test_lack_of_memory_is_an_answer() -> None:
+    sharded, scheme = Sharded(config_of("tiny", 1), ["cpu"]), Scheme.parse("nuq2")
+    request = Request(scheme, rounded_context(scheme, 100), 3)
+    decoded = sharded.decode(request)
+    assert decoded is not None
+    assert sharded.decode(request, decoded.memory[0]["held"]) is not None
+    assert sharded.decode(request, decoded.memory[0]["held"] - 1) is None
+
+
+@pytest.mark.parametrize(("first", "fits"), [(10**5, 10**5), (10**5, 98_000), (10**5, 70_000), (10**5, 20_000), (3, 2)])
+def test_the_search_comes_close(first: int, fits: int) -> None:
+    asked: list[int] = []
+
+    def holds(number: int) -> bool:
+        asked.append(number)
+        return number <= fits
+
+    found = largest(holds, first, 16)
+    assert found <= fits and fits - found <= max(1, first // 256) and asked[0] == first
+    assert found in asked and len(asked) <= 16 and len(set(asked)) == len(asked)
+
+
+def test_a_search_may_find_nothing() -> None:
+    assert largest(lambda _: False, 1000, 20) == 0 and largest(lambda _: False, 1000, 2) == 0
+
+
+def test_layers_are_spread_evenly() -> None:
+    config = config_of("llama-7b")
+    assert [spread(config, list("abcdefgh")).count(place) for place in range(8)] == [4] * 8
+    assert sorted(spread(config, list("abc")).count(place) for place in range(3)) == [10, 11, 11]
+    places = device_map_of(config_of("tiny"), ["cpu", "disk"])
+    assert places["model.layers.1"] == "cpu" and places["model.layers.2"] == places["lm_head"] == "disk"
+
+
+def options(tmp_path: Path, *more: str) -> list[str]:
+    return ["--shape", "tiny", "--layers", "2", "--new-tokens", "4", "--results", str(tmp_path / "rows"), *more]
+
+
+def test_the_command_compares_with_one_device_and_the_plan(tmp_path: Path) -> None:
+    split = ["--devices", "cpu", "disk", "--against-one", "--contexts", "200", "longest", "--device-memory", "5MiB"]
+    result = main(options(tmp_path, *split, "--attempts", "2"))
+    rows = read_rows(tmp_path / "rows")
+    assert [row["world_size"] for row in rows] == [1, 1, 2, 2] and len(result["rows"]) == 4
+    for row in rows:
+        assert row["filled"] == "synthetic" and row["fits"] and row["tokens_per_second"] > 0
+        assert all(abs(part["held_off_percent"]) < 5 and part["held"] <= 5 << 20 for part in row["memory"])
+        assert {"commit", "versions", "device", "seconds", "path"} <= row.keys()
+    assert rows[2]["tokens_equal_one_device"] is True and rows[2]["context"] == 1 + 256
+    assert rows[3]["context"] == rows[3]["planned_context"] > rows[1]["context"]
+    rows[2]["tokens"][-1] += 1
+    add_equality(rows)
+    assert rows[2]["tokens_equal_one_device"] is False
+
+
+def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
+    main(options(tmp_path, "--devices", "cpu", "--contexts", "300", "--device-memory", "0.1MB"))
+    (row,) = read_rows(tmp_path / "rows")
+    assert row["fits"] is False and row["context"] == 1 + 320 and "tokens_per_second" not in row
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "said"),
+    [
+        ("benchmark_sharded", ["--devices", "cuda:97"], "device 'cuda:97' is not there; use cpu, disk, or one of"),
+        ("benchmark_sharded", ["--devices", "cpu", "cpu"], "devices cpu cpu name one of them twice"),
+        ("benchmark_sharded", ["--devices", "disk"], "device disk computes nothing and cannot be the first"),
+        ("benchmark_sharded", ["--devices", "cpu", "--contexts", "longest"], "give --device-memory"),
+        ("benchmark_sharded", ["--devices", "cpu", "--contexts", "long"], "'long' is not a positive number such as"),
+        ("benchmark_sharded", ["--new-tokens", "2"], "--new-tokens 2: the first 2 are not timed"),
+        ("benchmark_sharded", ["--layers", "5"], "--layers 5 exceeds the 4 of shape 'tiny'; lower it"),
+        (
+            "benchmark_sharded",
+            ["--device-memory", "1GiB", "--contexts", "longest", "--scheme", "nuq9"],
+            "bits 9 is not",
+        ),
+        ("benchmark_sharded", ["--contexts", "longest", "--device-memory", "1MB"], "not even one block fits"),
+        ("benchmark_processes", ["--processes", "1"], "--processes 1 is what several are compared with"),
+        ("benchmark_processes", ["--device", "cuda", "--processes", "99"], "--processes 99 need a GPU each"),
+        ("random_model", ["--shape", "llama-9b", "--output", "x"], "llama-9b"),
+    ],
+)
+def test_bad_input(
+    module: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"benchmark_sharded": ["--shape", "tiny"], "benchmark_processes": ["--model", "none"]}.get(module, [])
+    if "--devices" not in arguments and module == "benchmark_sharded":
+        given += ["--devices", "cpu"]
+    monkeypatch.setattr(sys, "argv", [module, *given, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(importlib.import_module(f"scripts.{module}").main)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def test_a_random_model_can_be_loaded(tmp_path: Path) -> None:
+    result = random_model.main(["--shape", "tiny", "--layers", "1", "--device", "cpu", "--output", str(tmp_path)])
+    loaded = load_model(str(tmp_path))
+    assert loaded.model.num_parameters() == result["parameters"]
+    assert loaded.tokenizer("é")["input_ids"] and loaded.model.config.num_hidden_layers == 1
+    again = random_model.random_model(config_of("tiny", 1), ["cpu"], torch.bfloat16)
+    for mine, other in zip(loaded.model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, other.float())
+
+
+def run_script(folder: Path, *arguments: str, code: int = 0, **variables: str) -> tuple[Any, list[str]]:
+    """(the finished script, what its interpreter was asked for); the interpreter does nothing but write that down."""
+    stub, log = folder / "python", folder / "log"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
+    stub.chmod(0o755)
+    command = ["bash", str(REPOSITORY / "scripts" / "bench_multi_gpu.sh"), *arguments]
+    environment = {**os.environ, "PYTHON": str(stub), "GPUS": "8", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return done, log.read_text().splitlines() if log.exists() else []
+
+
+def test_the_script_asks_for_every_part(tmp_path: Path) -> None:
+    done, asked = run_script(tmp_path, str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    sharded = [line for line in asked if "--part sharded" in line]
+    longest = [line for line in asked if "--part longest" in line]
+    assert all("--devices cuda:0 cuda:1 --against-one" in line for line in sharded)
+    assert any("--filled prefill" in line for line in sharded) and any("128K longest" in line for line in sharded)
+    assert all("cuda:7" in line for line in longest) and any("--contexts 10000000 longest" in line for line in longest)
+    assert any("--device-memory" in line for line in longest) and {"nuq2", "nuq3-1%"} <= set(" ".join(longest).split())
+    assert any("scripts.random_model" in line for line in asked)
+    assert any("scripts.benchmark_processes" in line and "--processes 2" in line for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "exit_code", "said"),
+    [
+        ([], {}, 2, "SCHEMES"),
+        (["out"], {"GPUS": "1"}, 2, "error: GPUS 1: several are needed; DRY=1 goes without"),
+        (["out"], {"PARTS": "shraded"}, 2, "error: PARTS shraded: there are sharded, longest and processes"),
+        (["out"], {"BUDGET": "0", "PARTS": "sharded"}, 0, "left out"),
+    ],
+)
+def test_what_the_script_refuses(
+    arguments: list[str], variables: dict[str, str], exit_code: int, said: str, tmp_path: Path
+) -> None:
+    done, asked = run_script(tmp_path, *[str(tmp_path / name) for name in arguments], **variables)
+    assert done.returncode == exit_code and said in done.stdout + done.stderr
+    assert exit_code == 0 or not asked
+    if variables and exit_code:
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_failures_are_told(tmp_path: Path) -> None:
+    done, _ = run_script(tmp_path, str(tmp_path / "out"), code=3, PARTS="longest")
+    assert done.returncode == 1 and "failed     longest" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_script_dry(tmp_path: Path) -> None:
+    """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""
+    environment = {**os.environ, "PYTHON": sys.executable, "DRY": "1", "BUDGET": "1500", "SCHEMES": "nuq3-1%"}
+    command = ["bash", str(REPOSITORY / "scripts" / "bench_multi_gpu.sh"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sharded, processes, longest = (
+        read_rows(tmp_path / f"gpu-multi-{part}.jsonl") for part in ("sharded", "processes", "longest")
+    )
+    assert all(row["tokens_equal_one_device"] for row in sharded if row["world_size"] > 1 and row["asked"] != "longest")
+    assert all(row["identical"] for row in processes) and {row["processes"] for row in processes} == {1, 2}
+    assert all(row["fits"] and row["filled"] == "synthetic" for row in longest)
