@@ -40,7 +40,7 @@ def shared_memory(BYTES: tl.constexpr):
 
 
 @triton.constexpr_function
-def _declared(size):
+def _declared(size: int) -> str:
     """PTX: $0 is the address of `size` bytes of shared memory ($1 is 0)."""
     return f"{{ .shared .align 128 .b8 held[{size}]; .reg .b32 a; mov.u32 a,held; add.u32 $0,a,$1; }}"
 
@@ -96,10 +96,10 @@ def operand(at, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr):
         if STEPS == 2:
             words = tl.join(four_words(first, KIND), four_words(first + STEP * SIZE, KIND))
         elif STEPS == 4:
-            words = _four_steps(first, STEP * SIZE, 1, KIND)
+            words = four_steps(first, STEP * SIZE, 1, KIND)
         else:
-            second = _four_steps(first + STEP * SIZE, STEP * SIZE, 2, KIND)
-            words = tl.join(_four_steps(first, STEP * SIZE, 2, KIND), second)
+            second = four_steps(first + STEP * SIZE, STEP * SIZE, 2, KIND)
+            words = tl.join(four_steps(first, STEP * SIZE, 2, KIND), second)
         lanes = tl.reshape(words, (8, 4, 2, 2, STEPS // 2, 2))  # g, q, h, r, s div 2, s mod 2
         pairs = tl.reshape(tl.permute(lanes, (3, 0, 4, 2, 1, 5)), (16, COLUMNS // 2))
         low, high = tl.inline_asm_elementwise(
@@ -110,7 +110,7 @@ def operand(at, COLUMNS: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _four_steps(at, STEP: tl.constexpr, EVERY: tl.constexpr, KIND: tl.constexpr):
+def four_steps(at, STEP: tl.constexpr, EVERY: tl.constexpr, KIND: tl.constexpr):
     """Words of every EVERYth of 4 EVERY steps, `[32, h, r, 2, 2]`."""
     FAR: tl.constexpr = STEP * EVERY
     first, third = four_words(at, KIND), four_words(at + 2 * FAR, KIND)
