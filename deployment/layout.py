@@ -27,7 +27,8 @@ from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
-PAGE_BLOCKS = 8  # of the smallest page, and of what is dequantized at once
+PAGE_BLOCKS = 8  # of the smallest page
+STRETCH_BLOCKS = 16  # of what is dequantized at once: a CPU's second cache should hold it
 PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
 
@@ -215,13 +216,12 @@ class PackedTensor:
 
     def _put_outliers(self, outliers: OutlierStreams, first: int, last: int, dense: Tensor) -> None:
         """Overwrite elements of `dense`, `[B, n, C]`, which holds the blocks `first`, ..., `last - 1`."""
-        lists, index, value = outliers.entries()
+        lists, index, value = outliers.entries(first, last)
         block, stream = lists % outliers.blocks, lists // outliers.blocks
-        inside = (block >= first) & (block < last)
         token = (stream // self.heads * (last - first) + block - first) * BLOCK_TOKENS
         token += index // self.head_dim % BLOCK_TOKENS
         place = (token * self.heads + stream % self.heads) * self.head_dim + index % self.head_dim
-        dense.view(-1)[place[inside]] = value[inside].float()
+        dense.view(-1)[place] = value.float()
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget all tokens from `lengths[b]` on of each sequence b."""

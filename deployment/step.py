@@ -11,12 +11,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deployment import native
 from deployment.cache import PackedLayer
 from deployment.devices import current
-from deployment.kernels.attend import Segment, attend_torch
+from deployment.kernels.attend import Attendable, Segment, attend_torch
 from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.rope import Rope
 from gradients.rope import rotate
+from quant.storage import BLOCK_TOKENS
 
 
 def attend_step(
@@ -101,26 +103,52 @@ def attend_with_torch(
     positions = positions.masked_fill(torch.arange(new, device=device) < pads[:, None], -1)
     length = max(stored + new - pad for stored, pad in zip(before, padding, strict=True))
     tables = rope.tables(positions.clamp(min=0), length)
+    key_heads = layer.packed["key"].heads
     # chained, not listed: a list would hold the whole past dequantized
     segments = chain(
-        _stored_segments(layer, rope, positions, length),
+        _stored_segments(layer, rope, positions, length, new * query.shape[1] // key_heads),
         [] if chunk is None else [_chunk_segment(*chunk, positions, tables)],
     )
     return attend_torch(rotate(query.float(), *tables), segments, scaling)
 
 
-def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:
-    """What the layer stores, a page at a time, rotated; a query at position p sees the tokens up to p."""
+def _stored_segments(
+    layer: PackedLayer, rope: Rope, positions: Tensor, length: int, queries: int
+) -> Iterator[Attendable]:
+    """What the layer stores, piece by piece; a query at position p sees the tokens up to p."""
+    device = positions.device
+    natively = native.takes(list(layer.packed.values()), queries, device)
+    for stretch in layer.sink_stretches() if natively else layer.stretches():
+        tables = rope.range_tables(stretch.start, stretch.end, length, device)
+        key = _rotated(stretch.key, *tables)
+        yield Segment(key, stretch.value, _visible(layer, stretch.start, stretch.end, positions))
+    for start, pages, first, blocks in layer.spans(native.NATIVE_BLOCKS) if natively else ():
+        rotation = rope.block_tables(start, blocks, length, device)
+        visible = _visible(layer, start, start + blocks * BLOCK_TOKENS, positions)
+        yield native.NativeSegment(
+            layer.packed["key"], layer.packed["value"], pages, first, first + blocks, rotation, visible
+        )
+
+
+def _visible(layer: PackedLayer, start: int, end: int, positions: Tensor) -> Tensor | None:
+    """Which of the tokens `start`, ..., `end - 1` the queries see; None for all."""
+    # with exact chunks the stored tokens all precede the queries
+    if end <= min(layer.lengths, default=0) and layer.exact_chunk:
+        return None
     lengths = torch.tensor(layer.lengths, device=positions.device)
-    shortest = min(layer.lengths, default=0)
-    for stretch in layer.stretches():
-        token = torch.arange(stretch.start, stretch.end, device=positions.device)
-        visible = None
-        # with exact chunks the stored tokens all precede the queries
-        if stretch.end > shortest or not layer.exact_chunk:
-            visible = (token < lengths[:, None, None]) & (token <= positions[..., None])
-        tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
-        yield Segment(rotate(stretch.key, *tables), stretch.value, visible)
+    token = torch.arange(start, end, device=positions.device)
+    return (token < lengths[:, None, None]) & (token <= positions[..., None])
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate`, in fewer passes and the same memory order, which for long stretches is what counts."""
+    half = cos.shape[-1] // 2
+    first, second = x[..., :half], x[..., half : 2 * half]
+    out = x.clone()
+    out[..., : 2 * half] *= cos[:, None]
+    out[..., :half].addcmul_(second, sin[:, None, :, :half], value=-1.0)
+    out[..., half : 2 * half].addcmul_(first, sin[:, None, :, half:])
+    return out
 
 
 def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Segment:

@@ -22,6 +22,7 @@ from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
 _INDICES = 1 << 16
+_FEW = 64  # outliers that are added one by one
 _MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
 
 
@@ -74,15 +75,26 @@ class OutlierStreams:
         """Outliers of every stream, `[B, G]` int64."""
         return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(number of the list int64, index int64, value fp16) of every outlier, in order."""
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(begin, end) of every list in `index` and `value`, `[B, G, blocks]` int64."""
         lengths = self.lengths()
-        totals = lengths.sum(-1, keepdim=True)
-        exact = totals.flatten().cumsum(0).view_as(totals) - totals
-        starts = exact if self.starts is None else self.starts.long()[..., None]
-        lists = torch.repeat_interleave(lengths.flatten())
-        rank = torch.arange(len(lists), device=lists.device) - exact.flatten()[lists // self.blocks]
-        place = starts.flatten()[lists // self.blocks] + rank
+        if self.starts is None:
+            ends = lengths.flatten().cumsum(0).view_as(lengths)
+        else:
+            ends = lengths.cumsum(-1) + self.starts[..., None]
+        return ends - lengths, ends
+
+    def entries(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(number of the list int64, index int64, value fp16) of every outlier, in order.
+
+        Or only of those of the blocks `first`, ..., `last - 1`, which costs no more than these.
+        """
+        begin, end = (place[..., first:last].flatten() for place in self.places())
+        lengths = end - begin
+        number = torch.arange(self.ends.numel(), device=self.ends.device).view_as(self.ends)[..., first:last]
+        lists = torch.repeat_interleave(number.flatten(), lengths)
+        shift = torch.repeat_interleave(begin - (lengths.cumsum(0) - lengths), lengths)
+        place = torch.arange(len(lists), device=lists.device) + shift
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
@@ -105,11 +117,33 @@ class OutlierStreams:
         return streams
 
     def with_added(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
-        """The same page with more outliers, in any order, and no room."""
+        """The same page with more outliers, in any order but of later tokens than their lists hold, and no room."""
+        if self.starts is None and len(lists) <= _FEW:
+            return self._with_few(lists, index, value)
         held_lists, held_index, held_value = self.entries()
         keys = torch.cat([held_lists << 16 | held_index, lists << 16 | index])
         keys, order = keys.sort()
         return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
+
+    def _with_few(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
+        """`with_added` for the few outliers of a decode step: each is put behind its list, and nothing is sorted."""
+        if not len(lists):
+            return self
+        order = (lists << 16 | index).argsort()
+        lists, index, value = lists[order], index[order].short(), value[order]
+        cuts = self.ends.flatten()[lists].tolist()
+        sizes = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(self.index)], strict=True)]
+
+        def merged(held: Tensor, added: Tensor) -> Tensor:
+            pieces = held.split(sizes)
+            return torch.cat(
+                [*(part for pair in zip(pieces, added.split(1), strict=False) for part in pair), pieces[-1]]
+            )
+
+        counts = lists.bincount(minlength=self.ends.numel()).cumsum(0)
+        return OutlierStreams(
+            merged(self.index, index), merged(self.value, value), self.ends + counts.view_as(self.ends).int()
+        )
 
     def with_room(self, room: int) -> "OutlierStreams":
         """The same outliers with `room` free places after every stream."""

@@ -236,12 +236,33 @@ def roofline() -> str:
     return markdown([*header, "fp16, us", "bound", "at most"], cells)
 
 
+def long() -> str:
+    """The packed cache on long inputs beside those of transformers."""
+    rows = {(row["context"], row["cache"]): row for row in rows_of("long")}
+    cells = [
+        [
+            f"{context:,}",
+            cache,
+            f"{row['cache_bytes'] / 1e6:.1f}",
+            f"{row['extra_peak_rss'] / 1e6:.0f}",
+            f"{row['prefill_tokens_per_second']:.0f}",
+            f"{row['decode_tokens_per_second']:.1f}",
+            f"{row['nll']:.4f}",
+        ]
+        for (context, cache), row in sorted(rows.items())
+    ]
+    return markdown(
+        ["context", "cache", "cache, MB", "peak, MB", "prefill, tokens/s", "decode, tokens/s", "NLL"], cells
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "all_schemes": all_schemes,
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
+    "long": long,
     "passkey": passkey,
     "needle": needle,
     "ruler": ruler,
