@@ -120,7 +120,7 @@ def _stored_segments(
     natively = native.takes(list(layer.packed.values()), queries, device)
     for stretch in layer.sink_stretches() if natively else layer.stretches():
         tables = rope.range_tables(stretch.start, stretch.end, length, device)
-        key = _rotated(stretch.key, *tables)
+        key = rotate(stretch.key, *tables)
         yield Segment(key, stretch.value, _visible(layer, stretch.start, stretch.end, positions))
     for start, pages, first, blocks in layer.spans(native.NATIVE_BLOCKS) if natively else ():
         rotation = rope.block_tables(start, blocks, length, device)
@@ -138,17 +138,6 @@ def _visible(layer: PackedLayer, start: int, end: int, positions: Tensor) -> Ten
     lengths = torch.tensor(layer.lengths, device=positions.device)
     token = torch.arange(start, end, device=positions.device)
     return (token < lengths[:, None, None]) & (token <= positions[..., None])
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate`, in fewer passes and the same memory order, which for long stretches is what counts."""
-    half = cos.shape[-1] // 2
-    first, second = x[..., :half], x[..., half : 2 * half]
-    out = x.clone()
-    out[..., : 2 * half] *= cos[:, None]
-    out[..., :half].addcmul_(second, sin[:, None, :, :half], value=-1.0)
-    out[..., half : 2 * half].addcmul_(first, sin[:, None, :, half:])
-    return out
 
 
 def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Segment:

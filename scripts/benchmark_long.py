@@ -8,6 +8,8 @@ one by one. Caches: `DynamicCache`; `QuantizedCache` of quanto and HQQ at 4 and 
 installed; one `PackedCache` for each file of quantizers. Every measurement has a process of its own, so that the peak of its
 resident memory (counted from the loaded model on, read from /proc) is its own.
 Decoding is quoted as one over the median step, which the steps in which a QuantizedCache quantizes anew do not enter.
+Speeds are given twice: by the clock on the wall, and per second of processor time (all threads), which on a machine that
+others use is the fairer one; with one thread on an idle machine they are the same.
 """
 
 import argparse
@@ -90,6 +92,17 @@ def resident(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) << 10
 
 
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of processor time."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> tuple[float, float]:
+    """Both kinds of seconds that have passed."""
+    wall, processor = clocks()
+    return wall - started[0], processor - started[1]
+
+
 @torch.inference_mode()
 def measure(loaded: LoadedModel, name: str, tokens: Tensor, context: int, chunk: int) -> dict[str, Any]:
     """One cache on `tokens` `[1, context + steps]`."""
@@ -100,19 +113,20 @@ def measure(loaded: LoadedModel, name: str, tokens: Tensor, context: int, chunk:
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     way: AbstractContextManager[None] = packed_attention(model) if isinstance(cache, PackedCache) else nullcontext()
     with way:
-        started, nll = time.perf_counter(), 0.0
+        started, nll = clocks(), 0.0
         for start in range(0, context, chunk):
             end = min(start + chunk, context)
             logits = model(input_ids=tokens[:, start:end], past_key_values=cache).logits[0].float()
             targets = tokens[0, start + 1 : min(end, context - 1) + 1]
             nll += float(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
             del logits
-        prefill = time.perf_counter() - started
+        prefill = since(started)
         nbytes, steps = cache_bytes(cache), []
         for place in range(context, tokens.shape[1]):
-            started = time.perf_counter()
+            started = clocks()
             model(input_ids=tokens[:, place : place + 1], past_key_values=cache)
-            steps.append(time.perf_counter() - started)
+            steps.append(since(started))
+    step = [statistics.median(clock) for clock in zip(*steps[_WARM_UP:], strict=True)]
     return {
         "cache": cache_name(name),
         "context": context,
@@ -120,8 +134,10 @@ def measure(loaded: LoadedModel, name: str, tokens: Tensor, context: int, chunk:
         "cache_bytes": nbytes,
         "extra_peak_rss": resident("VmHWM") - before,
         "model_rss": before,
-        "prefill_tokens_per_second": round(context / prefill, 1),
-        "decode_tokens_per_second": round(1 / statistics.median(steps[_WARM_UP:]), 2),
+        "prefill_tokens_per_second": round(context / prefill[0], 1),
+        "prefill_tokens_per_cpu_second": round(context / prefill[1], 1),
+        "decode_tokens_per_second": round(1 / step[0], 2),
+        "decode_tokens_per_cpu_second": round(1 / step[1], 2),
         "decode_tokens": len(steps) - _WARM_UP,
         "nll": nll / (context - 1),
         "perplexity": math.exp(nll / (context - 1)),
