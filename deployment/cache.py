@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from deployment import layout
 from deployment.devices import is_capturing
-from deployment.layout import PackedTensor, Page, Rows
+from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
 from deployment.rope import rotates_whole_heads
@@ -201,24 +201,18 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
     def stretches(self) -> Iterator[Stretch]:
         """Everything stored, dequantized some blocks at a time, up to the longest sequence; shorter ones show zeros or waste."""
-        yield from self.sink_stretches()
-        for start, pages, first, blocks in self.spans(layout.STRETCH_BLOCKS):
-            key, value = (self.packed[kind].read(page, first, blocks) for kind, page in zip(KINDS, pages, strict=True))
-            yield Stretch(start, start + blocks * BLOCK_TOKENS, key, value)
-
-    def sink_stretches(self) -> Iterator[Stretch]:
-        """The tokens that are stored exactly, if there are any."""
-        if sinks := min(self.sink_tokens, max(self.lengths, default=0)):
+        longest = max(self.lengths, default=0)
+        if sinks := min(self.sink_tokens, longest):
             key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
             yield Stretch(0, sinks, key, value)
-
-    def spans(self, most: int) -> Iterator[tuple[int, tuple[Page, Page], int, int]]:
-        """(first token, pages of keys and values, first block in them, number of blocks up to `most`) of all packed tokens."""
-        longest = max(self.lengths, default=0)
         for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
             needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
-            for first in range(0, needed, most):
-                yield self.sink_tokens + pages[0].start + first * BLOCK_TOKENS, pages, first, min(most, needed - first)
+            for first in range(0, needed, layout.STRETCH_BLOCKS):
+                blocks = min(layout.STRETCH_BLOCKS, needed - first)
+                start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
+                key = self.packed["key"].read(pages[0], first, blocks)
+                value = self.packed["value"].read(pages[1], first, blocks)
+                yield Stretch(start, start + blocks * BLOCK_TOKENS, key, value)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens of the past and the chunk, offset 0)."""

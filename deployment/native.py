@@ -14,24 +14,29 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from deployment.cache import PackedLayer
+from deployment.kernels.attend import Segment
 from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder, fragment_words
+from deployment.rope import Rope
+from gradients.models import KINDS
+from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
 
 VARIABLE = "KVQUANT_NATIVE"
-NATIVE_BLOCKS = 128  # of a segment: scores are held for so many at a time
 _MOST_QUERIES = 16  # of a KV head; for more, matrix products over dequantized stretches are faster
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-shared", "-fPIC")
-_MOST_LEVELS = 16
+_LEVELS = 16
+_tables: WeakKeyDictionary[PackedTensor, list[Tensor | None]] = WeakKeyDictionary()
 
 
 class _Side(ctypes.Structure):
@@ -39,89 +44,109 @@ class _Side(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("words", "which", "columns", "levels", "scale", "zero")),
-        *((name, ctypes.c_void_p) for name in ("index", "value", "begin", "end")),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "dim", "blocks", "first", "last", "bits")),
-        *((name, ctypes.c_int64) for name in ("by_token", "keys")),
+        *((name, ctypes.c_void_p) for name in ("scales", "index", "value", "ends")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "dim", "blocks", "bits", "keys")),
     ]
 
 
-@dataclass(frozen=True)
-class NativeSegment:
-    """Blocks `first`, ..., `last - 1` of a page of keys and one of values; see `Segment` (kernels/attend.py).
+class _State(ctypes.Structure):
+    """`State` of native.c."""
 
-    `rotation` is what `Rope.block_tables` says of these blocks.
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "highest", "total", "out")),
+        *((name, ctypes.c_int64) for name in ("queries", "tokens")),
+    ]
+
+
+def attend(
+    layer: PackedLayer,
+    rope: Rope,
+    query: Tensor,
+    exact: Segment,
+    limits: list[list[int]],
+    length: int,
+) -> Tensor:
+    """Softmax attention over what a layer has packed and over some tokens in full precision.
+
+    Args:
+        layer: one that `takes` says yes to.
+        rope: of its keys.
+        query: `[B, H, S, D]` float32, rotated and scaled.
+        exact: tokens in full precision, rotated; which of them is seen must be said.
+        limits: how many of the stored tokens each row's S queries see, the first ones.
+        length: of the longest sequence by now.
+
+    Returns `[B, H, S, D]` float32; zeros for a query that sees nothing.
     """
-
-    key: PackedTensor
-    value: PackedTensor
-    pages: tuple[Page, Page]
-    first: int
-    last: int
-    rotation: tuple[Tensor, ...]
-    visible: Tensor | None
-
-    @property
-    def kv_heads(self) -> int:
-        """G."""
-        return self.key.heads
-
-    def scores(self, query: Tensor) -> Tensor:
-        """`[B, G, Q, n]` of rotated queries `[B, G, Q, D]` float32."""
-        query = query.contiguous()
-        out = query.new_empty(*query.shape[:3], (self.last - self.first) * BLOCK_TOKENS)
-        side, held = _side(self.key, self.pages[0], self.first, self.last)
-        tables = [table.data_ptr() for table in self.rotation]
-        _call("scores", side, query.data_ptr(), query.shape[2], *tables, out.data_ptr())
-        del held
-        return out
-
-    def attended(self, weights: Tensor) -> Tensor:
-        """`[B, G, Q, D]` of weights `[B, G, Q, n]` float32."""
-        weights = weights.contiguous()
-        out = weights.new_zeros(*weights.shape[:3], self.value.head_dim)
-        side, held = _side(self.value, self.pages[1], self.first, self.last)
-        _call("attended", side, weights.data_ptr(), weights.shape[2], out.data_ptr())
-        del held
-        return out
+    library = _library()
+    assert library is not None
+    (batch, heads, tokens, dim), kv_heads = query.shape, layer.packed["key"].heads
+    assert exact.visible is not None
+    query, key, value, visible = (x.contiguous() for x in (query, exact.key, exact.value, exact.visible))
+    highest, total = query.new_full((batch, heads, tokens, 1), -torch.inf), query.new_zeros(batch, heads, tokens, 1)
+    out = torch.zeros_like(query)
+    pointers = (tensor.data_ptr() for tensor in (query, highest, total, out))
+    state = _State(*pointers, heads // kv_heads * tokens, tokens)
+    _call(library.exact, state, key, value, visible, batch, kv_heads, dim, key.shape[2])
+    longest = max(map(max, limits))
+    for pages in zip(layer.packed["key"].pages, layer.packed["value"].pages, strict=True):
+        start = layer.sink_tokens + pages[0].start
+        blocks = min(-(-(longest - start) // BLOCK_TOKENS), pages[0].blocks)
+        if blocks <= 0:
+            break
+        sides = [_side(layer.packed[kind], page) for kind, page in zip(KINDS, pages, strict=True)]
+        seen = torch.tensor([[limit - start for limit in row] for row in limits])
+        rotation = rope.block_tables(start, blocks, length, query.device)
+        _call(library.stored, *(side for side, _ in sides), state, seen, blocks, *rotation)
+    return out.div_(total.masked_fill_(total == 0, 1.0))
 
 
-def takes(sides: Sequence[PackedTensor], queries: int, device: torch.device) -> bool:
-    """Whether attention of `queries` queries to a KV head over these keys and values runs natively."""
-    if device.type != "cpu" or queries > _MOST_QUERIES or os.environ.get(VARIABLE) != "1":
+def takes(layer: PackedLayer, query: Tensor) -> bool:
+    """Whether attention of queries `[B, H, S, D]` over a layer runs natively."""
+    if query.device.type != "cpu" or os.environ.get(VARIABLE) != "1":
+        return False
+    sides = layer.packed.values()
+    if query.shape[1] // layer.packed["key"].heads * query.shape[2] > _MOST_QUERIES:
         return False
     return all(isinstance(side.order, FragmentOrder) for side in sides) and _library() is not None
 
 
-def _call(name: str, side: _Side, *arguments: int) -> None:
-    library = _library()
-    assert library is not None
-    # pointers and int64 counts travel alike
-    getattr(library, name)(ctypes.byref(side), *(ctypes.c_void_p(number) for number in arguments))
+def _call(function: Any, *arguments: ctypes.Structure | Tensor | int) -> None:
+    """A function of native.c: structures and tensors are pointers there, and numbers int64, which travel alike."""
+    numbers = [
+        ctypes.addressof(one) if isinstance(one, ctypes.Structure) else one if isinstance(one, int) else one.data_ptr()
+        for one in arguments
+    ]
+    function(*map(ctypes.c_void_p, numbers))
 
 
-def _side(packed: PackedTensor, page: Page, first: int, last: int) -> tuple[_Side, list[Tensor]]:
-    """What native.c is told, and the tensors that must outlive the call."""
-    order, tables = packed.order, packed.tables
+def _side(packed: PackedTensor, page: Page) -> tuple[_Side, object]:
+    """What native.c is told, and what must outlive the call."""
+    streams, order = page.outliers, packed.order
     assert isinstance(order, FragmentOrder)
-    levels = torch.zeros(_MOST_LEVELS)
-    levels[: len(tables.levels)] = tables.levels
-    scale, zero = tables.scale, tables.zero
-    if page.scales is not None:
-        inside = page.scales[:, first * BLOCK_TOKENS : last * BLOCK_TOKENS]
-        scale, zero = inside.float().unbind(-1)
-        scale, zero = scale.contiguous(), zero.contiguous()
-    held = [page.words, *fragment_words(order), levels, scale, zero]
-    pointers = [tensor.data_ptr() for tensor in held]
-    outliers: list[int | None] = [None] * 4
-    if page.outliers is not None:
-        streams = page.outliers
-        begin, end = streams.places()
-        lists = [streams.index, streams.value, begin, end]
-        # an empty tensor has no address, and then there is nothing to be read
-        outliers = [tensor.data_ptr() or None for tensor in lists]
-        held += lists
-    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, first, last, order.bits)
-    return _Side(*pointers, *outliers, *numbers, page.scales is not None, order.role == "key"), held
+    if streams is not None and streams.starts is not None:  # kernels leave room between streams
+        streams = streams.rebuilt(*streams.entries())
+    lists = [None] * 3 if streams is None else [streams.index, streams.value, streams.ends]
+    # an empty tensor has no address, and then there is nothing to be read
+    pointers = [
+        None if tensor is None else tensor.data_ptr() or None
+        for tensor in (page.words, *_fixed(packed), page.scales, *lists)
+    ]
+    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, order.bits, order.role == "key")
+    return _Side(*pointers, *numbers), streams
+
+
+def _fixed(packed: PackedTensor) -> list[Tensor | None]:
+    """What is the same for all pages: words of rows, levels, scales of channels."""
+    if packed not in _tables:
+        order, tables = packed.order, packed.tables
+        assert isinstance(order, FragmentOrder)
+        # so that bits above a code, which belong to its neighbours, do not matter
+        levels = tables.levels.repeat(_LEVELS // len(tables.levels))
+        by_token = isinstance(packed.quantizer, TokenQuantizer)
+        scales = [None, None] if by_token else [tables.scale, tables.zero]
+        _tables[packed] = [*fragment_words(order), levels, *scales]
+    return _tables[packed]
 
 
 @cache

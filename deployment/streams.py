@@ -13,7 +13,9 @@ nothing, if there is room. The torch path leaves no room and needs no starts: it
 as need be. The append kernels need room, which `moved` makes (how much, says room.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
 _INDICES = 1 << 16
-_FEW = 64  # outliers that are added one by one
+FEW = 64  # outliers that are added one by one
 _MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
 
 
@@ -117,32 +119,31 @@ class OutlierStreams:
         return streams
 
     def with_added(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
-        """The same page with more outliers, in any order but of later tokens than their lists hold, and no room."""
-        if self.starts is None and len(lists) <= _FEW:
-            return self._with_few(lists, index, value)
+        """The same page with more outliers, in any order, and no room."""
         held_lists, held_index, held_value = self.entries()
         keys = torch.cat([held_lists << 16 | held_index, lists << 16 | index])
         keys, order = keys.sort()
         return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
 
-    def _with_few(self, lists: Tensor, index: Tensor, value: Tensor) -> "OutlierStreams":
-        """`with_added` for the few outliers of a decode step: each is put behind its list, and nothing is sorted."""
-        if not len(lists):
-            return self
-        order = (lists << 16 | index).argsort()
-        lists, index, value = lists[order], index[order].short(), value[order]
-        cuts = self.ends.flatten()[lists].tolist()
-        sizes = [end - begin for begin, end in zip([0, *cuts], [*cuts, len(self.index)], strict=True)]
+    def with_few(self, added: list[tuple[int, int, int]], value: Tensor) -> "OutlierStreams":
+        """The same page with a few more outliers of later tokens than their lists hold, and no room; nothing is sorted.
 
-        def merged(held: Tensor, added: Tensor) -> Tensor:
-            pieces = held.split(sizes)
-            return torch.cat(
-                [*(part for pair in zip(pieces, added.split(1), strict=False) for part in pair), pieces[-1]]
-            )
-
-        counts = lists.bincount(minlength=self.ends.numel()).cumsum(0)
+        `added` says of each its list, its index and which of `value` `[N]` fp16 it is, in this order.
+        """
+        if self.starts is not None:
+            return self.rebuilt(*self.entries()).with_few(added, value)
+        lists, index, source = (list(column) for column in zip(*added, strict=True))
+        # each is put behind its list
+        cuts = [0, *self.ends.flatten()[lists].tolist(), len(self.index)]
+        sizes = [end - begin for begin, end in pairwise(cuts)]
+        device = self.index.device
+        new_index = torch.tensor(index, dtype=torch.int32, device=device).short()
+        new_value = value[torch.tensor(source, device=device)]
+        more = torch.bincount(torch.tensor(lists, device=device), minlength=self.ends.numel()).cumsum(0)
         return OutlierStreams(
-            merged(self.index, index), merged(self.value, value), self.ends + counts.view_as(self.ends).int()
+            _alternating(self.index.split(sizes), new_index),
+            _alternating(self.value.split(sizes), new_value),
+            self.ends + more.view_as(self.ends).int(),
         )
 
     def with_room(self, room: int) -> "OutlierStreams":
@@ -201,6 +202,14 @@ class OutlierStreams:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
+
+
+def _alternating(pieces: Sequence[Tensor], singles: Tensor) -> Tensor:
+    """The first of the pieces, the first single element, the second of the pieces, ..."""
+    parts = [pieces[0]]
+    for single, piece in zip(singles.split(1), pieces[1:], strict=True):
+        parts += [single, piece]
+    return torch.cat(parts)
 
 
 def sent(numbers: Tensor, device: torch.device) -> Tensor:

@@ -8,7 +8,6 @@ cache ever exists. For each query the running maximum m, the sum l and the outpu
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,32 +24,8 @@ class Segment:
     value: Tensor
     visible: Tensor | None
 
-    @property
-    def kv_heads(self) -> int:
-        """G."""
-        return self.key.shape[1]
 
-    def scores(self, query: Tensor) -> Tensor:
-        """`[B, G, Q, n]` of rotated queries `[B, G, Q, D]` float32."""
-        return query @ self.key.transpose(-1, -2)
-
-    def attended(self, weights: Tensor) -> Tensor:
-        """`[B, G, Q, D]` of weights `[B, G, Q, n]` float32."""
-        return weights @ self.value
-
-
-class Attendable(Protocol):
-    """What a segment must be able to do, however it holds its tokens."""
-
-    @property
-    def visible(self) -> Tensor | None: ...  # noqa: D102
-    @property
-    def kv_heads(self) -> int: ...  # noqa: D102
-    def scores(self, query: Tensor) -> Tensor: ...  # noqa: D102
-    def attended(self, weights: Tensor) -> Tensor: ...  # noqa: D102
-
-
-def attend_torch(query: Tensor, segments: Iterable[Attendable], scaling: float) -> Tensor:
+def attend_torch(query: Tensor, segments: Iterable[Segment], scaling: float) -> Tensor:
     """Softmax attention in float32.
 
     Args:
@@ -65,8 +40,9 @@ def attend_torch(query: Tensor, segments: Iterable[Attendable], scaling: float) 
     total = query.new_zeros(batch, heads, tokens, 1)
     output = query.new_zeros(batch, heads, tokens, dim)
     for segment in segments:
-        kv_heads = segment.kv_heads
-        scores = segment.scores(query.reshape(batch, kv_heads, -1, dim)).view(batch, heads, tokens, -1)
+        kv_heads = segment.key.shape[1]
+        grouped = query.reshape(batch, kv_heads, -1, dim)
+        scores = (grouped @ segment.key.transpose(-1, -2)).view(batch, heads, tokens, -1)
         if segment.visible is not None:
             scores = scores.masked_fill(~segment.visible[:, None], -torch.inf)
         raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
@@ -74,7 +50,7 @@ def attend_torch(query: Tensor, segments: Iterable[Attendable], scaling: float) 
         reference = raised.masked_fill(raised == -torch.inf, 0.0)
         shrink, weights = (highest - reference).exp(), (scores - reference).exp()
         total = total * shrink + weights.sum(-1, keepdim=True)
-        attended = segment.attended(weights.view(batch, kv_heads, -1, weights.shape[-1]))
+        attended = weights.view(batch, kv_heads, -1, weights.shape[-1]) @ segment.value
         output = output * shrink + attended.view_as(output)
         highest = raised
     return output / total.masked_fill(total == 0, 1.0)
