@@ -7,6 +7,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define BLOCK 64
 #define LANES 16
@@ -14,7 +17,7 @@
 #define MOST_DIM 256
 #define MOST (BLOCK * MOST_DIM)  // elements of a tile
 #define TOGETHER 4               // queries that share what was loaded
-#define VECTORS (BLOCK / LANES)
+#define MOST_QUERIES 16          // of a KV head; native.py gives no more
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -50,6 +53,17 @@ static inline floats loaded(const float *from) {
     floats out;
     memcpy(&out, from, sizeof out);
     return out;
+}
+
+// `n` numbers, a multiple of 16, as float32.
+static inline void widened(const _Float16 *from, int n, float *out) {
+    for (int start = 0; start < n; start += LANES) {
+#ifdef __AVX512F__
+        _mm512_storeu_ps(out + start, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + start))));
+#else
+        for (int lane = 0; lane < LANES; lane++) out[start + lane] = from[start + lane];
+#endif
+    }
 }
 
 // e^x for x <= 0 to the last bit or two: 2^n times a polynomial on half a step around it.
@@ -92,7 +106,9 @@ static void dequantize(const Side *side, int64_t row, int64_t head, int64_t bloc
     for (int i = 0; i < sets * rows; i++) held[i] = words[side->which[i]];
     if (side->scales) {
         const _Float16 *scales = side->scales + (row * side->blocks + block) * BLOCK * 2;
-        for (int i = 0; i < BLOCK; i++) scale[i] = scales[2 * i], zero[i] = scales[2 * i + 1];
+        float both[2 * BLOCK];
+        widened(scales, 2 * BLOCK, both);
+        for (int i = 0; i < BLOCK; i++) scale[i] = both[2 * i], zero[i] = both[2 * i + 1];
     } else {
         memcpy(scale, side->scale + head * dim, 4 * dim);
         memcpy(zero, side->zero + head * dim, 4 * dim);
@@ -196,31 +212,34 @@ static void weigh(float *score, int n, float *highest, float *total, float *out,
 // Keys are rotated within their block, by `cosine` and `sine` [D / 2, 64]; queries back by where it begins, `bases` [blocks, D / 2].
 void stored(const Side *key, const Side *value, const State *state, const int64_t *limits, int64_t last, const float *cosine,
             const float *sine, const float *base_cosine, const float *base_sine) {
-    int64_t dim = key->dim, half = dim / 2;
-    float tile[MOST] __attribute__((aligned(64))), weight[TOGETHER * BLOCK] __attribute__((aligned(64)));
-    float keys[MOST] __attribute__((aligned(64))), turned[TOGETHER * MOST_DIM];
+    int64_t dim = key->dim, half = dim / 2, queries = state->queries;
+    float tile[MOST] __attribute__((aligned(64))), weight[MOST_QUERIES * BLOCK] __attribute__((aligned(64)));
+    float turned[TOGETHER * MOST_DIM];
     for (int64_t pair = 0; pair < key->batch * key->heads; pair++)
         for (int64_t block = 0; block < last; block++) {
-            dequantize(key, pair / key->heads, pair % key->heads, block, keys);
-            dequantize(value, pair / key->heads, pair % key->heads, block, tile);
-            for (int64_t first = 0; first < state->queries; first += TOGETHER) {
-                int n = state->queries - first < TOGETHER ? state->queries - first : TOGETHER;
-                int64_t at = pair * state->queries + first;
-                const float *co = base_cosine + block * half, *si = base_sine + block * half;
+            const float *co = base_cosine + block * half, *si = base_sine + block * half;
+            dequantize(key, pair / key->heads, pair % key->heads, block, tile);
+            for (int64_t first = 0; first < queries; first += TOGETHER) {
+                int n = queries - first < TOGETHER ? queries - first : TOGETHER;
                 for (int q = 0; q < n; q++)
                     for (int c = 0; c < half; c++) {
-                        const float *from = state->query + (at + q) * dim;
+                        const float *from = state->query + (pair * queries + first + q) * dim;
                         turned[q * dim + c] = from[c] * co[c] + from[c + half] * si[c];
                         turned[q * dim + c + half] = from[c + half] * co[c] - from[c] * si[c];
                     }
-                FOR_EACH_NUMBER(n, scores(N, turned, dim, keys, cosine, sine, weight))
-                for (int q = 0; q < n; q++) {
-                    int64_t seen = limits[pair / key->heads * state->tokens + (first + q) % state->tokens] - block * BLOCK;
-                    if (seen <= 0) memset(weight + q * BLOCK, 0, BLOCK * sizeof(float));
-                    else weigh(weight + q * BLOCK, seen < BLOCK ? seen : BLOCK, state->highest + at + q,
-                               state->total + at + q, state->out + (at + q) * dim, dim);
-                }
-                FOR_EACH_NUMBER(n, attended(N, weight, dim, tile, state->out + at * dim))
+                FOR_EACH_NUMBER(n, scores(N, turned, dim, tile, cosine, sine, weight + first * BLOCK))
+            }
+            for (int64_t q = 0; q < queries; q++) {
+                int64_t seen = limits[pair / key->heads * state->tokens + q % state->tokens] - block * BLOCK;
+                int64_t at = pair * queries + q;
+                if (seen <= 0) memset(weight + q * BLOCK, 0, BLOCK * sizeof(float));
+                else weigh(weight + q * BLOCK, seen < BLOCK ? seen : BLOCK, state->highest + at, state->total + at,
+                           state->out + at * dim, dim);
+            }
+            dequantize(value, pair / key->heads, pair % key->heads, block, tile);
+            for (int64_t first = 0; first < queries; first += TOGETHER) {
+                int n = queries - first < TOGETHER ? queries - first : TOGETHER;
+                FOR_EACH_NUMBER(n, attended(N, weight + first * BLOCK, dim, tile, state->out + (pair * queries + first) * dim))
             }
         }
 }

@@ -7,7 +7,7 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
     MLP          2 n (2 h + 3 I)            residual, normalised input, gate, up, their product
     attention    14 n H max(1024, S)        scores of a stretch, or of the exact chunk, and what becomes of them
                  + 14 n H D                 queries rotated and scaled, two sums
-                 + 20 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
+                 + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
                  + 8 D 32768                rotary tables that are remembered
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
@@ -119,7 +119,7 @@ class ModelShape:
         if scheme is not None:
             stretch = STRETCH_BLOCKS * BLOCK_TOKENS
             attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
-            attention += 20 * batch * stretch * channels + 8 * head_dim * 32768
+            attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 
     def weight_bytes(self, bits: float) -> int:

@@ -104,8 +104,14 @@ def attend_with_torch(
     )
     length = max(row[-1] + 1 for row in places)
     tables = rope.chunk_tables(places, length, device)
-    rotated, positions = rotate(query.float(), *tables), torch.tensor(places, device=device)
-    exact = None if chunk is None else _chunk_segment(*chunk, positions, tables)
+    positions, exact = torch.tensor(places, device=device), None
+    if chunk is None:
+        rotated = rotate(query.float(), *tables)
+    else:
+        both = rotate(torch.cat([query.float(), chunk[0].float()], dim=1), *tables)
+        rotated, key = both.split([query.shape[1], chunk[0].shape[1]], dim=1)
+        visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
+        exact = Segment(key, chunk[1].float(), visible)
     if native.takes(layer, query):
         few = _few_segment(layer, rope, exact, positions, length)
         limits = [[min(stored, place + 1) for place in row] for stored, row in zip(layer.lengths, places, strict=True)]
@@ -146,8 +152,3 @@ def _few_segment(layer: PackedLayer, rope: Rope, chunk: Segment | None, position
     assert chunk.visible is not None
     pairs = ((key, chunk.key), (value, chunk.value), (seen, chunk.visible))
     return Segment(*(torch.cat([stored, new], dim=2) for stored, new in pairs))
-
-
-def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, ...]) -> Segment:
-    visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
-    return Segment(rotate(key.float(), *tables), value.float(), visible)

@@ -3,13 +3,15 @@
     python -m scripts.benchmark_long --model ./smollm2 --text book.txt --quantizers nuq4.safetensors nuq2.safetensors \
         --contexts 2048 4096 8192 --results scripts/results/long.jsonl
 
-The context is read chunk by chunk, its NLL is that of `deployment.evaluate`, and then some more tokens of the text follow
-one by one. Caches: `DynamicCache`; `QuantizedCache` of quanto and HQQ at 4 and 2 bits, where `optimum-quanto` and `hqq` are
-installed; one `PackedCache` for each file of quantizers. Every measurement has a process of its own, so that the peak of its
-resident memory (counted from the loaded model on, read from /proc) is its own.
-Decoding is quoted as one over the median step, which the steps in which a QuantizedCache quantizes anew do not enter.
-Speeds are given twice: by the clock on the wall, and per second of processor time (all threads), which on a machine that
-others use is the fairer one; with one thread on an idle machine they are the same.
+The context is read chunk by chunk; its NLL is that of `deployment.evaluate`. Caches: `DynamicCache`; `QuantizedCache` of quanto and HQQ at 4 and 2 bits, where `optimum-quanto` and `hqq` are
+installed; one `PackedCache` for each file of quantizers. Every such measurement has a process of its own, so that the peak of its resident memory (counted from the loaded model on, read
+from /proc) is its own.
+
+Decoding is timed side by side: one process holds all caches and gives a token to each in turn, so that all meet the same
+machine, whatever else it does. Caches of transformers are filled from one `DynamicCache` there, packed ones by reading the
+context. Quoted is one over the median step, which the steps in which a QuantizedCache quantizes anew do not enter. Speeds are
+given twice: by the clock on the wall, and per second of processor time (of all threads); with one thread on an idle machine
+these are the same.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, QuantizedCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import Cache
 
 from deployment.attention import packed_attention
@@ -44,6 +46,7 @@ from quant.evaluate import append_result
 BACKENDS = {"quanto": ("optimum.quanto", 0), "hqq": ("hqq", 1)}
 OTHERS = ("dynamic", "quanto4", "quanto2", "hqq4", "hqq2")
 _WARM_UP = 2  # decode steps that are not counted
+_DECODING = "decoding"  # of all caches that follow, side by side
 
 
 def missing(name: str) -> str:
@@ -103,45 +106,89 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
     return wall - started[0], processor - started[1]
 
 
-@torch.inference_mode()
-def measure(loaded: LoadedModel, name: str, tokens: Tensor, context: int, chunk: int) -> dict[str, Any]:
-    """One cache on `tokens` `[1, context + steps]`."""
-    model = loaded.model
-    cache = make_cache(name, model.config, tokens.shape[1])
-    model(input_ids=tokens[:, :1], use_cache=False)  # weights are mapped, and resident once they were read
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-    way: AbstractContextManager[None] = packed_attention(model) if isinstance(cache, PackedCache) else nullcontext()
-    with way:
-        started, nll = clocks(), 0.0
+def way_of(cache: Cache, model: PreTrainedModel) -> AbstractContextManager[None]:
+    """What the model must run within."""
+    return packed_attention(model) if isinstance(cache, PackedCache) else nullcontext()
+
+
+def prefill(model: PreTrainedModel, cache: Cache, tokens: Tensor, chunk: int) -> float:
+    """Read `tokens` `[1, n]`, `chunk` at a time; returns the sum of their NLLs."""
+    nll, context = 0.0, tokens.shape[1]
+    with way_of(cache, model):
         for start in range(0, context, chunk):
             end = min(start + chunk, context)
             logits = model(input_ids=tokens[:, start:end], past_key_values=cache).logits[0].float()
             targets = tokens[0, start + 1 : min(end, context - 1) + 1]
             nll += float(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
             del logits
-        prefill = since(started)
-        nbytes, steps = cache_bytes(cache), []
-        for place in range(context, tokens.shape[1]):
-            started = clocks()
-            model(input_ids=tokens[:, place : place + 1], past_key_values=cache)
-            steps.append(since(started))
-    step = [statistics.median(clock) for clock in zip(*steps[_WARM_UP:], strict=True)]
+    return nll
+
+
+@torch.inference_mode()
+def measure(loaded: LoadedModel, name: str, tokens: Tensor, chunk: int) -> dict[str, Any]:
+    """Bytes, peak memory, speed and NLL of reading `tokens` `[1, n]` with one cache."""
+    model, context = loaded.model, tokens.shape[1]
+    cache = make_cache(name, model.config, context)
+    model(input_ids=tokens[:, :1], use_cache=False)  # weights are mapped, and resident once they were read
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    started = clocks()
+    nll = prefill(model, cache, tokens, chunk) / (context - 1)
+    wall, processor = since(started)
     return {
+        "measured": "prefill",
         "cache": cache_name(name),
         "context": context,
         "prefill_chunk": chunk,
-        "cache_bytes": nbytes,
+        "cache_bytes": cache_bytes(cache),
         "extra_peak_rss": resident("VmHWM") - before,
         "model_rss": before,
-        "prefill_tokens_per_second": round(context / prefill[0], 1),
-        "prefill_tokens_per_cpu_second": round(context / prefill[1], 1),
-        "decode_tokens_per_second": round(1 / step[0], 2),
-        "decode_tokens_per_cpu_second": round(1 / step[1], 2),
-        "decode_tokens": len(steps) - _WARM_UP,
-        "nll": nll / (context - 1),
-        "perplexity": math.exp(nll / (context - 1)),
+        "tokens_per_second": round(context / wall, 1),
+        "tokens_per_cpu_second": round(context / processor, 1),
+        "nll": nll,
+        "perplexity": math.exp(nll),
     }
+
+
+@torch.inference_mode()
+def measure_decoding(
+    loaded: LoadedModel, names: Sequence[str], tokens: Tensor, steps: int, chunk: int
+) -> list[dict[str, Any]]:
+    """Speeds of all caches after `tokens` `[1, n]`, of which the last `steps` are decoded."""
+    model, context = loaded.model, tokens.shape[1] - steps
+    filled = DynamicCache(config=model.config)
+    prefill(model, filled, tokens[:, :context], chunk)
+    caches = {name: make_cache(name, model.config, tokens.shape[1]) for name in names}
+    for cache in caches.values():
+        if isinstance(cache, PackedCache):
+            prefill(model, cache, tokens[:, :context], chunk)
+        else:
+            for number, layer in enumerate(filled.layers):
+                cache.update(layer.keys, layer.values, number)
+    del filled
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for place in range(context, tokens.shape[1]):
+        for name, cache in caches.items():
+            with way_of(cache, model):
+                started = clocks()
+                model(input_ids=tokens[:, place : place + 1], past_key_values=cache)
+                seconds[name].append(since(started))
+    medians = {
+        name: [statistics.median(clock) for clock in zip(*each[_WARM_UP:], strict=True)]
+        for name, each in seconds.items()
+    }
+    return [
+        {
+            "measured": "decode",
+            "cache": cache_name(name),
+            "context": context,
+            "tokens_per_second": round(1 / wall, 2),
+            "tokens_per_cpu_second": round(1 / processor, 2),
+            "tokens": steps - _WARM_UP,
+            "native": os.environ.get("KVQUANT_NATIVE") == "1",
+        }
+        for name, (wall, processor) in medians.items()
+    ]
 
 
 def cache_name(name: str) -> str:
@@ -149,16 +196,35 @@ def cache_name(name: str) -> str:
     return name if name in OTHERS else load_quantizers(name).scheme.describe()
 
 
-def apart(argv: Sequence[str], name: str, context: int) -> dict[str, Any]:
-    """`measure` in a process of its own; raises `UserError` with what it had to say if it fails."""
-    command = [sys.executable, "-m", "scripts.benchmark_long", *argv, "--single", name, str(context)]
+def apart(argv: Sequence[str], names: Sequence[str], context: int) -> list[dict[str, Any]]:
+    """`measure` of one cache, or `measure_decoding` of several, in a process of its own.
+
+    Raises `UserError` with what it had to say if it fails.
+    """
+    command = [sys.executable, "-m", "scripts.benchmark_long", *argv, "--within", str(context), *names]
     run = subprocess.run(
         command, capture_output=True, text=True, env={"KVQUANT_NATIVE": "1", **os.environ}, check=False
     )
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{name} at {context} tokens failed: {last}")
-    return dict(json.loads(run.stdout.splitlines()[-1]))
+        raise UserError(f"{' '.join(names)} at {context} tokens failed: {last}")
+    return list(json.loads(run.stdout.splitlines()[-1])["rows"])
+
+
+def within(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `apart` asked for; the rows are those that are appended."""
+    context, names = int(arguments.within[0]), arguments.within[1:]
+    loaded, steps = load_model_from(arguments), arguments.decode + _WARM_UP
+    corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer)
+    tokens = corpus.evaluation_windows(context + steps, 1)
+    arguments.seqlen = tokens.shape[1]
+    if names[0] == _DECODING:
+        rows = measure_decoding(loaded, names[1:], tokens, steps, arguments.prefill_chunk)
+    else:
+        rows = [measure(loaded, names[0], tokens[:, :context], arguments.prefill_chunk)]
+    for row in rows:
+        append_result(row, loaded, arguments)
+    return rows
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -172,31 +238,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--decode", type=positive_int, default=16, help="tokens that are timed one by one")
     parser.add_argument("--prefill-chunk", type=positive_int, default=512, help="tokens per forward")
     parser.add_argument("--results", help="append a row per measurement to this JSONL file")
-    parser.add_argument("--single", nargs=2, metavar=("CACHE", "CONTEXT"), help="one measurement, in this process")
+    parser.add_argument("--within", nargs="+", help="context and caches: one measurement, in this process")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     arguments = parse_arguments(argv)
-    if arguments.single:
-        name, context = arguments.single[0], int(arguments.single[1])
-        loaded = load_model_from(arguments)
-        corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer)
-        tokens = corpus.evaluation_windows(context + arguments.decode + _WARM_UP, 1)
-        result = measure(loaded, name, tokens, context, arguments.prefill_chunk)
-        arguments.seqlen = tokens.shape[1]
-        append_result(result, loaded, arguments)
-        return result
+    if arguments.within:
+        return {"benchmark": "long", "rows": within(arguments)}
     given, rows = list(sys.argv[1:] if argv is None else argv), []
     skipped = {name: missing(name) for name in arguments.caches if missing(name)}
     for name, why in skipped.items():
         print(f"{name} is left out: {why}")
     names = [*(name for name in arguments.caches if name not in skipped), *arguments.quantizers]
     for context in arguments.contexts:
-        for name in names:
-            rows.append(apart(given, name, context))
-            print(format_table([{key: rows[-1][key] for key in rows[-1] if key != "model_rss"}]), flush=True)
+        for chosen in (*([name] for name in names), [_DECODING, *names]):
+            made = apart(given, chosen, context)
+            print(format_table([{key: row[key] for key in row if key != "model_rss"} for row in made]), flush=True)
+            rows += made
     return {"benchmark": "long", "rows": rows, "skipped": skipped}
 
 
