@@ -238,35 +238,16 @@ def roofline() -> str:
 
 def long() -> str:
     """The packed cache on long inputs beside those of transformers; speeds per second of processor time."""
-    rows: dict[tuple[str, int, str], dict[str, Row]] = {}
-    for row in rows_of("long"):
-        rows.setdefault((row["dtype"], row["context"], row["cache"]), {})[row["measured"]] = row
-    fastest: dict[tuple[str, int], float] = {}
-    for (dtype, context, cache), both in rows.items():
-        if cache in ("hqq4", "quanto4"):
-            speed = both["decode"]["tokens_per_cpu_second"]
-            fastest[dtype, context] = max(fastest.get((dtype, context), 0), speed)
-    cells = []
-    for (dtype, context, cache), both in sorted(rows.items()):
-        read, decode = both.get("prefill"), both["decode"]["tokens_per_cpu_second"]
-        cells.append(
-            [
-                f"{context:,}",
-                dtype,
-                cache,
-                *(
-                    ["", ""]
-                    if read is None
-                    else [f"{read[size] / 1e6:.0f}" for size in ("cache_bytes", "extra_peak_rss")]
-                ),
-                "" if read is None else f"{read['nll']:.4f}",
-                "" if read is None else f"{read['tokens_per_cpu_second']:.0f}",
-                f"{decode:.1f}",
-                f"{decode / fastest[dtype, context]:.2f}x",
-            ]
-        )
-    sizes = ["context", "model", "cache", "cache, MB", "peak, MB", "NLL"]
-    return markdown([*sizes, "prefill, tokens/s", "decode, tokens/s", "of the fastest 4-bit QuantizedCache"], cells)
+    rows = {(row["context"], row["cache"], row["measured"]): row for row in rows_of("long")}
+    cells, speed = [], "tokens_per_cpu_second"
+    for context, cache in sorted({key[:2] for key in rows}):
+        read, decode = (rows[context, cache, measured] for measured in ("prefill", "decode"))
+        others = max(rows[context, name, "decode"][speed] for name in ("hqq4", "quanto4"))
+        sizes = [f"{read[size] / 1e6:.0f}" for size in ("cache_bytes", "extra_peak_rss")]
+        speeds = [f"{read[speed]:.0f}", f"{decode[speed]:.1f}", f"{decode[speed] / others:.2f}x"]
+        cells.append([f"{context:,}", cache, *sizes, f"{read['nll']:.4f}", *speeds])
+    header = ["context", "cache", "cache, MB", "peak, MB", "NLL", "prefill, tokens/s", "decode, tokens/s"]
+    return markdown([*header, "of the fastest 4-bit QuantizedCache"], cells)
 
 
 TABLES: dict[str, Callable[[], str]] = {
