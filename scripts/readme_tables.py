@@ -15,6 +15,7 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
+from scripts.long_tables import all_measured, decoding_in_float32
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
 
@@ -236,27 +237,14 @@ def roofline() -> str:
     return markdown([*header, "fp16, us", "bound", "at most"], cells)
 
 
-def long() -> str:
-    """The packed cache on long inputs beside those of transformers; speeds per second of processor time."""
-    rows = {(row["context"], row["cache"], row["measured"]): row for row in rows_of("long")}
-    cells, speed = [], "tokens_per_cpu_second"
-    for context, cache in sorted({key[:2] for key in rows}):
-        read, decode = (rows[context, cache, measured] for measured in ("prefill", "decode"))
-        others = max(rows[context, name, "decode"][speed] for name in ("hqq4", "quanto4"))
-        sizes = [f"{read[size] / 1e6:.0f}" for size in ("cache_bytes", "extra_peak_rss")]
-        speeds = [f"{read[speed]:.0f}", f"{decode[speed]:.1f}", f"{decode[speed] / others:.2f}x"]
-        cells.append([f"{context:,}", cache, *sizes, f"{read['nll']:.4f}", *speeds])
-    header = ["context", "cache", "cache, MB", "peak, MB", "NLL", "prefill, tokens/s", "decode, tokens/s"]
-    return markdown([*header, "of the fastest 4-bit QuantizedCache"], cells)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "all_schemes": all_schemes,
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
-    "long": long,
+    "long": lambda: markdown(*all_measured(rows_of("long"))),
+    "long_float32": lambda: markdown(*decoding_in_float32(rows_of("long"))),
     "passkey": passkey,
     "needle": needle,
     "ruler": ruler,
