@@ -200,15 +200,15 @@ class PackedLayer(Numbered, CacheLayerMixin):
         return self.packed[kind].quantizer.encode(tokens)
 
     def stretches(self) -> Iterator[Stretch]:
-        """Everything stored, dequantized a page at a time, up to the longest sequence; shorter ones show zeros or waste."""
+        """Everything stored, dequantized some blocks at a time, up to the longest sequence; shorter ones show zeros or waste."""
         longest = max(self.lengths, default=0)
         if sinks := min(self.sink_tokens, longest):
             key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
             yield Stretch(0, sinks, key, value)
         for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
             needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
-            for first in range(0, needed, layout.PAGE_BLOCKS):
-                blocks = min(layout.PAGE_BLOCKS, needed - first)
+            for first in range(0, needed, layout.STRETCH_BLOCKS):
+                blocks = min(layout.STRETCH_BLOCKS, needed - first)
                 start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
                 key = self.packed["key"].read(pages[0], first, blocks)
                 value = self.packed["value"].read(pages[1], first, blocks)

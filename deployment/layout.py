@@ -19,16 +19,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deployment.order import Order, Role, order_of
+from deployment.bits import places_of
+from deployment.order import FragmentOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
-from deployment.streams import OutlierStreams, index_span
+from deployment.streams import FEW, OutlierStreams, index_span
 from deployment.tables import Tables
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
-PAGE_BLOCKS = 8  # of the smallest page, and of what is dequantized at once
-PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
+PAGE_BLOCKS = 8  # of the smallest page
+STRETCH_BLOCKS = 16  # of what is dequantized at once: a CPU's second cache should hold it
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index
@@ -182,6 +183,9 @@ class PackedTensor:
     def _write_codes(self, page: Page, rows: Rows, offset: int, codes: Tensor) -> None:
         """Put codes `[R, n, C]` at token `offset` of a page, keeping what the first block already holds."""
         first, filled = divmod(offset, BLOCK_TOKENS)
+        if codes.shape[1] == 1 and isinstance(self.order, FragmentOrder):
+            page.words[rows, first] = places_of(self.order).store(page.words[rows, first], filled, codes[:, 0])
+            return
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)
         held = codes.new_zeros(codes.shape[0], (last - first) * BLOCK_TOKENS, codes.shape[2])
         if filled:
@@ -190,16 +194,37 @@ class PackedTensor:
         page.words[rows, first:last] = self.order.pack(held.unflatten(1, (last - first, BLOCK_TOKENS)))
 
     def _write_outliers(self, rows: Rows, start: int, encoded: Encoded) -> None:
+        assert encoded.outliers is not None and encoded.exact is not None
+        if len(encoded.exact) <= FEW:
+            self._write_few_outliers(rows, start, encoded)
+            return
         row, token, channel = encoded.outliers.nonzero(as_tuple=True)
         sequence = torch.arange(self.batch, device=self.device)[rows][row]
         head, dim = channel // self.head_dim, channel % self.head_dim
         for page, part in self._parts(start, encoded.codes.shape[1]):
+            assert page.outliers is not None
             here = (token >= part.start) & (token < part.stop)
             place = token + start - page.start
             lists = (sequence * self.heads + head) * page.blocks + place // BLOCK_TOKENS
             index = place % self.span * self.head_dim + dim
-            added = (lists[here], index[here], encoded.exact[here])
-            page.outliers, page.room = page.outliers.with_added(*added), None
+            page.outliers = page.outliers.with_added(lists[here], index[here], encoded.exact[here])
+            page.room = None
+
+    def _write_few_outliers(self, rows: Rows, start: int, encoded: Encoded) -> None:
+        """The same for a decode step: numbers of the host need no tensor operation each."""
+        assert encoded.outliers is not None and encoded.exact is not None
+        sequences = list(range(self.batch)) if isinstance(rows, slice) else rows.tolist()
+        elements = list(enumerate(encoded.outliers.nonzero().tolist()))
+        for page, part in self._parts(start, encoded.codes.shape[1]):
+            added = []
+            for number, (row, token, channel) in elements:
+                if part.start <= token < part.stop:
+                    (head, dim), place = divmod(channel, self.head_dim), token + start - page.start
+                    stream = (sequences[row] * self.heads + head) * page.blocks + place // BLOCK_TOKENS
+                    added.append((stream, place % self.span * self.head_dim + dim, number))
+            if added:
+                assert page.outliers is not None
+                page.outliers, page.room = page.outliers.with_few(sorted(added), encoded.exact), None
 
     def read(self, page: Page, first: int = 0, blocks: int | None = None) -> Tensor:
         """Dequantized tokens of some blocks of a page, all from `first` on by default, `[B, G, n, D]` float32."""
@@ -215,13 +240,12 @@ class PackedTensor:
 
     def _put_outliers(self, outliers: OutlierStreams, first: int, last: int, dense: Tensor) -> None:
         """Overwrite elements of `dense`, `[B, n, C]`, which holds the blocks `first`, ..., `last - 1`."""
-        lists, index, value = outliers.entries()
+        lists, index, value = outliers.entries(first, last)
         block, stream = lists % outliers.blocks, lists // outliers.blocks
-        inside = (block >= first) & (block < last)
         token = (stream // self.heads * (last - first) + block - first) * BLOCK_TOKENS
         token += index // self.head_dim % BLOCK_TOKENS
         place = (token * self.heads + stream % self.heads) * self.head_dim + index % self.head_dim
-        dense.view(-1)[place[inside]] = value[inside].float()
+        dense.view(-1)[place] = value.float()
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget all tokens from `lengths[b]` on of each sequence b."""

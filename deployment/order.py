@@ -125,8 +125,11 @@ class FragmentOrder:
         """Codes `[..., 64, C]` uint8 of words `[..., W]`; inverse of `pack`."""
         by_head = words.unflatten(-1, (self.heads, -1))
         ordered = unpack_spare_bits(by_head) if self.bits == 3 else unpack(by_head, self.bits)
-        codes = ordered.index_select(-1, self._tables[1]).unflatten(-1, (BLOCK_TOKENS, self.head_dim))
-        return codes.transpose(-2, -3).flatten(-2)
+        return _gathered(ordered.flatten(-2), self._places).unflatten(-1, (BLOCK_TOKENS, self.heads * self.head_dim))
+
+    @property
+    def _places(self) -> Tensor:
+        return _places_of_block(self.bits, self.heads, self.head_dim, self.role, self.device)
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,40 @@ def _fragment_tables(bits: int, head_dim: int, role: Role, device: torch.device)
         index = index.unflatten(1, (4, NIBBLES)).transpose(0, 1)
     source = index.flatten()
     return source.to(device), source.argsort().to(device)
+
+
+@cache
+def _places_of_block(bits: int, heads: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
+    """Where element token * C + channel of a block is among the unpacked codes of all its heads, `[64 C]` int32."""
+    place = _fragment_tables(bits, head_dim, role, device)[1].view(BLOCK_TOKENS, 1, head_dim)
+    first = torch.arange(heads, device=device)[:, None] * (BLOCK_TOKENS * head_dim)
+    return (first + place).flatten().int()
+
+
+def _gathered(rows: Tensor, places: Tensor) -> Tensor:
+    """`rows` `[..., n]` in the order of `places` `[n]`: as one flat list, many times faster on a CPU than row by row."""
+    first = torch.arange(0, rows.numel(), rows.shape[-1], dtype=torch.int32, device=rows.device)
+    return rows.flatten().index_select(0, (first[:, None] + places).flatten()).view(rows.shape)
+
+
+def fragment_words(order: FragmentOrder) -> tuple[Tensor, Tensor]:
+    """For a reader that takes a head's words row by row, where a row is a token of keys or a channel of values.
+
+    Returns (`which` `[M, R]`: word m of row r, `columns` `[M, fields]`: which channel or token its fields are), both int32
+    and the same for all rows. Words are those of `pack`; at 3 bits, three quarters of them, then those of the spare bits.
+    """
+    return _fragment_words(order.bits, order.head_dim, order.role, order.device)
+
+
+@cache
+def _fragment_words(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
+    source = _fragment_tables(bits, head_dim, role, torch.device("cpu"))[0]
+    fields = source.view(-1, 2 * NIBBLES if bits == 2 else NIBBLES)
+    token, channel = fields // head_dim, fields % head_dim
+    row, column = (token, channel) if role == "key" else (channel, token)
+    rows = BLOCK_TOKENS if role == "key" else head_dim
+    which = row[:, 0].argsort(stable=True).view(rows, -1).T
+    return which.int().contiguous().to(device), column[which[:, 0]].int().contiguous().to(device)
 
 
 def order_of(quantizer: Quantizer, heads: int, head_dim: int, role: Role, fragments: bool = True) -> Order:

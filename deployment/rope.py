@@ -6,6 +6,7 @@ their frequencies with the length of the sequence are told the current length wi
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ from transformers import PreTrainedConfig
 
 from deployment.numbered import Numbered
 from gradients.models import decoder_config
+from quant.storage import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from deployment.kernels.phase import Rotary
 
-_MEMO_TABLES = 64  # tables of one page each: 32K positions, 16 MB at a head dimension of 64
+_MEMO_TABLES = 32  # tables of one stretch each: 32K positions, 16 MB at a head dimension of 64
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -33,7 +35,8 @@ class Rope(Numbered):
 
     module: nn.Module
     layer_type: str | None = None
-    _memo: OrderedDict[tuple[Any, ...], tuple[Tensor, Tensor]] = field(default_factory=OrderedDict)
+    _memo: OrderedDict[Hashable, tuple[Tensor, ...]] = field(default_factory=OrderedDict)
+    _chunk: tuple[Hashable, tuple[Tensor, ...]] | None = None
     _rotary: dict[tuple[Any, ...], tuple[int | None, "Rotary"]] = field(default_factory=dict)
 
     @property
@@ -75,11 +78,43 @@ class Rope(Numbered):
             self._rotary[key] = current, Rotary.of(frequencies.float(), head_dim, scaling)
         return self._rotary[key][1]
 
-    def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(cos, sin) `[1, n, R]` float32 of the positions of a page, remembered from layer to layer and step to step."""
-        key = (start, end, device, length if self.length_dependent else None)
+    def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
+        """(cos, sin) `[1, n, R]` float32 of the positions of a stretch, remembered from layer to layer and step to step."""
+        return self._remembered(
+            (start, end), length, device, lambda: self.tables(torch.arange(start, end, device=device)[None], length)
+        )
+
+    def chunk_tables(
+        self, positions: tuple[tuple[int, ...], ...], length: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """(cos, sin) `[B, S, R]` float32 of a chunk's positions, negative for padding; remembered for the next layer only."""
+        key = (positions, length, device)
+        if self._chunk is None or self._chunk[0] != key:
+            self._chunk = key, self.tables(torch.tensor(positions, device=device).clamp(min=0), length)
+        return self._chunk[1]
+
+    def block_tables(self, start: int, blocks: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Rotation by angle addition: within a block (cos, sin) `[R/2, 64]`, and where blocks begin (cos, sin) `[blocks, R/2]`.
+
+        All float32; those of the blocks are without attention scaling, so that their product has it once. Remembered.
+        """
+
+        def made() -> tuple[Tensor, ...]:
+            begins = start + BLOCK_TOKENS * torch.arange(blocks, device=device)
+            positions = torch.cat([torch.arange(BLOCK_TOKENS, device=device), begins])[None]
+            both = [table[0, :, : table.shape[-1] // 2].float() for table in self.tables(positions, length)]
+            _, scaling = self.frequencies(length, device)
+            within = [table[:BLOCK_TOKENS].T.contiguous() for table in both]
+            return *within, *((table[BLOCK_TOKENS:] / scaling).contiguous() for table in both)
+
+        return self._remembered(("blocks", start, blocks), length, device, made)
+
+    def _remembered(
+        self, which: Hashable, length: int, device: torch.device, make: Callable[[], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        key = (which, device, length if self.length_dependent else None)
         if key not in self._memo:
-            self._memo[key] = self.tables(torch.arange(start, end, device=device)[None], length)
+            self._memo[key] = make()
             if len(self._memo) > _MEMO_TABLES:
                 self._memo.popitem(last=False)
         self._memo.move_to_end(key)

@@ -5,9 +5,9 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
 
     stream       2 n (2 h + H D + 2 C)      residual, normalised input, queries, keys, values
     MLP          2 n (2 h + 3 I)            residual, normalised input, gate, up, their product
-    attention    16 n H max(512, S)         scores of a page, or of the exact chunk, and what becomes of them
-                 + 16 n H D                 queries rotated and scaled, two sums
-                 + 32 B 512 C               keys and values of a page: looked up, scaled, rotated, and of the one before
+    attention    14 n H max(1024, S)        scores of a stretch, or of the exact chunk, and what becomes of them
+                 + 14 n H D                 queries rotated and scaled, two sums
+                 + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
                  + 8 D 32768                rotary tables that are remembered
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from deployment.layout import PAGE_TOKENS
+from deployment.layout import STRETCH_BLOCKS
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, cached_layers, decoder, decoder_config, kv_shape
 from quant.artefact import axis_of
@@ -117,8 +117,9 @@ class ModelShape:
         mlp = 2 * rows * (2 * config.hidden_size + 3 * config.intermediate_size)
         attention = 4 * rows * query_heads * head_dim
         if scheme is not None:
-            attention = 16 * rows * query_heads * (max(PAGE_TOKENS, new) + head_dim)
-            attention += 32 * batch * PAGE_TOKENS * channels + 8 * head_dim * 32768
+            stretch = STRETCH_BLOCKS * BLOCK_TOKENS
+            attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
+            attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 
     def weight_bytes(self, bits: float) -> int:

@@ -11,11 +11,13 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from deployment import native
 from deployment.cache import PackedLayer
 from deployment.devices import current
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.rope import Rope
+from gradients.models import KINDS
 from gradients.rope import rotate
 
 
@@ -95,34 +97,58 @@ def attend_with_torch(
     `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` float32.
     """
     new, device = query.shape[2], query.device
-    pads = torch.tensor(padding, device=device)
-    # position of every token of the chunk; negative for padding
-    positions = (torch.tensor(before, device=device) - pads)[:, None] + torch.arange(new, device=device)
-    positions = positions.masked_fill(torch.arange(new, device=device) < pads[:, None], -1)
-    length = max(stored + new - pad for stored, pad in zip(before, padding, strict=True))
-    tables = rope.tables(positions.clamp(min=0), length)
-    # chained, not listed: a list would hold the whole past dequantized
-    segments = chain(
-        _stored_segments(layer, rope, positions, length),
-        [] if chunk is None else [_chunk_segment(*chunk, positions, tables)],
+    # of every token of the chunk; negative for padding
+    places = tuple(
+        tuple(-1 if token < pad else stored + token - pad for token in range(new))
+        for stored, pad in zip(before, padding, strict=True)
     )
-    return attend_torch(rotate(query.float(), *tables), segments, scaling)
+    length = max(row[-1] + 1 for row in places)
+    tables = rope.chunk_tables(places, length, device)
+    positions, exact = torch.tensor(places, device=device), None
+    if chunk is None:
+        rotated = rotate(query.float(), *tables)
+    else:
+        both = rotate(torch.cat([query.float(), chunk[0].float()], dim=1), *tables)
+        rotated, key = both.split([query.shape[1], chunk[0].shape[1]], dim=1)
+        visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
+        exact = Segment(key, chunk[1].float(), visible)
+    if native.takes(layer, query):
+        few = _few_segment(layer, rope, exact, positions, length)
+        limits = [[min(stored, place + 1) for place in row] for stored, row in zip(layer.lengths, places, strict=True)]
+        return native.attend(layer, rope, rotated * scaling, few, limits, length)
+    # chained, not listed: a list would hold the whole past dequantized
+    segments = chain(_stored_segments(layer, rope, positions, length), [] if exact is None else [exact])
+    return attend_torch(rotated, segments, scaling)
 
 
 def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:
-    """What the layer stores, a page at a time, rotated; a query at position p sees the tokens up to p."""
-    lengths = torch.tensor(layer.lengths, device=positions.device)
-    shortest = min(layer.lengths, default=0)
+    """What the layer stores, a stretch at a time, rotated; a query at position p sees the tokens up to p."""
     for stretch in layer.stretches():
-        token = torch.arange(stretch.start, stretch.end, device=positions.device)
-        visible = None
-        # with exact chunks the stored tokens all precede the queries
-        if stretch.end > shortest or not layer.exact_chunk:
-            visible = (token < lengths[:, None, None]) & (token <= positions[..., None])
         tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
+        visible = _visible(layer, stretch.start, stretch.end, positions)
         yield Segment(rotate(stretch.key, *tables), stretch.value, visible)
 
 
-def _chunk_segment(key: Tensor, value: Tensor, positions: Tensor, tables: tuple[Tensor, Tensor]) -> Segment:
-    visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
-    return Segment(rotate(key.float(), *tables), value.float(), visible)
+def _visible(layer: PackedLayer, start: int, end: int, positions: Tensor) -> Tensor | None:
+    """Which of the stored tokens `start`, ..., `end - 1` the queries see; None for all."""
+    # with exact chunks the stored tokens all precede the queries
+    if end <= min(layer.lengths, default=0) and layer.exact_chunk:
+        return None
+    lengths = torch.tensor(layer.lengths, device=positions.device)
+    token = torch.arange(start, end, device=positions.device)
+    return (token < lengths[:, None, None]) & (token <= positions[..., None])
+
+
+def _few_segment(layer: PackedLayer, rope: Rope, chunk: Segment | None, positions: Tensor, length: int) -> Segment:
+    """The tokens that no block holds: sinks, and the chunk if it is given."""
+    sinks = min(layer.sink_tokens, max(layer.lengths, default=0))
+    key, value = (layer.sinks[kind][:, :, :sinks].float() for kind in KINDS)
+    if sinks:
+        key = rotate(key, *rope.range_tables(0, sinks, length, positions.device))
+    seen = _visible(layer, 0, sinks, positions)
+    seen = torch.ones(*positions.shape, sinks, dtype=torch.bool) if seen is None else seen
+    if chunk is None:
+        return Segment(key, value, seen)
+    assert chunk.visible is not None
+    pairs = ((key, chunk.key), (value, chunk.value), (seen, chunk.visible))
+    return Segment(*(torch.cat([stored, new], dim=2) for stored, new in pairs))

@@ -13,7 +13,9 @@ nothing, if there is room. The torch path leaves no room and needs no starts: it
 as need be. The append kernels need room, which `moved` makes (how much, says room.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
 _INDICES = 1 << 16
+FEW = 64  # outliers that are added one by one
 _MOVED = 1 << 22  # places that are moved at a time, which bounds the memory it takes
 
 
@@ -74,15 +77,26 @@ class OutlierStreams:
         """Outliers of every stream, `[B, G]` int64."""
         return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(number of the list int64, index int64, value fp16) of every outlier, in order."""
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(begin, end) of every list in `index` and `value`, `[B, G, blocks]` int64."""
         lengths = self.lengths()
-        totals = lengths.sum(-1, keepdim=True)
-        exact = totals.flatten().cumsum(0).view_as(totals) - totals
-        starts = exact if self.starts is None else self.starts.long()[..., None]
-        lists = torch.repeat_interleave(lengths.flatten())
-        rank = torch.arange(len(lists), device=lists.device) - exact.flatten()[lists // self.blocks]
-        place = starts.flatten()[lists // self.blocks] + rank
+        if self.starts is None:
+            ends = lengths.flatten().cumsum(0).view_as(lengths)
+        else:
+            ends = lengths.cumsum(-1) + self.starts[..., None]
+        return ends - lengths, ends
+
+    def entries(self, first: int = 0, last: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(number of the list int64, index int64, value fp16) of every outlier, in order.
+
+        Or only of those of the blocks `first`, ..., `last - 1`, which costs no more than these.
+        """
+        begin, end = (place[..., first:last].flatten() for place in self.places())
+        lengths = end - begin
+        number = torch.arange(self.ends.numel(), device=self.ends.device).view_as(self.ends)[..., first:last]
+        lists = torch.repeat_interleave(number.flatten(), lengths)
+        shift = torch.repeat_interleave(begin - (lengths.cumsum(0) - lengths), lengths)
+        place = torch.arange(len(lists), device=lists.device) + shift
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
@@ -110,6 +124,27 @@ class OutlierStreams:
         keys = torch.cat([held_lists << 16 | held_index, lists << 16 | index])
         keys, order = keys.sort()
         return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
+
+    def with_few(self, added: list[tuple[int, int, int]], value: Tensor) -> "OutlierStreams":
+        """The same page with a few more outliers of later tokens than their lists hold, and no room; nothing is sorted.
+
+        `added` says of each its list, its index and which of `value` `[N]` fp16 it is, in this order.
+        """
+        if self.starts is not None:
+            return self.rebuilt(*self.entries()).with_few(added, value)
+        lists, index, source = (list(column) for column in zip(*added, strict=True))
+        # each is put behind its list
+        cuts = [0, *self.ends.flatten()[lists].tolist(), len(self.index)]
+        sizes = [end - begin for begin, end in pairwise(cuts)]
+        device = self.index.device
+        new_index = torch.tensor(index, dtype=torch.int32, device=device).short()
+        new_value = value[torch.tensor(source, device=device)]
+        more = torch.bincount(torch.tensor(lists, device=device), minlength=self.ends.numel()).cumsum(0)
+        return OutlierStreams(
+            _alternating(self.index.split(sizes), new_index),
+            _alternating(self.value.split(sizes), new_value),
+            self.ends + more.view_as(self.ends).int(),
+        )
 
     def with_room(self, room: int) -> "OutlierStreams":
         """The same outliers with `room` free places after every stream."""
@@ -167,6 +202,14 @@ class OutlierStreams:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
+
+
+def _alternating(pieces: Sequence[Tensor], singles: Tensor) -> Tensor:
+    """The first of the pieces, the first single element, the second of the pieces, ..."""
+    parts = [pieces[0]]
+    for single, piece in zip(singles.split(1), pieces[1:], strict=True):
+        parts += [single, piece]
+    return torch.cat(parts)
 
 
 def sent(numbers: Tensor, device: torch.device) -> Tensor:

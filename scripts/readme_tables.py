@@ -16,6 +16,7 @@ from typing import Any
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
 from scripts.gpu_tables import device_table, generate_table, prefill_table, speed_table
+from scripts.long_tables import all_measured, decoding_in_float32
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
 
@@ -234,6 +235,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
+    "long": lambda: markdown(*all_measured(rows_of("long"))),
+    "long_float32": lambda: markdown(*decoding_in_float32(rows_of("long"))),
     "passkey": passkey,
     "needle": needle,
     "ruler": ruler,

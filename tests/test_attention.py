@@ -174,7 +174,7 @@ def test_the_past_is_dequantized_a_page_at_a_time(
     exact_chunk: bool,
 ) -> None:
     """However many pages there are, at most the one in use and the one before it exist in full precision."""
-    monkeypatch.setattr("deployment.layout.PAGE_BLOCKS", 1)
+    monkeypatch.setattr("deployment.layout.STRETCH_BLOCKS", 1)
     original, made, most = PackedLayer.stretches, [], 0
 
     def watched(layer: PackedLayer) -> Iterator[Stretch]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployment.layout import PAGE_TOKENS, PackedTensor
+from deployment.layout import PAGE_BLOCKS, PackedTensor
 from deployment.order import ChannelOrder, FragmentOrder
 from deployment.streams import OutlierStreams, index_span
 from gradients.cli import UserError
@@ -17,6 +17,7 @@ from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS, packed_size
 
 HEADS, HEAD_DIM = 3, 20  # C = 60, no multiple of 32
+PAGE_TOKENS = PAGE_BLOCKS * BLOCK_TOKENS
 LENGTHS = [1, 31, 33, 63, 64, 65, 257, PAGE_TOKENS, PAGE_TOKENS + 1]
 
 
