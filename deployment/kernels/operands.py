@@ -11,8 +11,8 @@ for each of two products, where an operand was joined of parts, as here. Its col
 
     L    32 (s div 2) + 16 h + 4 q + 2 (s mod 2) + e
 
-Memory is global (rotated queries), or shared (weights), which Triton has no way to address: `shared_memory` gives the
-address of some, and inline PTX reads and writes it. In full precision, and in the interpreter, both are plain loads and stores.
+Memory is global (rotated queries), or shared (weights), which Triton has no way to address (shared.py), so that inline
+PTX reads and writes it. In full precision, and in the interpreter, both are plain loads and stores.
 """
 
 import triton
@@ -29,20 +29,6 @@ _LOAD_SHARED = tl.constexpr("ld.shared.v4.b32 {$0,$1,$2,$3},[$4];")
 # a pair, for row g and again for row g + 8; and a number
 _STORE_TWICE = tl.constexpr("st.shared.v2.b32 [$1],{$2,$2}; mov.b32 $0,0;")
 _STORE_ONCE = tl.constexpr("st.shared.b32 [$1],$2; mov.b32 $0,0;")
-
-
-@triton.jit
-def shared_memory(BYTES: tl.constexpr):
-    """Address of BYTES of shared memory that Triton does not know of; to be called once in a kernel, outside of loops."""
-    text: tl.constexpr = _declared(BYTES)
-    # impure: the compiler must not repeat the declaration
-    return tl.inline_asm_elementwise(text, "=r,r", [0], tl.int32, is_pure=False, pack=1)
-
-
-@triton.constexpr_function
-def _declared(size: int) -> str:
-    """PTX: $0 is the address of `size` bytes of shared memory ($1 is 0)."""
-    return f"{{ .shared .align 128 .b8 held[{size}]; .reg .b32 a; mov.u32 a,held; add.u32 $0,a,$1; }}"
 
 
 @triton.jit

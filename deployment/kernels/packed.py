@@ -17,6 +17,7 @@ from torch import Tensor
 from deployment.kernels.combine import combine_kernel
 from deployment.kernels.lookup import SHARED
 from deployment.kernels.phase import Rotary
+from deployment.kernels.shared import allow_shared_memory
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
 from deployment.kernels.tuning import Tuning, tuning_of
@@ -119,6 +120,8 @@ def attend_packed(
         return attend_many(query, positions, segments, rotary, scaling, kv_heads)
     if query.stride(-1) != 1:
         query = query.contiguous()
+    if query.is_cuda:
+        allow_shared_memory()
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
     precise, tuning = query.dtype == torch.float32, tuning_of(query.device)
     scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)

@@ -8,16 +8,18 @@ Shared memory has 32 banks, each of which answers one lane at a time, so random 
 is therefore there COPIES times, interleaved: entry e of copy c lies at word e COPIES + c, and lane l asks copy l % COPIES. Two
 lanes share a bank with 16 copies, none with 32.
 
-Triton has no such table, so inline PTX declares it: `reserved` (once per kernel), `filled`, then `pair_levels`.
+Triton has no such table, so inline PTX writes it (`filled`, once in a kernel) and reads it (`pair_levels`).
 """
 
 import triton
 import triton.language as tl
 
+from deployment.kernels.shared import shared_memory
+
 _COPIES = 16
 COPIES = tl.constexpr(_COPIES)
 _ENTRY_BYTES = 4 * _COPIES
-TABLE_BYTES = 256 * _ENTRY_BYTES
+TABLE_BYTES = tl.constexpr(256 * _ENTRY_BYTES)
 
 
 def _fill(copies: int) -> str:
@@ -36,9 +38,6 @@ def _find(copies: int) -> str:
     return text + "".join(f"ld.shared.b32 ${i},[{name}]; " for i, name in enumerate("abcd")) + "}"
 
 
-_RESERVE = tl.constexpr(
-    f"{{ .shared .align 128 .b8 pairs[{TABLE_BYTES}]; .reg .b32 a; mov.u32 a,pairs; add.u32 $0,a,$1; }}"
-)
 _FILL = tl.constexpr(_fill(_COPIES))
 _OWN = tl.constexpr(f"{{ .reg .b32 l; mov.u32 l,%laneid; and.b32 l,l,{_COPIES - 1}; mad.lo.u32 $0,l,4,$1; }}")
 FIND = _find(_COPIES)
@@ -49,14 +48,14 @@ _FOUR_WORDS = tl.constexpr((tl.int32,) * 4)
 @triton.jit
 def filled(levels):
     """A table of the pairs of 16 fp32 or fp16 `levels`, in shared memory; the address of this lane's copy."""
-    # impure: the compiler must neither repeat the declaration nor move what looks pairs up before what writes them
-    table = tl.inline_asm_elementwise(_RESERVE, "=r,r", [0], tl.int32, is_pure=False, pack=1)
+    table = shared_memory(TABLE_BYTES)
     entry = tl.arange(0, 256)
     low = tl.load(levels + entry % 16).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     high = tl.load(levels + entry // 16).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
     pair = (low | (high << 16)).to(tl.int32, bitcast=True)
     tl.inline_asm_elementwise(_FILL, "=r,r,r,r", [table, entry, pair], tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
+    # impure: nothing is looked up before it is written
     return tl.inline_asm_elementwise(_OWN, "=r,r", [table], tl.int32, is_pure=False, pack=1)
 
 

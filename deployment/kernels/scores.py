@@ -1,7 +1,7 @@
 """Scores of a chunk: its keys, block after block, times the queries, into scratch memory.
 
 Of a product of 16 rows, which hold the queries rotated back to several stretches (queries.py), only the rows of a token's own stretch
-are kept. The words of a block are loaded before those of the one before are used.
+are kept.
 """
 
 import triton
@@ -54,10 +54,14 @@ def score_chunk(
     table, tables, still_a, still_b = fixed
 
     block_at = words + (token0 // 64).to(tl.int64) * stride
-    w0, w1, w2 = 0, 0, 0
-    ahead = tl.zeros([], tl.int32)  # words from the chunk's first block to the one that is loaded
+    # words of the next two blocks (AT_ONCE: of the next): each is loaded when the one before in its place is used up
+    AT_ONCE: tl.constexpr = min(2, SPAN_BLOCKS)
+    e0, e1, e2 = 0, 0, 0
+    o0, o1, o2 = 0, 0, 0
     if SOURCE == FRAGMENT_ORDER:
-        w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
+        e0, e1, e2 = block_words(block_at, BITS, GEOMETRY)
+        if AT_ONCE == 2:
+            o0, o1, o2 = block_words(block_at + tl.minimum(1, here - 1) * stride, BITS, GEOMETRY)
     for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
         back_a = operand(rotated + span * (32 * PAIRS), PAIRS, 16, KIND)
         back_b = operand(rotated + span * (32 * PAIRS) + 16 * PAIRS, PAIRS, 16, KIND)
@@ -65,45 +69,51 @@ def score_chunk(
         if SOURCE != DENSE:
             start_a = tl.dot(back_a, still_a, input_precision=PRECISION)
             start_b = tl.dot(back_b, still_b, input_precision=PRECISION)
-        for j in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here)):
-            holds = (w0, w1, w2)
-            if SOURCE == FRAGMENT_ORDER:
-                ahead = tl.minimum(ahead + stride, (here - 1) * stride)
-                w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
-            level_a, level_b = key_levels(
-                block_at + j * stride,
-                holds,
-                table,
-                levels,
-                widths,
-                plain,
-                plain_stride,
-                token0 + j * 64,
-                held,
-                channels[0],
-                channels[1],
-                channels[2],
-                GEOMETRY,
-                SOURCE,
-                BITS,
-                PAIRS,
-                FAST,
-            )
-            for part in tl.static_range(PARTS):
-                part_a, part_b = part_of(level_a, part, PARTS), part_of(level_b, part, PARTS)
-                key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
-                token = j * 64 + part * TURN + turn_token
-                if STATIC:  # two sums, since products that wait for each other take longer than all else
-                    dot = tl.dot(back_a, key_a, start_a, input_precision=PRECISION)
-                    dot += tl.dot(back_b, key_b, start_b, input_precision=PRECISION)
-                else:
-                    dot = tl.dot(back_a, key_a, input_precision=PRECISION)
-                    dot = tl.dot(back_b, key_b, dot, input_precision=PRECISION)
-                if DYNAMIC:
-                    scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
-                    dot = dot * scale[None, :] + (start_a + start_b) * zero[None, :]
-                own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
-                keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
+        # of an odd number of blocks the last is scored again, for tokens that do not exist
+        for pair in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here), AT_ONCE):
+            for second in tl.static_range(AT_ONCE):
+                j = pair + second
+                holds = (e0, e1, e2) if second == 0 else (o0, o1, o2)
+                level_a, level_b = key_levels(
+                    block_at + tl.minimum(j, here - 1) * stride,
+                    holds,
+                    table,
+                    levels,
+                    widths,
+                    plain,
+                    plain_stride,
+                    token0 + j * 64,
+                    held,
+                    channels[0],
+                    channels[1],
+                    channels[2],
+                    GEOMETRY,
+                    SOURCE,
+                    BITS,
+                    PAIRS,
+                    FAST,
+                )
+                if SOURCE == FRAGMENT_ORDER:
+                    later = block_at + tl.minimum(j + AT_ONCE, here - 1) * stride
+                    if second == 0:
+                        e0, e1, e2 = block_words(later, BITS, GEOMETRY)
+                    else:
+                        o0, o1, o2 = block_words(later, BITS, GEOMETRY)
+                for part in tl.static_range(PARTS):
+                    part_a, part_b = part_of(level_a, part, PARTS), part_of(level_b, part, PARTS)
+                    key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
+                    token = j * 64 + part * TURN + turn_token
+                    if STATIC:  # two sums, since products that wait for each other take longer than all else
+                        dot = tl.dot(back_a, key_a, start_a, input_precision=PRECISION)
+                        dot += tl.dot(back_b, key_b, start_b, input_precision=PRECISION)
+                    else:
+                        dot = tl.dot(back_a, key_a, input_precision=PRECISION)
+                        dot = tl.dot(back_b, key_b, dot, input_precision=PRECISION)
+                    if DYNAMIC:
+                        scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
+                        dot = dot * scale[None, :] + (start_a + start_b) * zero[None, :]
+                    own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
+                    keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
 
 
 @triton.jit

@@ -17,11 +17,12 @@ import triton.language as tl
 from deployment.kernels.ahead import ask_for_list, ask_for_words
 from deployment.kernels.keys import cos_and_sin, turn_tables, turned_zeros
 from deployment.kernels.lookup import prepared
-from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of, shared_memory
+from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
 from deployment.kernels.phase import first_of_pair, second_of_pair
 from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
 from deployment.kernels.scores import score_chunk
+from deployment.kernels.shared import shared_memory
 from deployment.kernels.softmax import seen_tokens, weigh_chunk
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import attend_chunk

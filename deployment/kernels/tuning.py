@@ -27,8 +27,8 @@ class Tuning:
     entries: int  # outliers at a time
 
 
-_MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=256)}
-_ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=256)
+_MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=128)}
+_ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=128)
 
 
 @cache

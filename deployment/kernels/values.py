@@ -77,31 +77,40 @@ def attend_chunk(
     channel = tl.arange(0, CHANNELS)
     words, stride, levels, widths, plain, plain_stride = source
     block_at = words + (token0 // 64).to(tl.int64) * stride
-    ahead = tl.zeros([], tl.int32)  # words from the chunk's first block to the one that is loaded
-    w0, w1, w2 = words_ahead
-    for j in range(here):
-        holds = (w0, w1, w2)
-        if SOURCE == FRAGMENT_ORDER:
-            ahead = tl.minimum(ahead + stride, (here - 1) * stride)
-            w0, w1, w2 = block_words(block_at + ahead, BITS, GEOMETRY)
-        tile = value_levels(
-            block_at + j * stride,
-            holds,
-            table,
-            levels,
-            widths,
-            plain,
-            plain_stride,
-            token0 + j * 64,
-            held,
-            channel,
-            channel < D,
-            GEOMETRY,
-            SOURCE,
-            BITS,
-            CHANNELS,
-            FAST,
-        ).to(OPERAND)
-        weight = operand(weights + j * BLOCK, 64, ROWS, KIND)
-        output = tl.dot(weight, tile, output, input_precision=PRECISION)
+    # words of the next two blocks: each is loaded when the one before in its place is used up
+    e0, e1, e2 = words_ahead
+    o0, o1, o2 = 0, 0, 0
+    if SOURCE == FRAGMENT_ORDER:
+        o0, o1, o2 = block_words(block_at + tl.minimum(1, here - 1) * stride, BITS, GEOMETRY)
+    # of an odd number of blocks the last counts again, for tokens of weight 0
+    for pair in range(0, here, 2):
+        for second in tl.static_range(2):
+            j = pair + second
+            holds = (e0, e1, e2) if second == 0 else (o0, o1, o2)
+            tile = value_levels(
+                block_at + tl.minimum(j, here - 1) * stride,
+                holds,
+                table,
+                levels,
+                widths,
+                plain,
+                plain_stride,
+                token0 + j * 64,
+                held,
+                channel,
+                channel < D,
+                GEOMETRY,
+                SOURCE,
+                BITS,
+                CHANNELS,
+                FAST,
+            ).to(OPERAND)
+            if SOURCE == FRAGMENT_ORDER:
+                later = block_at + tl.minimum(j + 2, here - 1) * stride
+                if second == 0:
+                    e0, e1, e2 = block_words(later, BITS, GEOMETRY)
+                else:
+                    o0, o1, o2 = block_words(later, BITS, GEOMETRY)
+            weight = operand(weights + j * BLOCK, 64, ROWS, KIND)
+            output = tl.dot(weight, tile, output, input_precision=PRECISION)
     return output
