@@ -1,10 +1,17 @@
-"""A small interpreter of the inline PTX in the kernels: one lane, its registers, and shared memory as a dict of words."""
+"""A small interpreter of the inline PTX in the kernels: one lane, its registers, and shared memory as a dict of words.
 
+Triton's own interpreter knows no PTX; `in_kernels` lends it this one, so that kernels run with theirs.
+"""
+
+import ctypes
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pytest
 
 _SHARED = 0x800  # where a declared array lies
 _WORD = 0xFFFFFFFF
@@ -76,16 +83,51 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
     for name, *operands in _statements(text):
         if name == ".shared":
             values[operands[-1].split("[")[0]] = _SHARED
-        elif name.startswith("ld.shared."):
-            registers = _listed(operands[0])
-            held = [memory[at] for at in _addresses(name, operands[1], value, len(registers))]
+        elif name.startswith(("ld.shared.", "ld.global.")):
+            registers, read = _listed(operands[0]), memory.__getitem__ if "shared" in name else _read
+            held = [read(at) for at in _addresses(name, operands[1], value, len(registers))]
             values.update(zip(registers, held, strict=True))
         elif name.startswith("st.shared."):
             words = [value(word) for word in _listed(operands[1])]
             memory.update(zip(_addresses(name, operands[0], value, len(words)), words, strict=True))
+        elif operands[0].startswith("{"):
+            if name != "mov.b32":
+                raise ValueError(f"{name} to {operands[0]}")
+            low, high = _listed(operands[0])
+            values[low], values[high] = value(operands[1]) & 0xFFFF, value(operands[1]) >> 16
         elif name != ".reg":
             values[operands[0]] = OPERATIONS[name](*map(value, operands[1:]))
     return values
+
+
+def in_kernels(patch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Make interpreted kernels run inline PTX of one element at a time, all as lane 0; returns their shared memory."""
+    from triton.runtime import interpreter
+
+    shared: dict[int, int] = {}
+
+    def call(_: Any, text: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int) -> Any:
+        outputs = sum("=" in constraint for constraint in constraints.split(","))
+        assert (outputs, pack) == (len(types), 1)
+        arguments = np.broadcast_arrays(*(handle.data for handle in values))
+        elements = zip(*(argument.ravel().tolist() for argument in arguments), strict=True)
+        # shorter numbers than words are not taken, and pointers are not negative
+        inputs = ({f"${outputs + i}": x if x >= 0 else x & _WORD for i, x in enumerate(xs)} for xs in elements)
+        found = [run_ptx(text, {**given, "%laneid": 0}, shared) for given in inputs]
+        results = []
+        for i, kind in enumerate(types):
+            width = np.uint16 if kind.scalar.primitive_bitwidth == 16 else np.uint32
+            words = np.array([registers[f"${i}"] for registers in found], width).reshape(arguments[0].shape)
+            number = {"int32": np.int32, "fp16": np.float16}[kind.scalar.name]
+            results.append(interpreter.TensorHandle(words.view(number), kind.scalar))
+        return SimpleNamespace(get_result=results.__getitem__)
+
+    patch.setattr(interpreter.InterpreterBuilder, "create_inline_asm", call)
+    return shared
+
+
+def _read(address: int) -> int:
+    return ctypes.c_uint32.from_address(address).value
 
 
 def _listed(operand: str) -> list[str]:
@@ -94,8 +136,7 @@ def _listed(operand: str) -> list[str]:
 
 def _addresses(name: str, operand: str, value: Callable[[str], int], count: int) -> list[int]:
     """Of the words that a load or a store of `count` registers reaches."""
-    vector = {"ld.shared.b32": 1, "ld.shared.v2.b32": 2, "ld.shared.v4.b32": 4}[name.replace("st.", "ld.")]
-    if vector != count:
+    if {"b32": 1, "v2.b32": 2, "v4.b32": 4}[name.split(".", 2)[2]] != count:
         raise ValueError(f"{name} with {count} registers")
     first = sum(value(part) for part in operand.strip("[]").split("+"))
     if first % (4 * count):

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from ptx import run_ptx
+from ptx import in_kernels, run_ptx
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+import triton.language as tl
 
 from deployment.kernels import keys, lookup, pairs
 from deployment.kernels.lookup import PTX
@@ -96,3 +98,26 @@ def test_lanes_of_different_copies_share_no_bank() -> None:
     for lane in range(32):
         for other in range(32):
             assert banks[lane].isdisjoint(banks[other]) == (lane % copies != other % copies)
+
+
+@triton.jit
+def pairs_kernel(levels, words, found):
+    place = tl.arange(0, 64)
+    a, b, c, d = pairs.pair_levels(tl.load(words + place), pairs.filled(levels))
+    tl.store(found + 4 * place, a)
+    tl.store(found + 4 * place + 1, b)
+    tl.store(found + 4 * place + 2, c)
+    tl.store(found + 4 * place + 3, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernels_fill_the_table_and_look_pairs_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        in_kernels(monkeypatch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    levels = torch.randn(16, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    codes = torch.randperm(256, generator=torch.Generator().manual_seed(6)).to(device, torch.uint8)
+    found = torch.empty(256, dtype=torch.int32, device=device)
+    pairs_kernel[(1,)](levels, codes.view(torch.int32), found)
+    expected = torch.stack([levels.half()[(codes & 15).int()], levels.half()[(codes >> 4).int()]], 1)
+    assert torch.equal(found.view(torch.float16).view(256, 2), expected)
