@@ -5,8 +5,9 @@ import pytest
 import torch
 from ptx import in_kernels, run_ptx
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 
 from deployment.kernels import operands
