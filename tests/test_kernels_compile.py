@@ -63,11 +63,10 @@ def test_decode_compiles_for_both_architectures(kernels: list[dict[str, Any]]) -
         assert kernel["registers"] <= tuning_for(int(kernel["target"].removeprefix("sm_"))).registers, kernel
 
 
-@pytest.mark.xfail(reason="4 bits and more than 3 queries per KV head: Triton asks for more than 48 KB too late")
-def test_what_inline_ptx_declares_leaves_room_for_what_triton_asks_for(kernels: list[dict[str, Any]]) -> None:
+@pytest.mark.xfail(reason="4 bits, four queries or more: tables and weights leave too little of a launch's 48 KB")
+def test_no_launch_needs_more_shared_memory_than_triton_asks_for(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
-        # Triton raises the limit of a launch, 48 KB, only when its own part exceeds them, whatever was declared
-        assert kernel["declared"] <= kernel["shared"], kernel
+        # Triton raises the limit of 48 KB only if its own part exceeds it, whatever was declared besides
         assert kernel["shared"] <= 48 * 1024 or kernel["shared"] - kernel["declared"] > 48 * 1024, kernel
 
 
