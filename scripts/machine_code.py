@@ -11,11 +11,12 @@ Loops directly within it are told apart by what they hold, and what they hold sa
 and the rest, everything outside these loops, runs once in a chunk. Of several loops over the same outliers or
 products the first, or largest, counts; any other loop is refused, since nothing says how often it runs.
 
-Keys come in *spans* of blocks, and queries are rotated once for each. Where spans are a loop around the loop over
-blocks, what this outer one holds by itself are the `queries`. Compilers drop either loop, though, when a span is a
-whole chunk or a single block. What was written for a span then lies among other code, and only the line of the source
-that every instruction stems from (`scripts/source_lines.py`) tells them apart; it runs as often as the code it lies
-in. Where a loop runs once for each of several blocks, whatever it holds is keys.
+Queries are rotated back once in a chunk, before its loops. Keys come in *spans* of blocks, each with operands of its
+own. Where spans are a loop around the loop over blocks, what this outer one holds by itself are `queries`, too.
+Compilers drop either loop, though, when a span is a whole chunk or a single block. What was written for a span, like
+the rotation, then lies among other code, and only the line of the source that every instruction stems from
+(`scripts/source_lines.py`) tells them apart; it runs as often as the code it lies in. Where a loop runs once for each
+of several blocks, whatever it holds is keys.
 
 Every instruction counts alike, whether its predicate holds or not, and so does code that is jumped over at times.
 Waiting is not counted.
@@ -142,7 +143,7 @@ class Chunk:
     rounds: float  # through a loop over outliers: the expected number
     spans: int = 1  # of keys
     span_products: int = 0  # of a span, besides those of its blocks
-    span_places: Collection[Place] = ()  # in the source, written for a span and not for its blocks
+    query_places: Collection[Place] = ()  # in the source, written for the rotation or a span, not for its blocks
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def runs_of_a_chunk(code: Code, chunk: Chunk) -> tuple[list[Run], float]:
     if any(inner.nested for inner in after):
         raise ValueError("a loop over values or their outliers holds further loops")
     sparse = [*_sparse("key_outliers", before, chunk.rounds), *_sparse("value_outliers", after, chunk.rounds)]
-    rest = Run("rest", loop.own, 1, inner=False).without_queries(chunk.span_places)
+    rest = Run("rest", loop.own, 1, inner=False).without_queries(chunk.query_places)
     return [*keys, *values, *sparse, *rest], blocks
 
 
@@ -230,7 +231,7 @@ def _keys(inner: Sequence[Loop], needed: float, done: int, chunk: Chunk) -> list
     """Keys, and queries that lie in loops: a loop around that over blocks, or one loop for both."""
     outer = max(inner, key=lambda loop: loop.products, default=None)
     if outer is None or not outer.nested:
-        merged = chunk.span_places if chunk.spans == chunk.blocks else ()
+        merged = chunk.query_places if chunk.spans == chunk.blocks else ()
         return [part for run in _dense("keys", inner, needed, done) for part in run.without_queries(merged)]
     if len(outer.nested) > 1 or outer.nested[0].nested or done:
         raise ValueError("spans of keys are not one loop over blocks within another over spans")

@@ -2,8 +2,8 @@
 
 Compilers move code and merge loops, but keep with every instruction the line it was written on. Where functions were
 inlined that may be a chain of lines, from the innermost function's out to the kernel's, or just the innermost. Of a
-chain the line in the function that has the loop is what tells; without one, what was written for the loop are its own
-lines and all of the functions that it calls.
+chain the line in the function that is asked about is what tells; without one, what was written for a loop or a function
+are its own lines and all of the functions that it calls.
 """
 
 import ast
@@ -20,13 +20,12 @@ _PLACE = re.compile(r'^\s*//## File "([^"]+)", line (\d+)( inlined at )?')
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,6})\*/\s")
 
 
-def places_of_code(listing: str, function: Callable[..., Any]) -> dict[int, Place]:
+def places_of_code(listing: str, *functions: Callable[..., Any]) -> dict[int, Place]:
     """For every address in a listing of `nvdisasm -gi` that has one, the place it stems from.
 
-    Of a chain of lines that is the one in the function, else the innermost.
+    Of a chain of lines that is the one in one of the functions, else the innermost.
     """
-    (definition,) = _tree(function).body
-    inside = _places(function, _lines(definition))
+    inside = {place for function in functions for place in _places(function, _lines(_definition(function)))}
     chain, ended, places = [], True, {}
     for text in listing.splitlines():
         if found := _PLACE.match(text):
@@ -51,14 +50,19 @@ def places_of_loop(kernel: Callable[..., Any], variable: str) -> frozenset[Place
     raise ValueError(f"the kernel has no loop over {variable}")
 
 
+def places_of_function(function: Callable[..., Any]) -> frozenset[Place]:
+    """All lines of a device function, and of those that it calls."""
+    definition = _definition(function)
+    return _places(function, _lines(definition)) | _called(function, ast.walk(definition))
+
+
 def _called(function: Callable[..., Any], nodes: Iterable[ast.AST]) -> frozenset[Place]:
     """All lines of the device functions that calls among the nodes go to, and of those that they call."""
     found: frozenset[Place] = frozenset()
     names = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     for name in names:
         if callable(called := getattr(function.__globals__.get(name), "fn", None)):
-            (definition,) = _tree(called).body
-            found |= _places(called, _lines(definition)) | _called(called, ast.walk(definition))
+            found |= places_of_function(called)
     return found
 
 
@@ -66,6 +70,11 @@ def _tree(function: Callable[..., Any]) -> ast.Module:
     """The source of a function, with the file's line numbers."""
     source, first = inspect.getsourcelines(function)
     return ast.increment_lineno(ast.parse(textwrap.dedent("".join(source))), first - 1)
+
+
+def _definition(function: Callable[..., Any]) -> ast.stmt:
+    (definition,) = _tree(function).body
+    return definition
 
 
 def _lines(node: ast.stmt) -> range:

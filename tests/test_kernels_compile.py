@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,33 +16,22 @@ from conftest import REPOSITORY
 
 from deployment.kernels.tuning import tuning_for
 from scripts.machine_code import Chunk, parse, runs_of_a_chunk
-from scripts.source_lines import places_of_code, places_of_loop
+from scripts.source_lines import places_of_code, places_of_function, places_of_loop
 
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # bytes that one program may take
 
 
-class Bound(NamedTuple):
-    """The goal where it is met; else what triton 3.6 and 3.9 reach on sm_80 and sm_90, the largest, rounded up to 0.1."""
-
-    loops: float  # instructions per element in the loops over blocks of keys and of values, on average
-    whole: float  # of the kernel, with 1 % outliers
-    spills: int  # in a round of each inner loop, together
-
-
-# by bits and queries per KV head. The goals for 4, 3, 2 bits are loops of 4.0, 3.3, 3.1; kernels of 4.7, 4.1, 3.9 for
-# one query and of 5.5, 4.8, 4.5 for four; no spills. Met are those of the loops at 3 and 2 bits, and for one query that
-# of spills and, at 3 and 2 bits, of the whole kernel.
-BOUNDS = {
-    (4, 1): Bound(4.1, 5.3, 0),
-    (4, 4): Bound(4.3, 6.9, 30),
-    (4, 8): Bound(4.4, 8.4, 70),
-    (3, 1): Bound(3.3, 4.1, 0),
-    (3, 4): Bound(3.3, 5.4, 21),
-    (3, 8): Bound(3.3, 6.7, 30),
-    (2, 1): Bound(3.1, 3.9, 0),
-    (2, 4): Bound(3.1, 5.3, 12),
-    (2, 8): Bound(3.1, 6.5, 24),
+# Machine instructions per element, by bits: in the loops over blocks of keys and of values, on average; and by queries
+# per KV head and bits: of the whole kernel, with 1 % outliers. These are the goals where Triton 3.6 and 3.9 meet them on
+# both targets: those of the loops, and those of the kernel for one query. For four queries the goals are 5.5, 4.8, 4.5,
+# and none is met by all; for eight there is none. There, it is the largest number found, rounded up to 0.1.
+LOOPS = {4: 4.0, 3: 3.3, 2: 3.1}
+WHOLE = {
+    1: {4: 4.7, 3: 4.1, 2: 3.9},
+    4: {4: 5.6, 3: 5.1, 2: 5.0},
+    8: {4: 7.0, 3: 5.8, 2: 5.7},
 }
+CASES = {(bits, group) for group, bounds in WHOLE.items() for bits in bounds}
 
 
 @pytest.fixture(scope="module")
@@ -68,28 +57,51 @@ def kernels() -> list[dict[str, Any]]:
 
 def test_decode_compiles_for_both_architectures(kernels: list[dict[str, Any]]) -> None:
     found = {(kernel["target"], kernel["bits"], kernel["group"]) for kernel in kernels}
-    assert found == {(target, *case) for target in SHARED_LIMIT for case in BOUNDS} and len(kernels) == len(found)
+    assert found == {(target, *case) for target in SHARED_LIMIT for case in CASES} and len(kernels) == len(found)
     for kernel in kernels:
         assert 0 < kernel["shared"] <= SHARED_LIMIT[kernel["target"]], kernel
         assert kernel["registers"] <= tuning_for(int(kernel["target"].removeprefix("sm_"))).registers, kernel
 
 
-def test_instructions_stay_as_few_as_they_are(kernels: list[dict[str, Any]]) -> None:
+@pytest.mark.xfail(reason="4 bits, four queries or more: tables and weights leave too little of a launch's 48 KB")
+def test_no_launch_needs_more_shared_memory_than_triton_asks_for(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
-        bound = BOUNDS[kernel["bits"], kernel["group"]]
-        assert kernel["mean"] <= bound.loops, kernel
-        assert kernel["mean"] < kernel["whole"] <= bound.whole, kernel
+        # Triton raises the limit of 48 KB only if its own part exceeds it, whatever was declared besides
+        assert kernel["shared"] <= 48 * 1024 or kernel["shared"] - kernel["declared"] > 48 * 1024, kernel
+
+
+def test_declared_memory_holds_tables_and_weights(kernels: list[dict[str, Any]]) -> None:
+    from deployment.kernels.pairs import TABLE_BYTES
+
+    module = compile_module()
+    sizes = {}
+    for kernel in kernels:
+        bits, group = kernel["bits"], kernel["group"]
+        constants = module.attention_constants(int(kernel["target"].removeprefix("sm_")), bits, group)
+        weights = 4 * constants["CHUNK"] * min(constants["ROWS"], 8)
+        assert kernel["declared"] >= weights + (2 * TABLE_BYTES if bits == 4 else 0), kernel
+        # what GPUs reserve, some more than others, is no part of it
+        assert kernel["declared"] == sizes.setdefault((bits, group), kernel["declared"]), kernel
+
+
+def test_instructions_stay_as_few_as_they_are(kernels: list[dict[str, Any]]) -> None:
+    exceeding = []
+    for kernel in kernels:
+        bits, group = kernel["bits"], kernel["group"]
+        exceeding += [kernel] * (kernel["mean"] > LOOPS[bits] or kernel["whole"] > WHOLE[group][bits])
+        assert 0 < kernel["mean"] < kernel["whole"], kernel
         parts = kernel["mean"] + kernel["queries"] / 2 + kernel["outliers"] + kernel["rest"]
         assert kernel["whole"] == pytest.approx(parts, abs=0.03), kernel
+    assert not exceeding
 
 
-def test_spills_stay_as_few_as_they_are(kernels: list[dict[str, Any]]) -> None:
+def test_no_inner_loop_spills(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         spills = kernel["spills"]
-        # one query's are rotated outside of all inner loops
+        # one query's operands are loaded outside of all inner loops
         assert set(spills) - {"queries"} == {"keys", "key_outliers", "values", "value_outliers"}, kernel
         assert ("queries" in spills) == (kernel["group"] > 1), kernel
-        assert sum(spills.values()) <= BOUNDS[kernel["bits"], kernel["group"]].spills, kernel
+        assert not any(spills.values()), kernel
 
 
 def listing(*lines: str) -> str:
@@ -138,7 +150,7 @@ def test_source_tells_queries_apart_where_a_loop_was_dropped() -> None:
     lines = [*FRAME[0], "chunk: MOV R0", "keys: MUFU.SIN R0", "HMMA.1688.F32 R0", "HMMA.16816.F32 R0", "@P0 BRA keys"]
     lines += [*FRAME[1], *VALUES, *FRAME[2]]
     places = {2: ("phase.py", 3), 3: ("split.py", 7), 4: ("split.py", 9)}
-    merged = replace(CHUNK, spans=8, span_products=1, span_places=written)
+    merged = replace(CHUNK, spans=8, span_products=1, query_places=written)
     assert counted(lines, merged, places) == {"keys": 8 * 2, "queries": 8 * 2, "values": 4 * 4, "rest": 3}
     # one span: its own code is outside of the loop, and what the loop repeats is keys wherever it stems from
     lines = [*FRAME[0], "chunk: MUFU.SIN R0", "HMMA.1688.F32 R0", *KEYS[:3], *FRAME[1], *VALUES, *FRAME[2]]
@@ -180,27 +192,41 @@ def test_of_a_chain_of_lines_that_in_the_function_tells_or_the_innermost() -> No
     code = listing("MOV R0", "MOV R1", "MOV R2", "MOV R3", "MOV R4").splitlines()
     text = "\n".join([code[0], *chain, code[1], code[2], *other, code[3], f"{file} {within - 2}", code[4]])
     found = places_of_code(text, listing)
+    assert places_of_code(text, replace, listing) == found == places_of_code(text, listing, replace)
     own = Path(__file__).name
     assert found == {16: (own, within), 32: (own, within), 48: ("phase.py", 4), 64: (own, within - 2)}
 
 
+def line(function: Any, text: str) -> tuple[str, int]:
+    """The place of the one line of a function that starts with the text."""
+    source, first = inspect.getsourcelines(function)
+    (found,) = [i for i, content in enumerate(source, first) if content.strip().startswith(text)]
+    return Path(inspect.getfile(function)).name, found
+
+
 def test_lines_of_a_loop_leave_out_those_of_inner_ones_and_hold_what_it_calls() -> None:
-    from deployment.kernels.phase import cos_sin_of, phase_of
+    from deployment.kernels.operands import four_words, operand
     from deployment.kernels.scores import keep, score_chunk
 
-    def line(function: Any, text: str) -> tuple[str, int]:
-        source, first = inspect.getsourcelines(function)
-        (found,) = [i for i, content in enumerate(source, first) if content.strip().startswith(text)]
-        return Path(inspect.getfile(function)).name, found
-
     places = places_of_loop(score_chunk.fn, "span")
-    assert {line(phase_of.fn, "phase = "), line(cos_sin_of.fn, "angle = ")} <= places
+    assert {line(operand.fn, "first = "), line(four_words.fn, "_LOAD_GLOBAL")} <= places
     assert {line(score_chunk.fn, "for span in"), line(score_chunk.fn, "back_b = ")} <= places
-    assert not places & {line(score_chunk.fn, start) for start in ("for j in range(span", "own = ", "stretch_phase = ")}
+    assert not places & {
+        line(score_chunk.fn, start) for start in ("for j in range(span", "own = ", "query, stretch = ")
+    }
     assert line(keep.fn, "bits = ") not in places  # called from the loop within
-    assert {name for name, _ in places} == {"scores.py", "phase.py"}
+    assert {name for name, _ in places} == {"scores.py", "operands.py"}
     with pytest.raises(ValueError, match="no loop over nothing"):
         places_of_loop(score_chunk.fn, "nothing")
+
+
+def test_lines_of_a_function_hold_what_it_calls() -> None:
+    from deployment.kernels.phase import cos_sin_of, phase_of
+    from deployment.kernels.queries import rotate_back, rotated_queries
+
+    places = places_of_function(rotate_back.fn)
+    assert {line(rotate_back.fn, "step = "), line(phase_of.fn, "phase = "), line(cos_sin_of.fn, "angle = ")} <= places
+    assert line(rotated_queries.fn, "head = ") not in places
 
 
 @pytest.mark.parametrize(("group", "spans"), [(1, 1), (4, 4), (6, 8), (8, 8), (16, 8)])

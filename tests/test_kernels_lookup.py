@@ -1,67 +1,17 @@
-"""The kernels' inline PTX, in Python: the lookup against the levels, for every code in every nibble; the rotation; lanes."""
-
-import re
-from collections.abc import Callable
+"""The kernels' inline PTX, in Python: lookups against the levels, for every code in every place; the rotation; lanes."""
 
 import numpy as np
 import pytest
 import torch
+from ptx import in_kernels, run_ptx
 
 pytest.importorskip("triton")
 
-from deployment.kernels import keys, lookup
+import triton
+import triton.language as tl
+
+from deployment.kernels import keys, lookup, pairs
 from deployment.kernels.lookup import PTX
-
-
-def prmt(first: int, second: int, selector: int) -> int:
-    """PTX `prmt.b32`: byte i is the one that nibble i of the selector names; its top bit would spread the sign."""
-    source = (first | second << 32).to_bytes(8, "little")
-    chosen = []
-    for i in range(4):
-        nibble = selector >> (4 * i) & 15
-        byte = source[nibble & 7]
-        chosen.append((255 if byte & 128 else 0) if nibble & 8 else byte)
-    return int.from_bytes(bytes(chosen), "little")
-
-
-def lop3(a: int, b: int, c: int, table: int) -> int:
-    """PTX `lop3.b32`: every bit of the result is the table's bit 4 a + 2 b + c."""
-    bits = (table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32))
-    return sum(bit << i for i, bit in enumerate(bits))
-
-
-def in_pairs(operation: Callable[..., np.ndarray]) -> Callable[..., int]:
-    """An operation on two fp16 numbers that share a register; rounded once."""
-
-    def calculate(*words: int) -> int:
-        numbers = [np.array([word], dtype=np.uint32).view(np.float16).astype(np.float64) for word in words]
-        return int(operation(*numbers).astype(np.float16).view(np.uint32)[0])
-
-    return calculate
-
-
-OPERATIONS: dict[str, Callable[..., int]] = {
-    "prmt.b32": prmt,
-    "lop3.b32": lop3,
-    "and.b32": lambda a, b: a & b,
-    "or.b32": lambda a, b: a | b,
-    "not.b32": lambda a: ~a & 0xFFFFFFFF,
-    "shr.u32": lambda a, b: a >> b,
-    "mov.b32": lambda a: a,
-    "mov.u32": lambda a: a,
-    "mul.rn.f16x2": in_pairs(lambda a, b: a * b),
-    "fma.rn.f16x2": in_pairs(lambda a, b, c: a * b + c),
-}
-
-
-def run_ptx(text: str, inputs: dict[str, int]) -> dict[str, int]:
-    """What registers hold at the end."""
-    values = dict(inputs)
-    for line in text.strip("{} ").split(";"):
-        words = re.split(r"[\s,{}]+", line.strip())
-        if words[0] and words[0] != ".reg":
-            values[words[1]] = OPERATIONS[words[0]](*(values[w] if w in values else int(w, 0) for w in words[2:]))
-    return values
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -101,3 +51,74 @@ def test_every_lane_gets_the_word_itself() -> None:
     for lane in range(32):
         registers = {"%lanemask_lt": (1 << lane) - 1, "%lanemask_le": (2 << lane) - 1, "$1": 0x12345678}
         assert run_ptx(lookup._PER_LANE.value, registers)["$0"] == 0x12345678
+
+
+def filled_table(numbers: list[int]) -> tuple[int, dict[int, int]]:
+    """(address, shared memory) of the table of pairs of 16 fp16 numbers, as `pairs.filled` writes it."""
+    shared: dict[int, int] = {}
+    table = run_ptx(pairs._RESERVE.value, {"$1": 0})["$0"]
+    for entry in range(256):
+        pair = numbers[entry % 16] | numbers[entry // 16] << 16
+        run_ptx(pairs._FILL.value, {"$1": table, "$2": entry, "$3": pair}, shared)
+    return table, shared
+
+
+def own_copy(table: int, lane: int) -> int:
+    return run_ptx(pairs._OWN.value, {"$1": table, "%laneid": lane})["$0"]
+
+
+def test_pairs_of_levels_are_those_of_every_byte_for_every_lane() -> None:
+    levels = torch.randn(16, generator=torch.Generator().manual_seed(4)).half()
+    numbers = [number & 0xFFFF for number in levels.view(torch.int16).tolist()]
+    assert len(set(numbers)) == 16
+    table, shared = filled_table(numbers)
+    assert sorted(shared) == list(range(table, table + pairs.TABLE_BYTES, 4))
+    for lane in range(32):
+        own = own_copy(table, lane)
+        for first in range(256):  # every byte, in every place of a word
+            codes = [(first + 85 * i) % 256 for i in range(4)]
+            word = int.from_bytes(bytes(codes), "little")
+            found = run_ptx(pairs.FIND, {"$4": word, "$5": own}, shared)
+            expected = [numbers[code & 15] | numbers[code >> 4] << 16 for code in codes]
+            assert [found[f"${i}"] for i in range(4)] == expected
+
+
+def test_lanes_of_different_copies_share_no_bank() -> None:
+    copies = pairs._COPIES
+    table = run_ptx(pairs._RESERVE.value, {"$1": 0})["$0"]
+    assert table % 128 == 0 and pairs.COPIES.value == copies and 32 % copies == 0
+    # a word of this memory is its own address, so what is found is where it was
+    shared = {at: at for at in range(table, table + pairs.TABLE_BYTES, 4)}
+    banks: list[set[int]] = []
+    for lane in range(32):
+        words = [{"$4": int.from_bytes(bytes(range(i, i + 4)), "little")} for i in range(0, 256, 4)]
+        found = [run_ptx(pairs.FIND, {**word, "$5": own_copy(table, lane)}, shared) for word in words]
+        at = [run[f"${i}"] for run in found for i in range(4)]
+        assert at == [table + 4 * (code * copies + lane % copies) for code in range(256)]
+        banks.append({address // 4 % 32 for address in at})
+    for lane in range(32):
+        for other in range(32):
+            assert banks[lane].isdisjoint(banks[other]) == (lane % copies != other % copies)
+
+
+@triton.jit
+def pairs_kernel(levels, words, found):
+    place = tl.arange(0, 64)
+    a, b, c, d = pairs.pair_levels(tl.load(words + place), pairs.filled(levels))
+    tl.store(found + 4 * place, a)
+    tl.store(found + 4 * place + 1, b)
+    tl.store(found + 4 * place + 2, c)
+    tl.store(found + 4 * place + 3, d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kernels_fill_the_table_and_look_pairs_up(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        in_kernels(monkeypatch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    levels = torch.randn(16, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    codes = torch.randperm(256, generator=torch.Generator().manual_seed(6)).to(device, torch.uint8)
+    found = torch.empty(256, dtype=torch.int32, device=device)
+    pairs_kernel[(1,)](levels, codes.view(torch.int32), found)
+    expected = torch.stack([levels.half()[(codes & 15).int()], levels.half()[(codes >> 4).int()]], 1)
+    assert torch.equal(found.view(torch.float16).view(256, 2), expected)
