@@ -7,9 +7,11 @@ prompt and answer tells whether the answer is found, within `simulated(model, qu
 NLL, which still grades models that are too small or too damaged to hit.
 
 **Greedy decoding in simulation.** The simulation takes each sequence in one piece, so a token at a time would cost a
-forward over the whole text each. Instead, tokens are drafted from a cache of simulated keys and values and checked by
-one simulated forward over prompt and draft: by the induction above, everything up to the first difference is what greedy
-decoding gives, and so is the pick at that difference. There the next draft begins; hardly ever is there one.
+forward over the whole text each. Instead, tokens are drafted from a cache of simulated keys and values. Where each token
+is quantized by itself, as in every scheme that can be packed, that cache holds just what the forward over the whole text
+would, and the draft is the answer. Where ranges change with the sequence, it is checked by one simulated forward over
+prompt and draft: by the induction above, everything up to the first difference is what greedy decoding gives, and so is
+the pick at that difference. There the next draft begins; hardly ever is there one.
 
 **With a cache** the prompt is read once and its cache doubled: one row is fed the expected answer, the other what it picks.
 
@@ -70,11 +72,21 @@ def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantize
     while greedy is not None and not _said(model, greedy, answer, new_tokens):
         with _drafting(model, quantizers):
             drafted = _draft(model, cache, prompt, greedy, new_tokens)
-        with simulated(model, quantizers):
-            checked = torch.cat([prompt, drafted[:-1]])[None]
-            picks = model(input_ids=checked, use_cache=False, logits_to_keep=len(drafted)).logits[0].argmax(-1)
-        greedy = agreed(drafted, picks)
+        greedy = drafted if _token_by_token(quantizers) else _checked(model, quantizers, prompt, drafted)
     return Reply.of(logits, answer, usage.size, None if greedy is None else _cut(model, greedy[:new_tokens]))
+
+
+def _token_by_token(quantizers: Quantizers) -> bool:
+    """Whether what is stored of a token depends on no other, so that a draft cannot be wrong."""
+    return not any(one.scheme.simulated_only for sides in quantizers.layers.values() for one in sides.values())
+
+
+def _checked(model: PreTrainedModel, quantizers: Quantizers, prompt: Tensor, drafted: Tensor) -> Tensor:
+    """The `drafted` tokens as far as one simulated forward over the whole text picks them, and its first other pick."""
+    tokens = torch.cat([prompt, drafted[:-1]])[None]
+    with simulated(model, quantizers):
+        picks = model(input_ids=tokens, use_cache=False, logits_to_keep=len(drafted)).logits[0].argmax(-1)
+    return agreed(drafted, picks)
 
 
 def agreed(proposed: Tensor, picks: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a f
 import math
 import re
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from scripts.gpu_tables import device_table, generate_table, prefill_table, spee
 from scripts.long_tables import all_measured, decoding_in_float32
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
+from scripts.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "quant/README.md", "deployment/kernels/README.md")
@@ -151,54 +151,9 @@ def speed() -> str:
     return markdown(["what", "against", "result"], cells)
 
 
-def passkey() -> str:
-    """The share of pass keys retrieved and the NLL of their digits, a column for each context, simulated and packed."""
-    rows = {(row["scheme"], row["context"], row["mode"] == "packed"): row for row in rows_of("passkey")}
-    contexts = sorted({key[1:] for key in rows})
-    cells = []
-    for scheme in dict.fromkeys(scheme for scheme, *_ in rows):
-        of_scheme = [rows.get((scheme, context, is_packed)) for context, is_packed in contexts]
-        shown = ("" if row is None else f"{row['retrieved']:.0%} ({row['answer_nll']:.2f})" for row in of_scheme)
-        cells.append([scheme, *(text.replace("%", " %") for text in shown)])
-    columns = [f"{context} tokens{', packed' if is_packed else ''}" for context, is_packed in contexts]
-    return markdown(["retrieved (NLL of the answer)", *columns], cells)
-
-
-def needle() -> str:
-    """A sentence hidden in a long text: a column for each length, over the depths at which all schemes were asked."""
-    rows, schemes = graded_rows("needle", "depth")
-    cells = [cell for cell in dict.fromkeys(key[1:] for key in rows) if all((one, *cell) in rows for one in schemes)]
-    lengths = sorted({length for length, _ in cells})
-    lines = []
-    for scheme in schemes:
-        own = {length: [rows[scheme, *cell] for cell in cells if cell[0] == length] for length in lengths}
-        bits = own[lengths[-1]][0]["bits_per_element"]
-        lines.append([scheme, f"{bits:.2f}", *map(graded, own.values())])
-    return markdown(["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines)
-
-
-def ruler() -> str:
-    """RULER's needles: a line for each length and scheme, a column for each task."""
-    rows, schemes = graded_rows("ruler", "task")
-    tasks, lengths = list(dict.fromkeys(task for *_, task in rows)), sorted({length for _, length, _ in rows})
-    lines = []
-    for length, scheme in product(lengths, schemes):
-        own = [rows.get((scheme, length, task)) for task in tasks]
-        lines.append([scheme, str(length), *("" if row is None else graded([row]) for row in own)])
-    return markdown(["found (NLL per token)", "tokens", *tasks], lines)
-
-
-def graded_rows(name: str, part: str) -> tuple[dict[Any, Row], list[str]]:
-    """Rows by scheme, length and `part` of a test, and the schemes, the largest first."""
-    simulated = [row for row in rows_of(name) if row["mode"] != "packed"]
-    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
-    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
-
-
-def graded(rows: Sequence[Row]) -> str:
-    """The mean share of the answers found, and their NLL."""
-    found, nll = (sum(row[field] for row in rows) / len(rows) for field in ("found", "nll_per_token"))
-    return f"{100 * found:.0f} % ({nll:.2f})"
+def retrieval_packed() -> str:
+    """Retrieval through the packed cache beside simulated."""
+    return markdown(*packed_table(rows_of("passkey"), rows_of("ruler")))
 
 
 def allocation() -> str:
@@ -237,9 +192,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "long": lambda: markdown(*all_measured(rows_of("long"))),
     "long_float32": lambda: markdown(*decoding_in_float32(rows_of("long"))),
-    "passkey": passkey,
-    "needle": needle,
-    "ruler": ruler,
+    "passkey": lambda: markdown(*passkey_table(rows_of("passkey"))),
+    "needle": lambda: markdown(*needle_table(rows_of("needle"))),
+    "ruler": lambda: markdown(*ruler_table(rows_of("ruler"))),
+    "retrieval_packed": retrieval_packed,
     "gpu": lambda: of_gpus("gpu-benchmark", speed_table),
     "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
     "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.cli import UserError
-from quant.answers import Reply, _draft, agreed, reply_cached, reply_simulated, share_found
+from quant.answers import Reply, _checked, _draft, agreed, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.passkey import PasskeyTask, passkey_tasks
 from quant.prompts import Prompter, Sample, fitting_size, largest
@@ -79,12 +79,21 @@ def test_simulated_replies_equal_uncached_greedy_decoding(
 def test_one_draft_is_enough(
     llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drafted tokens are quantized, too: a scheme whose ranges do not depend on the text is drafted right at once."""
-    drafts = []
+    """Drafted tokens are quantized, too: a scheme whose ranges do not depend on the text is drafted right at once.
+
+    The whole text is read once, and the draft is what a check would leave of it.
+    """
+    drafts, read = [], []
     monkeypatch.setattr("quant.answers._draft", lambda *a: drafts.append(_draft(*a)) or drafts[-1])
     prompt = passkey(tokenizer).prompt
+    hook = llama.model.embed_tokens.register_forward_hook(
+        lambda _module, inputs, _output: read.append(len(inputs[0][0]))
+    )
     reply = reply_simulated(llama, Sample(prompt, torch.tensor([7, 7])), quantizers, 40)
+    hook.remove()
     assert len(drafts) == 1 and len(reply.greedy) > 5
+    assert read == [len(prompt) + 1] + [1] * (len(drafts[0]) - 1)
+    assert _checked(llama, quantizers, prompt, drafts[0]).tolist() == drafts[0].tolist()
     assert drafts[0].tolist()[: len(reply.greedy)] == reply.greedy.tolist()
 
 
@@ -130,10 +139,11 @@ def test_nothing_is_said_beyond_the_expected_answer(
 def test_a_wrong_draft_is_mended(
     llama: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    quantizers: Quantizers,
+    fit_model: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Drafts that are always wrong cost time, never a token."""
+    """Drafts that are always wrong cost time, never a token, where the ranges depend on the text."""
+    quantizers = fit_model(llama, Scheme.parse("kivi2"))
     monkeypatch.setattr("quant.answers._draft", lambda *a: torch.cat([a[3], torch.full((NEW - len(a[3]),), 7)]))
     prompt = passkey(tokenizer).prompt
     found = simulated_greedy(llama, quantizers, prompt, NEW)
