@@ -63,7 +63,6 @@ def test_decode_compiles_for_both_architectures(kernels: list[dict[str, Any]]) -
         assert kernel["registers"] <= tuning_for(int(kernel["target"].removeprefix("sm_"))).registers, kernel
 
 
-@pytest.mark.xfail(reason="4 bits, four queries or more: tables and weights leave too little of a launch's 48 KB")
 def test_no_launch_needs_more_shared_memory_than_triton_asks_for(kernels: list[dict[str, Any]]) -> None:
     for kernel in kernels:
         # Triton raises the limit of 48 KB only if its own part exceeds it, whatever was declared besides
@@ -79,7 +78,7 @@ def test_declared_memory_holds_tables_and_weights(kernels: list[dict[str, Any]])
         bits, group = kernel["bits"], kernel["group"]
         constants = module.attention_constants(int(kernel["target"].removeprefix("sm_")), bits, group)
         weights = 4 * constants["CHUNK"] * min(constants["ROWS"], 8)
-        assert kernel["declared"] >= weights + (2 * TABLE_BYTES if bits == 4 else 0), kernel
+        assert kernel["declared"] >= weights + (2 * TABLE_BYTES.value if bits == 4 else 0), kernel
         # what GPUs reserve, some more than others, is no part of it
         assert kernel["declared"] == sizes.setdefault((bits, group), kernel["declared"]), kernel
 

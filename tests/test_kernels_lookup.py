@@ -12,6 +12,7 @@ import triton.language as tl
 
 from deployment.kernels import keys, lookup, pairs
 from deployment.kernels.lookup import PTX
+from deployment.kernels.shared import _declared as declared_jit
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -56,7 +57,7 @@ def test_every_lane_gets_the_word_itself() -> None:
 def filled_table(numbers: list[int]) -> tuple[int, dict[int, int]]:
     """(address, shared memory) of the table of pairs of 16 fp16 numbers, as `pairs.filled` writes it."""
     shared: dict[int, int] = {}
-    table = run_ptx(pairs._RESERVE.value, {"$1": 0})["$0"]
+    table = run_ptx(declared_jit(pairs.TABLE_BYTES.value), {"$1": 0})["$0"]
     for entry in range(256):
         pair = numbers[entry % 16] | numbers[entry // 16] << 16
         run_ptx(pairs._FILL.value, {"$1": table, "$2": entry, "$3": pair}, shared)
@@ -72,7 +73,7 @@ def test_pairs_of_levels_are_those_of_every_byte_for_every_lane() -> None:
     numbers = [number & 0xFFFF for number in levels.view(torch.int16).tolist()]
     assert len(set(numbers)) == 16
     table, shared = filled_table(numbers)
-    assert sorted(shared) == list(range(table, table + pairs.TABLE_BYTES, 4))
+    assert sorted(shared) == list(range(table, table + pairs.TABLE_BYTES.value, 4))
     for lane in range(32):
         own = own_copy(table, lane)
         for first in range(256):  # every byte, in every place of a word
@@ -85,10 +86,10 @@ def test_pairs_of_levels_are_those_of_every_byte_for_every_lane() -> None:
 
 def test_lanes_of_different_copies_share_no_bank() -> None:
     copies = pairs._COPIES
-    table = run_ptx(pairs._RESERVE.value, {"$1": 0})["$0"]
+    table = run_ptx(declared_jit(pairs.TABLE_BYTES.value), {"$1": 0})["$0"]
     assert table % 128 == 0 and pairs.COPIES.value == copies and 32 % copies == 0
     # a word of this memory is its own address, so what is found is where it was
-    shared = {at: at for at in range(table, table + pairs.TABLE_BYTES, 4)}
+    shared = {at: at for at in range(table, table + pairs.TABLE_BYTES.value, 4)}
     banks: list[set[int]] = []
     for lane in range(32):
         words = [{"$4": int.from_bytes(bytes(range(i, i + 4)), "little")} for i in range(0, 256, 4)]

@@ -20,8 +20,8 @@ from deployment.kernels.operands import (
     operand,
     place_in_operand,
     row_offset,
-    shared_memory,
 )
+from deployment.kernels.shared import shared_memory
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="checked in the interpreter")
 ROWS = [1, 2, 4, 8, 16]
