@@ -63,12 +63,6 @@ def test_decode_compiles_for_both_architectures(kernels: list[dict[str, Any]]) -
         assert kernel["registers"] <= tuning_for(int(kernel["target"].removeprefix("sm_"))).registers, kernel
 
 
-def test_no_launch_needs_more_shared_memory_than_triton_asks_for(kernels: list[dict[str, Any]]) -> None:
-    for kernel in kernels:
-        # Triton raises the limit of 48 KB only if its own part exceeds it, whatever was declared besides
-        assert kernel["shared"] <= 48 * 1024 or kernel["shared"] - kernel["declared"] > 48 * 1024, kernel
-
-
 def test_declared_memory_holds_tables_and_weights(kernels: list[dict[str, Any]]) -> None:
     from deployment.kernels.pairs import TABLE_BYTES
 
