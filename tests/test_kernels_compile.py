@@ -205,7 +205,7 @@ def test_lines_of_a_loop_leave_out_those_of_inner_ones_and_hold_what_it_calls() 
     assert {line(operand.fn, "first = "), line(four_words.fn, "_LOAD_GLOBAL")} <= places
     assert {line(score_chunk.fn, "for span in"), line(score_chunk.fn, "back_b = ")} <= places
     assert not places & {
-        line(score_chunk.fn, start) for start in ("for j in range(span", "own = ", "query, stretch = ")
+        line(score_chunk.fn, start) for start in ("for pair in range(span", "own = ", "query, stretch = ")
     }
     assert line(keep.fn, "bits = ") not in places  # called from the loop within
     assert {name for name, _ in places} == {"scores.py", "operands.py"}

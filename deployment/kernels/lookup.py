@@ -82,7 +82,7 @@ def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
         table = (filled(levels),)
     elif FAST:
         low, high = level_bytes(levels, 0)
-        table = (low, high)
+        table = (low, high)  # type: ignore[assignment]
         if BITS == 3:
             low_4, high_4 = level_bytes(levels, 4)
             table = (low, low_4, high, high_4)  # type: ignore[assignment]
