@@ -89,7 +89,7 @@ def chunk_of(constants: dict[str, Any], warps: int, outliers: float) -> Chunk:
         products=products,
         rounds=expected_rounds(outliers * tokens * HEAD_DIM, constants["ENTRIES"]),
         spans=tokens // span,
-        span_products=products * turn // 64,
+        span_products=products * turn // 64 if constants["KEY_DYNAMIC"] else 0,
         query_places=places_of_function(rotate_back.fn) | places_of_loop(score_chunk.fn, "span"),
     )
 

@@ -1,13 +1,14 @@
 """Keys: from codes to rotated tiles, the second operand of the scores.
 
 A key is `level * scale + zero`, rotated by its token's place i within TURN tokens (the queries are rotated back to the first of
-them, see phase.py). Of a pair of channels (a, b), with levels l and rotation (cos, sin) of i:
+them, see phase.py). Of a pair of channels (a, b), with levels l, zeros z and rotation (cos, sin) of i:
 
-    a' = l_a (cos scale_a) - l_b (sin scale_b)    b' = l_b (cos scale_b) + l_a (sin scale_a)      + the same of the zeros
+    a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)
+    b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
 
-The four products of a scale and a rotation are the same for all blocks: `turn_tables` multiplies them once, and what is
-left to do per element is two multiply-adds. The zeros' part of the scores is one more product of the queries and a fixed
-tile, `turned_zeros`; it is what sums begin with.
+The factors in parentheses are the same for all blocks: `turn_tables` makes them once, and what is left to do per element
+is two multiply-adds. Where tokens have ranges of their own, keys are turned levels: a token's scale multiplies its score,
+and its zero a product of the queries and a fixed tile, `turned_ones`.
 """
 
 import triton
@@ -17,7 +18,8 @@ from deployment.kernels.lookup import paired, unpaired
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
 
 _TURN = tl.constexpr(
-    "{ .reg .b32 s,t; mul.rn.f16x2 s,$3,$5; mul.rn.f16x2 t,$2,$7; fma.rn.f16x2 $0,$2,$4,s; fma.rn.f16x2 $1,$3,$6,t; }"
+    "{ .reg .b32 s,t; fma.rn.f16x2 s,$3,$5,$8; fma.rn.f16x2 t,$2,$7,$9; "
+    "fma.rn.f16x2 $0,$2,$4,s; fma.rn.f16x2 $1,$3,$6,t; }"
 )
 _TWO_WORDS = tl.constexpr((tl.int32,) * 2)
 
@@ -30,44 +32,47 @@ def cos_and_sin(turn, pair, pair_ok, TURN: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def turn_tables(cos, sin, scale_a, scale_b, FAST: tl.constexpr):
-    """(cos s_a, -sin s_b, cos s_b, sin s_a) `[PAIRS, TURN]` of scales `[PAIRS]`; fp32, or pairs of fp16 if FAST."""
-    a, b = scale_a[:, None], scale_b[:, None]
+def turn_tables(cos, sin, scales, zeros, FAST: tl.constexpr):
+    """The six factors above `[PAIRS, TURN]`, of scales and zeros `[PAIRS]` of both halves; fp32, or pairs of fp16 if FAST."""
+    scale_a, scale_b, zero_a, zero_b = scales[0][:, None], scales[1][:, None], zeros[0][:, None], zeros[1][:, None]
+    on_a, on_b = (cos * scale_a, -sin * scale_b), (sin * scale_a, cos * scale_b)
+    plus_a, plus_b = cos * zero_a - sin * zero_b, sin * zero_a + cos * zero_b
     if FAST:
         tables = (
-            paired((cos * a).to(tl.float16)),
-            paired((-sin * b).to(tl.float16)),
-            paired((cos * b).to(tl.float16)),
-            paired((sin * a).to(tl.float16)),
+            paired(on_a[0].to(tl.float16)),
+            paired(on_a[1].to(tl.float16)),
+            paired(on_b[0].to(tl.float16)),
+            paired(on_b[1].to(tl.float16)),
+            paired(plus_a.to(tl.float16)),
+            paired(plus_b.to(tl.float16)),
         )
     else:
-        tables = (cos * a, -sin * b, cos * b, sin * a)
+        tables = (on_a[0], on_a[1], on_b[0], on_b[1], plus_a, plus_b)
     return tables
 
 
 @triton.jit
-def turned_zeros(cos, sin, zero_a, zero_b, OPERAND: tl.constexpr):
-    """Zeros `[PAIRS]` of both halves, rotated by every token of TURN: two `[PAIRS, TURN]`."""
-    a, b = zero_a[:, None], zero_b[:, None]
-    return (a * cos - b * sin).to(OPERAND), (b * cos + a * sin).to(OPERAND)
+def turned_ones(cos, sin, OPERAND: tl.constexpr):
+    """Ones of both halves, rotated by every token of TURN: two `[PAIRS, TURN]`."""
+    return (cos - sin).to(OPERAND), (cos + sin).to(OPERAND)
 
 
 @triton.jit
 def turned(level_a, level_b, tables, FAST: tl.constexpr, OPERAND: tl.constexpr):
-    """Operands of levels `[PAIRS, TURN]`, or of pairs `[PAIRS / 2, TURN]` of them: scaled and rotated."""
+    """Operands of levels `[PAIRS, TURN]`, or of pairs `[PAIRS / 2, TURN]` of them: scaled, rotated, and zeros added."""
     if FAST:
         a, b = tl.inline_asm_elementwise(
             _TURN,
-            "=&r,=&r,r,r,r,r,r,r",
-            [level_a, level_b, tables[0], tables[1], tables[2], tables[3]],
+            "=&r,=&r,r,r,r,r,r,r,r,r",
+            [level_a, level_b, tables[0], tables[1], tables[3], tables[2], tables[4], tables[5]],
             dtype=_TWO_WORDS.value,
             is_pure=True,
             pack=1,
         )
         a, b = unpaired(a), unpaired(b)
     else:
-        a = (level_a * tables[0] + level_b * tables[1]).to(OPERAND)
-        b = (level_b * tables[2] + level_a * tables[3]).to(OPERAND)
+        a = (level_a * tables[0] + level_b * tables[1] + tables[4]).to(OPERAND)
+        b = (level_a * tables[2] + level_b * tables[3] + tables[5]).to(OPERAND)
     return a, b
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from deployment.kernels.keys import key_levels, part_of, turned
 from deployment.kernels.operands import operand
 from deployment.kernels.outliers import token_ranges
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
+from deployment.kernels.tiles import FRAGMENT_ORDER, block_words
 
 _KEEP = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p,$6,0; @p st.global.v2.f32 [$2],{$4,$5}; mov.b32 $0,0; mov.b32 $1,0; }"
@@ -23,7 +23,7 @@ def score_chunk(
     rotated,  # [spans, 2, 16 x PAIRS]: operands, see `rotate_back`
     source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
     ranges,  # [tokens, 2] fp16, where they are dynamic
-    fixed,  # what does not change: `prepared`, `turn_tables`, two of `turned_zeros`
+    fixed,  # what does not change: `prepared`, `turn_tables`, `turned_ones`
     channels,  # two [PAIRS], the halves of the pairs, and which of them exist
     token0,  # the chunk's first
     here,  # blocks of the chunk
@@ -46,12 +46,11 @@ def score_chunk(
     """Scores of all stored tokens of a chunk, but for what outliers add."""
     PARTS: tl.constexpr = 64 // TURN  # stretches of a block
     SPAN_BLOCKS: tl.constexpr = STRETCHES * TURN // 64
-    STATIC: tl.constexpr = SOURCE != DENSE and not DYNAMIC
     mma_row = tl.arange(0, 16)
     query, stretch = mma_row % ROWS, mma_row // ROWS
     turn_token = tl.arange(0, TURN)
     words, stride, levels, widths, plain, plain_stride = source
-    table, tables, still_a, still_b = fixed
+    table, tables, ones = fixed
 
     block_at = words + (token0 // 64).to(tl.int64) * stride
     # words of the next two blocks (AT_ONCE: of the next): each is loaded when the one before in its place is used up
@@ -65,10 +64,10 @@ def score_chunk(
     for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
         back_a = operand(rotated + span * (32 * PAIRS), PAIRS, 16, KIND)
         back_b = operand(rotated + span * (32 * PAIRS) + 16 * PAIRS, PAIRS, 16, KIND)
-        start_a, start_b = tl.zeros([16, TURN], tl.float32), tl.zeros([16, TURN], tl.float32)
-        if SOURCE != DENSE:
-            start_a = tl.dot(back_a, still_a, input_precision=PRECISION)
-            start_b = tl.dot(back_b, still_b, input_precision=PRECISION)
+        on_zeros = tl.zeros([16, TURN], tl.float32)
+        if DYNAMIC:
+            on_zeros = tl.dot(back_a, ones[0], input_precision=PRECISION)
+            on_zeros = tl.dot(back_b, ones[1], on_zeros, input_precision=PRECISION)
         # of an odd number of blocks the last is scored again, for tokens that do not exist
         for pair in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here), AT_ONCE):
             for second in tl.static_range(AT_ONCE):
@@ -103,15 +102,12 @@ def score_chunk(
                     part_a, part_b = part_of(level_a, part, PARTS), part_of(level_b, part, PARTS)
                     key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
                     token = j * 64 + part * TURN + turn_token
-                    if STATIC:  # two sums, since products that wait for each other take longer than all else
-                        dot = tl.dot(back_a, key_a, start_a, input_precision=PRECISION)
-                        dot += tl.dot(back_b, key_b, start_b, input_precision=PRECISION)
-                    else:
-                        dot = tl.dot(back_a, key_a, input_precision=PRECISION)
-                        dot = tl.dot(back_b, key_b, dot, input_precision=PRECISION)
+                    # two sums, since products that wait for each other take longer than all else
+                    dot = tl.dot(back_a, key_a, input_precision=PRECISION)
+                    dot += tl.dot(back_b, key_b, input_precision=PRECISION)
                     if DYNAMIC:
                         scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
-                        dot = dot * scale[None, :] + (start_a + start_b) * zero[None, :]
+                        dot = dot * scale[None, :] + on_zeros * zero[None, :]
                     own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
                     keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.ahead import ask_for_list, ask_for_words
-from deployment.kernels.keys import cos_and_sin, turn_tables, turned_zeros
+from deployment.kernels.keys import cos_and_sin, turn_tables, turned_ones
 from deployment.kernels.lookup import prepared
 from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
@@ -237,14 +237,14 @@ def split_kernel(
         # what scales and rotates keys; it stays in registers
         cos, sin = cos_and_sin(turn, pair, pair_ok, TURN, D)
         scale_a, scale_b = tl.full([PAIRS], 1.0, tl.float32), tl.full([PAIRS], 1.0, tl.float32)
-        zero_a, zero_b = scale_a, scale_b
+        zero_a, zero_b = tl.zeros([PAIRS], tl.float32), tl.zeros([PAIRS], tl.float32)
         if KEY_SOURCE != DENSE and not KEY_DYNAMIC:
             scale_a = tl.load(key_scale + channel0 + first, mask=pair_ok, other=0)
             scale_b = tl.load(key_scale + channel0 + second, mask=pair_ok, other=0)
             zero_a = tl.load(key_zero + channel0 + first, mask=pair_ok, other=0)
             zero_b = tl.load(key_zero + channel0 + second, mask=pair_ok, other=0)
-        still_a, still_b = turned_zeros(cos, sin, zero_a, zero_b, OPERAND)
-        fixed = (key_table, turn_tables(cos, sin, scale_a, scale_b, KEY_FAST), still_a, still_b)
+        tables = turn_tables(cos, sin, (scale_a, scale_b), (zero_a, zero_b), KEY_FAST)
+        fixed = (key_table, tables, turned_ones(cos, sin, OPERAND))
 
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
