@@ -34,7 +34,7 @@ device=cuda tokens=32 far=12 prompt=2K long=(128K longest) paper=(10000000 longe
 jobs=8 layers=${LAYERS:-8} sizes=(--seqlen 2048 --windows 16)
 if [[ -n ${DRY:-} ]]; then
     shape=tiny device=cpu tokens=4 far=4 prompt=200 long=(256 longest) paper=(1000 longest)
-    limits=(--device-memory 5MiB) jobs=1 layers=2 memory=5.5MiB all=(cpu disk) two=(cpu disk) sizes=(--seqlen 96 --windows 3)
+    limits=(--device-memory 6MiB) jobs=1 layers=2 memory=6.5MiB all=(cpu disk) two=(cpu disk) sizes=(--seqlen 96 --windows 3)
 else
     gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)}
     [[ $gpus =~ ^[0-9]+$ ]] && ((gpus > 1)) || refuse "GPUS ${gpus:-0}: several are needed; DRY=1 goes without"

@@ -52,11 +52,11 @@ _TYPES = {
     "*i16": "key_index value_index",
     "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
-        "turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor own scores "
+        "factor turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor own scores "
         "extra rescale outputs maxima sums"
     ),
     "*i32": (
-        "high low key_words value_words key_starts key_ends value_starts value_ends key_width key_offset "
+        "steps key_words value_words key_starts key_ends value_starts value_ends key_width key_offset "
         "key_first_level value_width value_offset value_first_level"
     ),
     "fp32": "scaling",

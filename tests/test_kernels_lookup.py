@@ -35,16 +35,19 @@ def test_byte_permutes_are_the_lookup(bits: int) -> None:
             assert [found[f"${i}"] for i in range(4)] == pairs
 
 
-def test_a_pair_is_scaled_and_rotated() -> None:
+def test_a_pair_is_scaled_and_rotated_and_zeros_added() -> None:
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        a, b, cos_a, sin_b, cos_b, sin_a = numbers = torch.randn(6, 2, generator=generator).half()
+        a, b, cos_a, sin_b, cos_b, sin_a, plus_a, plus_b = numbers = torch.randn(8, 2, generator=generator).half()
         words = {f"${2 + i}": int(pair.view(torch.int32)) & 0xFFFFFFFF for i, pair in enumerate(numbers)}
         found = run_ptx(keys._TURN.value, words)
-        expected = (a * cos_a.double() + b * sin_b.double(), b * cos_b.double() + a * sin_a.double())
+        expected = (
+            a * cos_a.double() + b * sin_b.double() + plus_a.double(),
+            b * cos_b.double() + a * sin_a.double() + plus_b.double(),
+        )
         for i in range(2):
             pair = torch.tensor(np.array([found[f"${i}"]], dtype=np.uint32).view(np.float16))
-            # the second product is rounded before it is added, and the sum again
+            # the first sum is rounded before the second product is added, and that again
             torch.testing.assert_close(pair.double(), expected[i], rtol=1e-3, atol=4e-3)
 
 

@@ -1,4 +1,4 @@
-"""First operands of products as they are kept in memory, against which lane of a tensor core takes what."""
+"""First operands of products as they are kept in memory, against which lane of a tensor core takes what; other neighbours."""
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from deployment.kernels.operands import (
     row_offset,
 )
 from deployment.kernels.shared import shared_memory
+from deployment.kernels.vectors import four_floats, two_floats
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="checked in the interpreter")
 ROWS = [1, 2, 4, 8, 16]
@@ -66,6 +67,17 @@ def kept_kernel(
     keep_operand(at, tl.load(x + row * COLUMNS + column), ROWS, ORDERED, KEEP)
     mma_row = tl.arange(0, 16)[:, None]
     tl.store(out + mma_row * COLUMNS + column, operand(at, COLUMNS, ROWS, KIND))
+
+
+@triton.jit
+def neighbours_kernel(x, out, QUICK: tl.constexpr):
+    """Eight numbers, in fours and in twos."""
+    number = tl.arange(0, 4)
+    a, b, c, d = four_floats(x + 4 * (number % 2), QUICK)
+    e, f = two_floats(x + 2 * number, QUICK)
+    four = tl.where(number < 2, tl.join(a, b).sum(1), tl.join(c, -d).sum(1))
+    tl.store(out + number, four)
+    tl.store(out + 4 + number, e - 2 * f)
 
 
 def columns(count: int) -> list[int]:
@@ -186,3 +198,12 @@ def test_what_is_stored_in_shared_memory_is_what_a_lane_loads() -> None:
     assert shared == {64: 10, 68: 12, 72: 11, 76: 11}
     with pytest.raises(ValueError, match="at 72"):  # which a GPU refuses
         run_ptx(operands._LOAD_SHARED.value, {"$4": 72}, shared)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_neighbours_are_those_behind(quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if quick:
+        in_kernels(monkeypatch)
+    x, out = torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128]), torch.empty(8)
+    neighbours_kernel[(1,)](x, out, quick)
+    assert out.tolist() == [3, 48, -4, -64, -3, -12, -48, -192]

@@ -15,7 +15,7 @@ then a stretch is split, too, and every split keeps a state of its own.
 import triton
 import triton.language as tl
 
-from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
+from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair, steps_of
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_h", "stride_s", "new", "room"])
@@ -25,8 +25,8 @@ def rotate_kernel(
     stride_h,
     stride_s,
     positions,  # [B, S] int64
-    high,  # [D/2] int32, see `Rotary`
-    low,
+    steps,  # [D/2, 2] int32, see `Rotary`
+    factor,  # [D/2] fp32
     scaling,  # of the scores, times log2 e
     result,  # [B, G, room, D] fp16 or fp32
     new,  # S
@@ -47,15 +47,13 @@ def rotate_kernel(
     token, head = row // GROUP, g * GROUP + row % GROUP
     row_ok = token < new
     position = tl.load(positions + b * new + token, mask=row_ok, other=0)
-    cos, sin = cos_sin(
-        position[:, None],
-        tl.load(high + pair, mask=pair_ok, other=0)[None, :],
-        tl.load(low + pair, mask=pair_ok, other=0)[None, :],
-    )
+    high, low = steps_of(steps, pair, pair_ok)
+    cos, sin = cos_sin(position[:, None], high[None, :], low[None, :])
+    scale = (tl.load(factor + pair, mask=pair_ok, other=0) * scaling)[None, :]
     at = (query + b * stride_b + head * stride_h + token.to(tl.int64) * stride_s)[:, None]
     ok = row_ok[:, None] & pair_ok[None, :]
-    one = tl.load(at + first[None, :], mask=ok, other=0).to(tl.float32) * scaling
-    two = tl.load(at + second[None, :], mask=ok, other=0).to(tl.float32) * scaling
+    one = tl.load(at + first[None, :], mask=ok, other=0).to(tl.float32) * scale
+    two = tl.load(at + second[None, :], mask=ok, other=0).to(tl.float32) * scale
     to = result + (stream * room + row)[:, None] * D
     tl.store(to + first[None, :], (one * cos - two * sin).to(result.dtype.element_ty), mask=pair_ok[None, :])
     tl.store(to + second[None, :], (two * cos + one * sin).to(result.dtype.element_ty), mask=pair_ok[None, :])

@@ -7,8 +7,8 @@ Corrections are linear in the difference: a flat loop over the chunk's list adds
 import triton
 import triton.language as tl
 
-from deployment.kernels.operands import column_of, place_in_operand, row_offset
-from deployment.kernels.phase import pair_of
+from deployment.kernels.phase import cos_sin_of, pair_of, phase_of, steps_of
+from deployment.kernels.vectors import four_floats, two_floats
 from deployment.streams import index_span
 
 _span = triton.constexpr_function(index_span)
@@ -43,47 +43,44 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 @triton.jit
 def add_to_scores(
     scores,  # [ROWS, CHUNK] fp32
-    rotated,  # [spans, 2, 16 x PAIRS]: queries rotated back to the first of every TURN tokens, see `rotate_back`
-    turn,
+    queries,  # [PAIRS, ROWS, 2] fp32, rotated to their own positions
+    angles,  # steps, see `Rotary`, and the position of the chunk's first
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
     place,  # `loaded` of the chunk's first
     exact,
-    coded,  # ranges of tokens, levels, floor at the head's first channel
+    coded,  # ranges of tokens, levels, floor, and the head's first channel
     token0,
     here,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     D: tl.constexpr,
-    PAIRS: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
-    TURN: tl.constexpr,
-    STRETCHES: tl.constexpr,
-    ORDERED: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
+    QUICK: tl.constexpr,
 ):
-    """Add the outliers of a chunk's keys to its scores: the difference times what the element is multiplied with."""
+    """Add the outliers of a chunk's keys to its scores: the difference, rotated to its token's position, times the query."""
     for entry0 in range(entries[2], entries[3], ENTRIES):
-        entry = entry0 + tl.arange(0, ENTRIES)
-        ok = entry < entries[3]
         number, element = place, exact
         place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
         token, channel, delta = outlier_deltas(
-            number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
+            number, element, entries, entry0, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES
         )
         pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
-        turn_at = turn + (pair * 64 + token % TURN)
-        cos = tl.load(turn_at) * delta
-        sin = tl.load(turn_at + D * 32) * delta
-        on_a, on_b = tl.where(is_second, -sin, cos), tl.where(is_second, cos, sin)
-        stretch, column = token // TURN, pair
-        if not ORDERED:
-            column = column_of(pair, PAIRS)
-        at = rotated + stretch // STRETCHES * (32 * PAIRS) + place_in_operand(stretch % STRETCHES * ROWS, column, 16)
-        for row in tl.static_range(ROWS):
-            a = tl.load(at + row_offset(row)).to(tl.float32)
-            b = tl.load(at + row_offset(row) + 16 * PAIRS).to(tl.float32)
-            tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, mask=ok, sem="relaxed")
+        high, low = steps_of(angles[0], pair, pair >= 0)
+        # the second half of a pair stands a quarter of a turn ahead
+        phase = phase_of(angles[1] + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
+        cos, sin = cos_sin_of(phase, QUICK)
+        on_a, on_b = cos * delta, sin * delta
+        at = queries + pair * (2 * ROWS)
+        for row in tl.static_range(0, ROWS, 2):
+            if ROWS == 1:
+                a, b = two_floats(at, QUICK)
+            else:
+                a, b, c, d = four_floats(at + 2 * row, QUICK)
+                second = scores + (row + 1) * CHUNK + token
+                tl.atomic_add(second, c * on_a + d * on_b, sem="relaxed")
+            tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, sem="relaxed")
 
 
 @triton.jit
@@ -104,35 +101,49 @@ def add_to_output(
 ):
     """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
     for entry0 in range(entries[2], entries[3], ENTRIES):
-        entry = entry0 + tl.arange(0, ENTRIES)
-        ok = entry < entries[3]
         number, element = place, exact
         place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
         token, channel, delta = outlier_deltas(
-            number, element, entries[4], entry, ok, coded, token0, here, CHUNK, D, DYNAMIC
+            number, element, entries, entry0, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES
         )
         for row in tl.static_range(ROWS):
             weight = tl.load(weights + row * CHUNK + token).to(tl.float32)
-            tl.atomic_add(extra + row * D + channel, weight * delta, mask=ok, sem="relaxed")
+            tl.atomic_add(extra + row * D + channel, weight * delta, sem="relaxed")
 
 
 @triton.jit
 def outlier_deltas(
-    place, exact, edges, entry, ok, coded, token0, here, CHUNK: tl.constexpr, D: tl.constexpr, DYNAMIC: tl.constexpr
+    place,
+    exact,
+    entries,
+    entry0,
+    coded,
+    token0,
+    here,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+    DYNAMIC: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
-    """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of outliers `entry`."""
-    # what does not exist is taken for the first element, so that no further load needs a mask
-    place = tl.where(ok, place.to(tl.int32) & 0xFFFF, token0 % _span(D) * D)
-    # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
+    """(token within the chunk, channel, how much the element exceeds what its code 0 gave) of ENTRIES from `entry0` on.
+
+    Past the end they are elements of the chunk that exceed by 0, neighbours, so that to add them takes no branch and little time.
+    """
     SPAN: tl.constexpr = _span(D)
+    number = tl.arange(0, ENTRIES)
+    entry = entry0 + number
+    ok = entry < entries[3]
+    # an index counts tokens from its span's first; chunks and spans are powers of two, so one holds the other whole
+    spare = (token0 % SPAN + number % min(CHUNK, SPAN)) * D + number % D
+    place = tl.where(ok, place.to(tl.int32) & 0xFFFF, spare)
     token, channel = place // D - token0 % SPAN, place % D
     for later in tl.static_range(1, CHUNK // SPAN):
         last = later * (SPAN // 64) - 1  # the block before that span
-        edge = tl.load(edges + last, mask=last < here, other=2147483647)
-        token += tl.where(entry >= edge, SPAN, 0)
+        edge = tl.load(entries[4] + last, mask=last < here, other=2147483647)
+        token += tl.where(ok & (entry >= edge), SPAN, 0)
     if DYNAMIC:
         scale, zero = token_ranges(coded[0], token0 + token, ok)
         level = tl.load(coded[1]) * scale + zero
     else:
-        level = tl.load(coded[2] + channel)
-    return token, channel, exact.to(tl.float32) - level
+        level = tl.load(coded[2] + (coded[3] + channel))
+    return token, channel, tl.where(ok, exact.to(tl.float32) - level, 0.0)

@@ -142,8 +142,8 @@ def attend_packed(
             origins=segment.origins,
             shift=segment.start,
             limits=segment.origins if segment.limits is None else segment.limits,
-            high=rotary.high,
-            low=rotary.low,
+            steps=rotary.steps,
+            factor=rotary.factor,
             turn=rotary.turn,
             scaling=scaling * _LOG2_E,
             new=new,
@@ -215,7 +215,7 @@ class _Scratch:
             return torch.empty(plan.programs, *shape, dtype=dtype, device=device)
 
         return cls(
-            own=new(plan.rows, 2, pairs),
+            own=new(2, plan.rows, 2, pairs),
             rotated=new(max(16, plan.chunk // 32 * plan.rows), 2, pairs, dtype=operand),
             scores=new(plan.rows, plan.chunk),
             weights=new(plan.rows, plan.chunk, dtype=operand),

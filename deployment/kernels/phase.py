@@ -27,11 +27,14 @@ _TURN = 2.0**32
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary embedding of one kind of layer, as the kernels read it; `half` is R/2."""
+    """The rotary embedding of one kind of layer, as the kernels read it; `half` is R/2.
 
-    high: Tensor  # [D/2] int32, unsigned
-    low: Tensor  # [D/2] int32, unsigned
-    turn: Tensor  # [2, D/2, 64] float32: cos and sin of the tokens of a block, times the attention scaling squared
+    Models may scale cos and sin of queries and of keys, by the same number; here queries carry both.
+    """
+
+    steps: Tensor  # [D/2, 2] int32, unsigned: turns per token, high and low
+    factor: Tensor  # [D/2] float32, on queries
+    turn: Tensor  # [2, D/2, 64] float32: cos and sin of the tokens of a block
     half: int
 
     @classmethod
@@ -44,11 +47,10 @@ class Rotary:
         high = turns.floor()
         low = ((turns - high) * _TURN).floor()
         angles = radians[:, None] * torch.arange(BLOCK_TOKENS, device=device)
-        # queries carry it as well; both factors sit in the keys' table, and pairs that do not rotate have none
-        factor = torch.ones(head_dim // 2, 1, dtype=torch.float64, device=device)
-        factor[:half] = attention_scaling**2
-        turn = torch.stack([angles.cos() * factor, angles.sin() * factor]).float()
-        return cls(_wrapped(high), _wrapped(low), turn.contiguous(), half)
+        factor = torch.ones(head_dim // 2, dtype=torch.float32, device=device)
+        factor[:half] = attention_scaling**2  # pairs that do not rotate have none
+        turn = torch.stack([angles.cos(), angles.sin()]).float()
+        return cls(torch.stack([_wrapped(high), _wrapped(low)], dim=-1), factor, turn, half)
 
 
 def _wrapped(unsigned: Tensor) -> Tensor:
@@ -58,12 +60,23 @@ def _wrapped(unsigned: Tensor) -> Tensor:
 
 
 @triton.jit
-def phase_of(position, high, low):
-    """The angles' fractions of a turn, times 2^32, as int32 that wrap; positions may be negative, arguments broadcast."""
+def steps_of(steps, pair, ok):
+    """(high, low) int32 of pairs, see `Rotary.steps`; 0 where not `ok`."""
+    return tl.load(steps + 2 * pair, mask=ok, other=0), tl.load(steps + 2 * pair + 1, mask=ok, other=0)
+
+
+@triton.jit
+def phase_of(position, high, low, SIGNED: tl.constexpr = True):
+    """The angles' fractions of a turn, times 2^32, as int32 that wrap; arguments broadcast.
+
+    Of negative positions (padding), too, unless SIGNED is false: then theirs are numbers without a meaning.
+    """
     t = position.to(tl.int32).to(tl.uint32, bitcast=True)
-    phase = t * high.to(tl.uint32, bitcast=True) + tl.umulhi(t, low.to(tl.uint32, bitcast=True))
-    # 2^32 more than a negative position stand in t, which `low` turns into once itself
-    return phase.to(tl.int32, bitcast=True) - tl.where(position < 0, low, 0)
+    turns = t * high.to(tl.uint32, bitcast=True) + tl.umulhi(t, low.to(tl.uint32, bitcast=True))
+    phase = turns.to(tl.int32, bitcast=True)
+    if SIGNED:  # 2^32 more than a negative position stand in t, which `low` turns into once itself
+        phase -= tl.where(position < 0, low, 0)
+    return phase
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def rotated_queries(
     query,
     strides,  # of sequences, heads, tokens
     positions,
-    angles,  # high, low
+    angles,  # high, low, factor
     channels,  # two [PAIRS], the halves of the pairs, and which of them exist
     b,
     g,
@@ -41,8 +41,9 @@ def rotated_queries(
     head = (g * GROUP + number % GROUP).to(tl.int64)
     at = query + b * strides[0] + head * strides[1] + (number // GROUP).to(tl.int64) * strides[2]
     ok = (number < new * GROUP)[:, None] & pair_ok[None, :]
-    x = tl.load(at[:, None] + first[None, :], mask=ok, other=0).to(tl.float32) * scaling
-    y = tl.load(at[:, None] + second[None, :], mask=ok, other=0).to(tl.float32) * scaling
+    scale = (angles[2] * scaling)[None, :]
+    x = tl.load(at[:, None] + first[None, :], mask=ok, other=0).to(tl.float32) * scale
+    y = tl.load(at[:, None] + second[None, :], mask=ok, other=0).to(tl.float32) * scale
     cos, sin = cos_sin(position[:, None], angles[0][None, :], angles[1][None, :], QUICK)
     return x * cos - y * sin, y * cos + x * sin
 

@@ -19,7 +19,7 @@ from deployment.kernels.keys import cos_and_sin, turn_tables, turned_ones
 from deployment.kernels.lookup import prepared
 from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
-from deployment.kernels.phase import first_of_pair, second_of_pair
+from deployment.kernels.phase import first_of_pair, second_of_pair, steps_of
 from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.shared import shared_memory
@@ -55,8 +55,8 @@ def split_kernel(
     origins,  # [B] int64, plus shift: position of the segment's first token
     shift,
     limits,  # [B] int64, positions from here on are not stored
-    high,  # [D/2] int32
-    low,  # [D/2] int32
+    steps,  # [D/2, 2] int32, see `Rotary`
+    factor,  # [D/2] fp32
     turn,  # [2, D/2, 64] fp32
     scaling,  # of the scores, times log2 e
     new,  # S
@@ -95,7 +95,7 @@ def split_kernel(
     blocks,  # of the page
     key_block_words,  # W
     value_block_words,
-    own,  # [programs, ROWS, 2, PAIRS] fp32: the queries
+    own,  # [programs, 2, ROWS, 2, PAIRS] fp32: the queries; and once more, `[PAIRS, ROWS, 2]`
     rotated,  # [programs, spans, 2, 16 x PAIRS] operand dtype
     scores,  # [programs, ROWS, CHUNK] fp32
     weights,  # [programs, ROWS, CHUNK] operand dtype
@@ -148,8 +148,8 @@ def split_kernel(
     row, mma_row = tl.arange(0, ROWS), tl.arange(0, 16)
     natural, channel = tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
     natural_ok, channel_ok = natural < D // 2, channel < D
-    high_bits = tl.load(high + natural, mask=natural_ok, other=0)
-    low_bits = tl.load(low + natural, mask=natural_ok, other=0)
+    high, low = steps_of(steps, natural, natural_ok)
+    factors = tl.load(factor + natural, mask=natural_ok, other=0)
     # pairs in the order of a tile's rows
     KEY_ORDERED: tl.constexpr = KEY_SOURCE == FRAGMENT_ORDER
     pair = natural
@@ -171,7 +171,8 @@ def split_kernel(
         value_table = prepared(value_levels_at, VALUE_BITS, VALUE_FAST)
 
     program = tl.program_id(0).to(tl.int64)
-    own += program * (ROWS * 2 * PAIRS)
+    own += program * (2 * ROWS * 2 * PAIRS)
+    by_pair = own + ROWS * 2 * PAIRS
     rotated += program * (max(16, CHUNK // 32 * ROWS) * 2 * PAIRS)
     scores += program * (CHUNK * ROWS)
     weights += program * (CHUNK * ROWS)
@@ -203,7 +204,7 @@ def split_kernel(
             query,
             strides,
             positions,
-            (high_bits, low_bits),
+            (high, low, factors),
             halves,
             b,
             g,
@@ -216,6 +217,9 @@ def split_kernel(
         own_at = own + row[:, None] * (2 * PAIRS) + natural[None, :]
         tl.store(own_at, query_a)
         tl.store(own_at + PAIRS, query_b)
+        by_pair_at = by_pair + natural[None, :] * (2 * ROWS) + row[:, None] * 2
+        tl.store(by_pair_at, query_a)
+        tl.store(by_pair_at + 1, query_b)
         tl.debug_barrier()
         position = positions_of(positions, b, tile * ROWS + row, new, GROUP)
 
@@ -280,7 +284,7 @@ def split_kernel(
             rotate_back(
                 rotated,
                 own,
-                (high_bits, low_bits, origin + token0),
+                (high, low, origin + token0),
                 ROWS,
                 TURN,
                 STRETCHES,
@@ -321,11 +325,11 @@ def split_kernel(
             tl.debug_barrier()
             if KEY_OUTLIERS:
                 entries = (key_index, key_value, key_entry, key_end, key_ends + edges)
-                coded = (key_ranges, key_levels_at, key_floor + channel0)
+                coded = (key_ranges, key_levels_at, key_floor, channel0)
                 add_to_scores(
                     scores,
-                    rotated,
-                    turn,
+                    by_pair,
+                    (steps, origin + token0),
                     entries,
                     key_loaded[0],
                     key_loaded[1],
@@ -335,13 +339,10 @@ def split_kernel(
                     ROWS,
                     CHUNK,
                     D,
-                    PAIRS,
                     ROTARY_HALF,
-                    TURN,
-                    STRETCHES,
-                    KEY_ORDERED,
                     KEY_DYNAMIC,
                     ENTRIES,
+                    QUICK,
                 )
                 key_entry = key_end
                 tl.debug_barrier()
@@ -407,7 +408,7 @@ def split_kernel(
             )
             if VALUE_OUTLIERS:
                 entries = (value_index, value_value, value_entry, value_end, value_ends + edges)
-                coded = (value_ranges, value_levels_at, value_floor + channel0)
+                coded = (value_ranges, value_levels_at, value_floor, channel0)
                 add_to_output(
                     extra,
                     weights,

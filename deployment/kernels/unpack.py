@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.lookup import prepared, unpaired
-from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair
+from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair, steps_of
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
 from deployment.kernels.tiles import block_words as block_words_of
 
@@ -207,8 +207,7 @@ def put_outliers(result, outliers, stream, block, blocks, held, D: tl.constexpr,
 def bases_kernel(
     origins,  # [B] int64, plus shift: position of the segment's first token
     shift,
-    high,  # [D/2] int32, see `Rotary`
-    low,
+    steps,  # [D/2, 2] int32, see `Rotary`
     result,  # [B, blocks, 2, D/2] fp32
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -218,7 +217,8 @@ def bases_kernel(
     pair = tl.arange(0, PAIRS)
     ok = pair < D // 2
     base = tl.load(origins + b) + shift + block * 64
-    cos, sin = cos_sin(base, tl.load(high + pair, mask=ok, other=0), tl.load(low + pair, mask=ok, other=0))
+    high, low = steps_of(steps, pair, ok)
+    cos, sin = cos_sin(base, high, low)
     to = result + (b.to(tl.int64) * tl.num_programs(0) + block) * D + pair
     tl.store(to, cos, mask=ok)
     tl.store(to + D // 2, sin, mask=ok)

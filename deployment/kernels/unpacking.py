@@ -76,8 +76,7 @@ def _bases(segment: Segment, rotary: Rotary, batch: int, head_dim: int) -> Tenso
     bases_kernel[(blocks, batch)](
         segment.origins,
         segment.start,
-        rotary.high,
-        rotary.low,
+        rotary.steps,
         bases,
         D=head_dim,
         PAIRS=triton.next_power_of_2(head_dim // 2),
