@@ -2,6 +2,7 @@
 
     python -m scripts.compile_kernels                                  # attention at D = 128 for sm_80 and sm_90
     python -m scripts.compile_kernels --targets 80 --bits 3 --groups 4 --all
+    python -m scripts.compile_kernels --results scripts/results/instructions.jsonl
 
 A row per kernel: registers, bytes of stack, shared memory and, of it, what inline PTX has `declared`, and machine
 instructions of a warp's lane per dequantized element: `keys` and `values` those of the loop over blocks of keys, per
@@ -41,6 +42,7 @@ from deployment.kernels.tiles import FRAGMENT_ORDER
 from deployment.kernels.tuning import tuning_for
 from deployment.order import FragmentOrder, Role
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from quant.results import append_row
 from scripts.machine_code import PHASES, Chunk, Run, parse, runs_of_a_chunk
 from scripts.source_lines import places_of_code, places_of_function, places_of_loop
 
@@ -204,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--chunk", type=positive_int, help="tokens, a power of two (as the kernel runs)")
     parser.add_argument("--outliers", type=float, default=OUTLIERS, help=f"share of all elements; 0: none ({OUTLIERS})")
     parser.add_argument("--all", action="store_true", help="instructions of the loops by class, too")
+    parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
     chunk = arguments.chunk or 64
     if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < 64:
@@ -218,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if arguments.all:
         for counts, runs in kernels:
             print("\n" + format_table(class_rows(counts, runs)))
+    for counts, _ in kernels:
+        append_row(arguments.results, {**counts, "share_of_outliers": arguments.outliers}, packages=("torch", "triton"))
     return {"triton": triton.__version__, "kernels": [counts for counts, _ in kernels]}
 
 

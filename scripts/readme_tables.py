@@ -173,6 +173,18 @@ def of_gpus(name: str, table: Callable[[list[Row]], tuple[list[str], list[list[s
     return markdown(*table(rows)) if rows else "Not measured yet.\n"
 
 
+def instructions() -> str:
+    """Machine instructions per element, as counted last."""
+    cells = []
+    for row in {(row["target"], row["bits"], row["group"]): row for row in rows_of("instructions")}.values():
+        parts = ("keys", "values", "mean", "queries", "outliers", "rest", "whole")
+        spills = sum(row["spills"].values())
+        what = [row["target"], str(row["bits"]), str(row["group"])]
+        cells.append([*what, *(f"{row[part]:.2f}" for part in parts), str(row["registers"]), str(spills)])
+    header = ["GPU", "bits", "G", "keys", "values", "mean", "queries", "outliers", "rest", "whole", "registers"]
+    return markdown([*header, "spills in loops"], cells)
+
+
 def roofline() -> str:
     """What memory and instructions allow at most, as counted last."""
     cells = []
@@ -200,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
     "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
     "gpu_device": lambda: of_gpus("gpu-device", device_table),
+    "instructions": instructions,
     "roofline": roofline,
     "allocation": allocation,
 }
