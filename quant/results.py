@@ -17,9 +17,10 @@ def append_row(
     """Append `row` and its provenance to a JSONL file; nothing happens without a path."""
     if path is None:
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} cpu"
+    gpu = torch.cuda.is_available()
     provenance = {
-        "device": device,
+        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()} cpu",
+        **({"driver": _driver()} if gpu else {}),
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in packages},
         "commit": commit(),
@@ -27,6 +28,16 @@ def append_row(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         file.write(json.dumps({**row, **provenance}) + "\n")
+
+
+def _driver() -> str:
+    """The version of the GPU's driver, or `unknown` where its tool is missing."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
+    return (run.stdout.split() or ["unknown"])[0]
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -1,14 +1,18 @@
 """Numbers that were found by measuring, not by reasoning, with the device and the day.
 
-Measured with `python -m deployment.benchmark` on LLaMA-7B's shape (32 heads of 128), one query, 131072 tokens, 1 % outliers; in us at
-4 / 3 / 2 bits. A device that is not listed takes the nearest older one's.
+Measured on LLaMA-7B's shape (32 heads of 128), one query, 131072 tokens, in us at 4 / 3 / 2 bits. What is compared was timed in one run; rows of
+different runs are of different kernels. A device that is not listed takes the nearest older one's.
 
-    H200, 2026-11-23   128 registers, 4 programs per multiprocessor   569 / 464 / 397
-                       168 registers, 3 programs                      544 / 435 / 389    and outliers loaded ahead: 506 / - / 351
-                       no cap (up to 255), 2 programs                 706 / 675 / 611    (an earlier kernel)
-                       512 outliers at a time instead of 256          549 / 434 / 383
-                       chunks of 1024 tokens instead of 512           no difference
-                       words through shared memory, 3 stages          564 / - / 360
+    H200, 2026-11-23, with 1 % outliers
+        128 registers, 4 programs per multiprocessor        569 / 464 / 397
+        168 registers, 3 programs                           544 / 435 / 389
+        no cap (up to 255), 2 programs                      706 / 675 / 611    (an earlier kernel)
+        512 outliers at a time instead of 256               549 / 434 / 383
+        chunks of 1024 tokens instead of 512                no difference
+        words through shared memory, 3 stages               564 / - / 360
+    H200, 2026-11-24
+        128 outliers at a time, two blocks of words ahead   392 / - / 312
+        the same without outliers                           288 / 254 / 231
 """
 
 from dataclasses import dataclass
