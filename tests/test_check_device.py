@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gradients.cli import UserError
 from quant.artefact import Quantizers
 from quant.results import read_rows
-from scripts.check_device import _main_with_exit_code, distances, greedy, main
+from scripts.check_device import _main_with_exit_code, distances, greedy, main, rounded_otherwise
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def test_other_tokens_are_far_from_the_top(llama: PreTrainedModel, quantizers: Q
     prompt = make_tokens(1, 20)[0]
     tokens, path = greedy(llama, quantizers, prompt, 6)
     assert path == "torch" and tokens.shape == (6,)
-    below, own = distances(llama, quantizers, prompt, tokens, chunk=20)
+    below, own = distances(llama, quantizers, prompt, tokens)
     assert torch.equal(below, torch.zeros(6)) and own.shape == (6,)
     wrong: Tensor = (tokens + 1) % 259
-    assert distances(llama, quantizers, prompt, wrong, chunk=20)[0].max() > 1
+    assert distances(llama, quantizers, prompt, wrong)[0].max() > 1
 
 
 def test_what_is_outside_the_limits_fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,3 +48,12 @@ def test_what_is_outside_the_limits_fails(arguments: list[str], capsys: pytest.C
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
     with pytest.raises(UserError, match="--prompt-tokens 99 exceeds --seqlen 60"):
         main([*arguments, "--prompt-tokens", "99"])
+
+
+def test_embeddings_are_off_by_their_precision_and_then_as_before(llama: PreTrainedModel, make_tokens: Any) -> None:
+    embed, tokens = llama.get_input_embeddings(), make_tokens(1, 50)
+    exact = embed(tokens)
+    with rounded_otherwise(llama):
+        off = embed(tokens) / exact - 1
+    assert 1e-8 < float(off.abs().mean()) < 5e-7
+    assert torch.equal(embed(tokens), exact)
