@@ -78,7 +78,16 @@ def attention_constants(
     heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": rows, "CHUNK": chunk or _chunk(rows, tuning)}
     sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": tuning.entries}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
-    return {**heads, **sizes, **sides, **geometry, **flags, "TURN": _turn(orders["key"], rows), "QUICK": True}
+    return {
+        **heads,
+        **sizes,
+        **sides,
+        **geometry,
+        **flags,
+        "TURN": _turn(orders["key"], rows),
+        "QUICK": True,
+        "SHARED_SUMS": tuning.shared_sums and rows <= 4,
+    }
 
 
 def chunk_of(constants: dict[str, Any], warps: int, outliers: float) -> Chunk:

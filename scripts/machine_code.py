@@ -187,11 +187,16 @@ def runs_of_a_chunk(code: Code, chunk: Chunk) -> tuple[list[Run], float]:
     done = _products([i for i in loop.own if i.address < boundary])
     keys = _keys(before, blocks * chunk.products + of_spans, done, chunk)
     values = _dense("values", after, blocks * chunk.products, _products(loop.own) - done)
-    if any(inner.nested for inner in after):
+    if any(loop.products or not _tries_again(loop) for inner in after for loop in inner.nested):
         raise ValueError("a loop over values or their outliers holds further loops")
     sparse = [*_sparse("key_outliers", before, chunk.rounds), *_sparse("value_outliers", after, chunk.rounds)]
     rest = Run("rest", loop.own, 1, inner=False).without_queries(chunk.query_places)
     return [*keys, *values, *sparse, *rest], blocks
+
+
+def _tries_again(loop: Loop) -> bool:
+    """Whether it adds to shared memory, and again if another lane was faster; it counts once."""
+    return any(i.name.startswith("ATOMS.CAST.SPIN") for i in loop.body)
 
 
 def _products(code: Sequence[Instruction]) -> int:

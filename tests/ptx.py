@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-_SHARED = 0x800  # where a declared array lies
+_SHARED = 0x800  # where declared arrays begin
 _WORD = 0xFFFFFFFF
 
 
@@ -60,6 +60,20 @@ OPERATIONS: dict[str, Callable[..., int]] = {
 }
 
 
+class Shared(dict[int, int]):
+    """Shared memory of a kernel: arrays lie behind one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = _SHARED
+
+    def declare(self, size: int) -> int:
+        """Address of a new array of so many bytes."""
+        address = self.end
+        self.end += -(-size // 128) * 128
+        return address
+
+
 @lru_cache
 def _statements(text: str) -> list[list[str]]:
     """Of every statement its name and operands: words, `[addresses]` and `{lists}`."""
@@ -82,11 +96,16 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
 
     for name, *operands in _statements(text):
         if name == ".shared":
-            values[operands[-1].split("[")[0]] = _SHARED
+            array, size = operands[-1].rstrip("]").split("[")
+            values[array] = memory.declare(int(size)) if isinstance(memory, Shared) else _SHARED
         elif name.startswith(("ld.shared.", "ld.global.")):
             registers, read = _listed(operands[0]), memory.__getitem__ if "shared" in name else _read
             held = [read(at) for at in _addresses(name, operands[1], value, len(registers))]
             values.update(zip(registers, held, strict=True))
+        elif name == "red.shared.add.f32":
+            (at,) = _addresses("red.shared.b32", operands[0], value, 1)
+            numbers = np.array([memory[at], value(operands[1])], np.uint32).view(np.float32)
+            memory[at] = int(numbers.sum(dtype=np.float32).view(np.uint32))
         elif name.startswith("st.shared."):
             words = [value(word) for word in _listed(operands[1])]
             memory.update(zip(_addresses(name, operands[0], value, len(words)), words, strict=True))
@@ -104,7 +123,7 @@ def in_kernels(patch: pytest.MonkeyPatch) -> dict[int, int]:
     """Make interpreted kernels run inline PTX of one element at a time, all as lane 0; returns their shared memory."""
     from triton.runtime import interpreter
 
-    shared: dict[int, int] = {}
+    shared = Shared()
 
     def call(_: Any, text: str, constraints: str, values: list[Any], types: list[Any], pure: bool, pack: int) -> Any:
         outputs = sum("=" in constraint for constraint in constraints.split(","))

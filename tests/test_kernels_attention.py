@@ -1,12 +1,17 @@
 """The attention kernels against the torch path, on the device there is; without one in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from ptx import in_kernels
 from torch import Tensor
 
+from deployment.kernels import packed
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.packed import DenseSegment, PackedSegment, attend_packed
 from deployment.kernels.phase import Rotary
+from deployment.kernels.tuning import tuning_of
 from deployment.layout import PackedTensor
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.mixed import MixedQuantizer
@@ -98,11 +103,11 @@ def run_case(
         k: torch.randn(batch, total, kv_heads * dim, generator=generator(n)).to(DEVICE) * 1.5
         for n, k in enumerate("kv")
     }
-    packed, dense = [], []
+    tensors, dense = [], []
     for kind, width, name, role in zip(kinds, bits, "kv", ("key", "value"), strict=True):
         quantizer = make_quantizer(kv_heads * dim, kind, width, share)
         tensor = packed_tensor(quantizer, x[name], kv_heads, role, list(lengths), rotary_dim is None)
-        packed.append(tensor)
+        tensors.append(tensor)
         tokens = torch.cat([tensor.read(page) for page in tensor.pages], dim=2) if tensor.pages else None
         dense.append(tokens)
     query = torch.randn(batch, new, query_heads, dim, generator=generator(5)).to(DEVICE, dtype).transpose(1, 2)
@@ -123,9 +128,9 @@ def run_case(
     segments = []
     if sinks:
         segments.append(DenseSegment(sink[0], sink[1], zeros, stored))
-    for key_page, value_page in zip(packed[0].pages, packed[1].pages, strict=True):
+    for key_page, value_page in zip(tensors[0].pages, tensors[1].pages, strict=True):
         segments.append(
-            PackedSegment(packed[0], key_page, packed[1], value_page, zeros, stored, sinks + key_page.start)
+            PackedSegment(tensors[0], key_page, tensors[1], value_page, zeros, stored, sinks + key_page.start)
         )
     if exact_chunk:
         segments.append(DenseSegment(chunk[0], chunk[1], origins, None))
@@ -137,7 +142,7 @@ def run_case(
     reference = []
     rotated = rotate64(query, frequencies, positions.clamp(min=0), factor)
     pieces = [(sink[0], sink[1], zeros, stored)] if sinks else []
-    if packed[0].pages:
+    if tensors[0].pages:
         pieces.append((dense[0], dense[1], zeros + sinks, stored))
     if exact_chunk:
         pieces.append((*chunk, origins, origins + new))
@@ -219,6 +224,17 @@ def test_sinks_only() -> None:
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 def test_partial_rotary_embeddings(rotary_dim: int) -> None:
     assert run_case(rotary_dim=rotary_dim, lengths=(100,), factor=1.2, dtype=torch.float32) < 3e-6
+
+
+@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
+def test_outliers_may_add_up_in_shared_memory(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU as it is; in the interpreter, which knows no shared memory, by the tests' own."""
+    tuning = replace(tuning_of(DEVICE), shared_sums=True)
+    monkeypatch.setattr(packed, "tuning_of", lambda device: tuning)
+    shared = None if DEVICE.type == "cuda" else in_kernels(monkeypatch)
+    assert run_case(heads=heads, lengths=(140, 600), share=0.05) < 2e-3
+    # more than four queries to a KV head are left to memory
+    assert shared is None or bool(shared) == (heads != (8, 1))
 
 
 def test_angles_are_exact_at_ten_million() -> None:

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.phase import cos_sin_of, pair_of, phase_of, steps_of
+from deployment.kernels.sums import add
 from deployment.kernels.vectors import four_floats, two_floats
 from deployment.streams import index_span
 
@@ -42,7 +43,7 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 
 @triton.jit
 def add_to_scores(
-    scores,  # [ROWS, CHUNK] fp32
+    sums,  # [ROWS, CHUNK] fp32, see sums.py
     queries,  # [PAIRS, ROWS, 2] fp32, rotated to their own positions
     angles,  # steps, see `Rotary`, and the position of the chunk's first
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
@@ -58,6 +59,7 @@ def add_to_scores(
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
     QUICK: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Add the outliers of a chunk's keys to its scores: the difference, rotated to its token's position, times the query."""
     for entry0 in range(entries[2], entries[3], ENTRIES):
@@ -78,14 +80,13 @@ def add_to_scores(
                 a, b = two_floats(at, QUICK)
             else:
                 a, b, c, d = four_floats(at + 2 * row, QUICK)
-                second = scores + (row + 1) * CHUNK + token
-                tl.atomic_add(second, c * on_a + d * on_b, sem="relaxed")
-            tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, sem="relaxed")
+                add(sums, (row + 1) * CHUNK + token, c * on_a + d * on_b, SHARED)
+            add(sums, row * CHUNK + token, a * on_a + b * on_b, SHARED)
 
 
 @triton.jit
 def add_to_output(
-    extra,  # [ROWS, D] fp32
+    sums,  # [ROWS, CHANNELS] fp32, see sums.py
     weights,  # [ROWS, CHUNK]
     entries,
     place,
@@ -96,8 +97,10 @@ def add_to_output(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     D: tl.constexpr,
+    CHANNELS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
     for entry0 in range(entries[2], entries[3], ENTRIES):
@@ -108,7 +111,7 @@ def add_to_output(
         )
         for row in tl.static_range(ROWS):
             weight = tl.load(weights + row * CHUNK + token).to(tl.float32)
-            tl.atomic_add(extra + row * D + channel, weight * delta, sem="relaxed")
+            add(sums, row * CHANNELS + channel, weight * delta, SHARED)
 
 
 @triton.jit

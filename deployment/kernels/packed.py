@@ -27,6 +27,7 @@ from deployment.order import FragmentOrder, Order
 _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
 _CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
+_SUMMED_ROWS = 4  # up to which 48 KiB of shared memory hold the sums of outliers beside all else
 _PARTS = 16  # put together at a time
 _MAX_SPLITS = 256
 
@@ -128,7 +129,7 @@ def attend_packed(
     parts, streams = sum(plan.splits), batch * kv_heads
     outputs = query.new_empty(parts, streams, plan.tiles * plan.rows, dim, dtype=torch.float32)
     maxima, sums = (query.new_empty(parts, streams, plan.tiles * plan.rows, dtype=torch.float32) for _ in range(2))
-    part = 0
+    options, part = _options(dim, tuning), 0
     for segment, splits in zip(segments, plan.splits, strict=True):
         fast = _fast(segment, precise)
         turn = 64 if isinstance(segment, DenseSegment) else _turn(segment.key.order, plan.rows)
@@ -167,11 +168,12 @@ def attend_packed(
             ROTARY_HALF=rotary.half,
             LIMITED=segment.limits is not None,
             PRECISE=precise,
-            ENTRIES=tuning.entries,
+            ENTRIES=max(tuning.entries, 32 * options["num_warps"]),  # see `sums.add`
             TURN=turn,
             QUICK=query.is_cuda and not precise,
+            SHARED_SUMS=tuning.shared_sums and not precise and plan.rows <= _SUMMED_ROWS,
             **fast,
-            **_options(dim, tuning),
+            **options,
         )
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
@@ -220,7 +222,7 @@ class _Scratch:
             scores=new(plan.rows, plan.chunk),
             weights=new(plan.rows, plan.chunk, dtype=operand),
             scaled=new(2, plan.rows, plan.chunk, dtype=operand),
-            extra=new(dim, plan.rows),
+            extra=new(plan.rows, max(16, triton.next_power_of_2(dim))),
             rescale=new(plan.rows),
         )
 

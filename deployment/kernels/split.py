@@ -24,6 +24,7 @@ from deployment.kernels.queries import positions_of, rotate_back, rotated_querie
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.shared import shared_memory
 from deployment.kernels.softmax import seen_tokens, weigh_chunk
+from deployment.kernels.sums import clear, read, write
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import attend_chunk
 
@@ -100,7 +101,7 @@ def split_kernel(
     scores,  # [programs, ROWS, CHUNK] fp32
     weights,  # [programs, ROWS, CHUNK] operand dtype
     scaled,  # [programs, 2 ROWS CHUNK] operand dtype, of an operand; unused if QUICK
-    extra,  # [programs, ROWS, D] fp32
+    extra,  # [programs, ROWS, CHANNELS] fp32
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
     maxima,  # [parts, B, G, tiles, ROWS] fp32
@@ -134,6 +135,7 @@ def split_kernel(
     VALUE_FAST: tl.constexpr,
     TURN: tl.constexpr,
     QUICK: tl.constexpr,
+    SHARED_SUMS: tl.constexpr,
 ):
     """Parts of the outputs, with the maxima and sums of their softmax; see the top of this file."""
     GROUP: tl.constexpr = H // G
@@ -177,11 +179,17 @@ def split_kernel(
     scores += program * (CHUNK * ROWS)
     weights += program * (CHUNK * ROWS)
     scaled += program * (CHUNK * 2 * ROWS)
-    extra += program * (D * ROWS)
+    extra += program * (CHANNELS * ROWS)
     rescale += program * ROWS
     weighing = scaled
+    score_sums, output_sums = scores, extra
     if QUICK:
         weighing = shared_memory(CHUNK * 4 * min(ROWS, 8))
+    if SHARED_SUMS:
+        output_sums = shared_memory(4 * ROWS * CHANNELS)
+        score_sums = weighing  # weights come when scores are done with; of up to eight rows they take as much
+        if not QUICK:
+            score_sums = shared_memory(4 * ROWS * CHUNK)
     for work in range(tl.program_id(0), works, tl.num_programs(0)):
         split, rest = work % splits, work // splits
         tile, stream = rest % tiles, (rest // tiles).to(tl.int64)
@@ -254,15 +262,14 @@ def split_kernel(
         total = tl.zeros([ROWS], tl.float32)
         offset = tl.zeros([ROWS], tl.float32)
         output = tl.zeros([16, CHANNELS], tl.float32)
-        extra_at = extra + (mma_row % ROWS)[:, None] * D + channel[None, :]
-        extra_ok = channel_ok[None, :] & (mma_row < ROWS)[:, None]
+        output_ok = channel_ok[None, :] & (mma_row < ROWS)[:, None]
         key_entry, key_end, value_entry, value_end = 0, 0, 0, 0
         first_block = tl.minimum(first_chunk * BLOCKS, blocks)
         if KEY_OUTLIERS:
             key_entry = list_begin(key_starts, key_ends, stream, first_block, blocks)
         if VALUE_OUTLIERS:
             value_entry = list_begin(value_starts, value_ends, stream, first_block, blocks)
-            tl.store(extra_at, output, mask=extra_ok)
+            clear(output_sums, ROWS * CHANNELS, SHARED_SUMS)
         for chunk in range(first_chunk, last_chunk):
             token0 = chunk * CHUNK
             block0 = (token0 // 64).to(tl.int64)
@@ -281,6 +288,8 @@ def split_kernel(
                     ask_for_list(value_index, value_value, value_entry, value_end, _MOST_ASKED)
 
             # 1: scores
+            if SHARED_SUMS and KEY_OUTLIERS:
+                clear(score_sums, ROWS * CHUNK, SHARED_SUMS)
             rotate_back(
                 rotated,
                 own,
@@ -327,7 +336,7 @@ def split_kernel(
                 entries = (key_index, key_value, key_entry, key_end, key_ends + edges)
                 coded = (key_ranges, key_levels_at, key_floor, channel0)
                 add_to_scores(
-                    scores,
+                    score_sums,
                     by_pair,
                     (steps, origin + token0),
                     entries,
@@ -343,6 +352,7 @@ def split_kernel(
                     KEY_DYNAMIC,
                     ENTRIES,
                     QUICK,
+                    SHARED_SUMS,
                 )
                 key_entry = key_end
                 tl.debug_barrier()
@@ -357,6 +367,7 @@ def split_kernel(
                 value_held = block_words(at, VALUE_BITS, VALUE_GEOMETRY)
             highest, total, offset, shrink = weigh_chunk(
                 scores,
+                score_sums,
                 weights,
                 weighing,
                 value_ranges,
@@ -372,14 +383,15 @@ def split_kernel(
                 VALUE_KIND,
                 LIFT,
                 LOWER,
+                SHARED_SUMS and KEY_OUTLIERS,
             )
             tl.store(rescale + row, shrink)
             if VALUE_OUTLIERS:  # noqa: SIM102  (a constant condition of its own is decided by the compiler)
                 if tl.min(shrink, 0) < 1:
-                    shrink_at = extra + row[:, None] * D + channel[None, :]
-                    shrink_ok = (row >= 0)[:, None] & channel_ok[None, :]
-                    gained = tl.load(shrink_at, mask=shrink_ok, other=0, cache_modifier=".cg")
-                    tl.store(shrink_at, gained * shrink[:, None], mask=shrink_ok)
+                    sum_at = row[:, None] * CHANNELS + channel[None, :]
+                    gained = read(output_sums, sum_at, SHARED_SUMS)
+                    tl.debug_barrier()  # several lanes may have the same sum
+                    write(output_sums, sum_at, gained * shrink[:, None], SHARED_SUMS)
             tl.debug_barrier()
 
             # 3: values
@@ -410,7 +422,7 @@ def split_kernel(
                 entries = (value_index, value_value, value_entry, value_end, value_ends + edges)
                 coded = (value_ranges, value_levels_at, value_floor, channel0)
                 add_to_output(
-                    extra,
+                    output_sums,
                     weights,
                     entries,
                     value_loaded[0],
@@ -421,8 +433,10 @@ def split_kernel(
                     ROWS,
                     CHUNK,
                     D,
+                    CHANNELS,
                     VALUE_DYNAMIC,
                     ENTRIES,
+                    SHARED_SUMS,
                 )
                 value_entry = value_end
             tl.debug_barrier()
@@ -439,10 +453,10 @@ def split_kernel(
             tl.debug_barrier()
             output = output * scale + tl.load(rescale + mma_row % ROWS)[:, None] * zero
             if VALUE_OUTLIERS:
-                output += tl.load(extra_at, mask=extra_ok, other=0, cache_modifier=".cg")
+                output += read(output_sums, (mma_row % ROWS)[:, None] * CHANNELS + channel[None, :], SHARED_SUMS)
             tl.debug_barrier()
         result = ((part0 + split).to(tl.int64) * (works // splits) + rest) * ROWS
         tl.store(maxima + result + row, highest)
         tl.store(sums + result + row, total)
         output_at = outputs + (result + mma_row % ROWS)[:, None] * D + channel[None, :]
-        tl.store(output_at, output, mask=extra_ok)
+        tl.store(output_at, output, mask=output_ok)
