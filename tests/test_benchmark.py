@@ -91,3 +91,22 @@ def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "broken is left out: no such backend" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="none of broken, broken too"):
         fastest({"broken": ["broken"], "broken too": ["broken"]}, torch.device("cpu"))  # type: ignore[dict-item]
+
+
+def test_other_numbers_of_the_tuning_are_tried_and_undone(llama_folder: Path) -> None:
+    from deployment.kernels.tuning import tuned, tuning_of
+
+    device = torch.device("cpu")
+    before = tuning_of(device)
+    with tuned(entries=256):
+        with tuned(chunk=128):
+            assert (tuning_of(device).entries, tuning_of(device).chunk) == (256, 128)
+        assert tuning_of(device).chunk == before.chunk
+    assert tuning_of(device) == before
+    command = ["--shape", str(llama_folder), "--contexts", "130", "--ops", "decode", "--device", "cpu"]
+    (row,) = main([*command, "--tune", "chunk=128", "shared_sums=1"])["rows"]
+    assert row["tuned"] == {"chunk": 128, "shared_sums": 1} and tuning_of(device) == before
+    wrong = {"chunk=100": "powers of two", "speed=2": "with a name of registers, waves", "chunk": "NAME=NUMBER"}
+    for change, reason in wrong.items():
+        with pytest.raises(UserError, match=reason):
+            main([*command, "--tune", change])

@@ -1,17 +1,14 @@
 """The attention kernels against the torch path, on the device there is; without one in Triton's interpreter."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from ptx import in_kernels
 from torch import Tensor
 
-from deployment.kernels import packed
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.packed import DenseSegment, PackedSegment, attend_packed
 from deployment.kernels.phase import Rotary
-from deployment.kernels.tuning import tuning_of
+from deployment.kernels.tuning import tuned
 from deployment.layout import PackedTensor
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.mixed import MixedQuantizer
@@ -229,10 +226,9 @@ def test_partial_rotary_embeddings(rotary_dim: int) -> None:
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
 def test_outliers_may_add_up_in_shared_memory(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU as it is; in the interpreter, which knows no shared memory, by the tests' own."""
-    tuning = replace(tuning_of(DEVICE), shared_sums=True)
-    monkeypatch.setattr(packed, "tuning_of", lambda device: tuning)
     shared = None if DEVICE.type == "cuda" else in_kernels(monkeypatch)
-    assert run_case(heads=heads, lengths=(140, 600), share=0.05) < 2e-3
+    with tuned(shared_sums=True):
+        assert run_case(heads=heads, lengths=(140, 600), share=0.05) < 2e-3
     # more than four queries to a KV head are left to memory
     assert shared is None or bool(shared) == (heads != (8, 1))
 

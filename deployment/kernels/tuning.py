@@ -1,7 +1,7 @@
 """Numbers that were found by measuring, not by reasoning, with the device and the day.
 
 Measured on LLaMA-7B's shape (32 heads of 128), one query, 131072 tokens, in us at 4 / 3 / 2 bits. What is compared was timed in one run; rows of
-different runs are of different kernels. A device that is not listed takes the nearest older one's.
+different runs are of different kernels. `python -m deployment.benchmark --tune entries=256` times others. A device that is not listed takes the nearest older one's.
 
     H200, 2026-11-23, with 1 % outliers
         128 registers, 4 programs per multiprocessor        569 / 464 / 397
@@ -15,7 +15,9 @@ different runs are of different kernels. A device that is not listed takes the n
         the same without outliers                           288 / 254 / 231
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -31,14 +33,42 @@ class Tuning:
     entries: int  # outliers at a time
     shared_sums: bool = False  # outliers add up in shared memory, which is counted (0.2 instructions more), not timed
 
+    def __post_init__(self) -> None:
+        powers = all(number & (number - 1) == 0 for number in (self.chunk, self.entries))
+        if not (powers and self.chunk >= 64 and self.entries > 0 and self.registers > 0 and self.waves > 0):
+            raise ValueError(f"{self}: chunk (64 or more) and entries must be powers of two, the others positive")
+
 
 _MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=128)}
 _ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=128)
 
 
-@cache
+_changes: dict[str, int | bool] = {}
+
+
+@contextmanager
+def tuned(**changes: int | bool) -> Iterator[None]:
+    """Within, kernels run with other numbers than those found, such as `entries=256`.
+
+    Raises TypeError for names that `Tuning` does not have, and ValueError for numbers that it does not take.
+    """
+    global _changes
+    replace(_ELSEWHERE, **changes)  # type: ignore[arg-type]  # nothing runs before names and numbers are checked
+    before, _changes = _changes, {**_changes, **changes}
+    try:
+        yield
+    finally:
+        _changes = before
+
+
 def tuning_of(device: torch.device) -> Tuning:
     """For a device; the interpreter takes what unlisted GPUs take."""
+    found = _found_for(device)
+    return replace(found, **_changes) if _changes else found  # type: ignore[arg-type]
+
+
+@cache
+def _found_for(device: torch.device) -> Tuning:
     if device.type != "cuda":
         return _ELSEWHERE
     major, minor = torch.cuda.get_device_capability(device)
