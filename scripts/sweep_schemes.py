@@ -4,7 +4,8 @@ r"""Fit several schemes to the same records and evaluate them on the same window
         --windows 40 --schemes nuq4-1% nf4-1% int4-1% --results scripts/results/schemes.jsonl
 
 One JSONL row per scheme; schemes that the results file already holds for this model and text are not run again.
-The unquantized logits of a window are computed once for all schemes.
+So many as `--together` are fitted and evaluated side by side, since the unquantized logits of a window are computed once for all of
+them; then their rows are written, and an interrupted sweep goes on from there.
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     add_scheme_arguments(parser, named=False)
     parser.add_argument("--calibration-windows", type=positive_int, help="use only the first windows of the records")
+    parser.add_argument("--together", type=positive_int, default=4, help="schemes evaluated side by side (4)")
     add_evaluation_arguments(parser)
     arguments = parser.parse_args(argv)
 
@@ -57,14 +59,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return {"results": arguments.results, "rows_added": 0}
     loaded = load_model_from(arguments)
     windows = evaluation_windows(loaded, arguments)
-    candidates = [fit(records, scheme) for scheme in schemes]
-    for quantizers in candidates:
-        quantizers.check_model(loaded.model.config)
-    rows = evaluate_many(loaded.model, windows, candidates)
+    rows: list[dict[str, Any]] = []
+    for first in range(0, len(schemes), arguments.together):
+        candidates = [fit(records, scheme) for scheme in schemes[first : first + arguments.together]]
+        for quantizers in candidates:
+            quantizers.check_model(loaded.model.config)
+        evaluated = evaluate_many(loaded.model, windows, candidates)
+        if process_state().is_main_process:
+            for row in evaluated:
+                append_result({**row, **identity}, loaded, arguments)
+        rows += evaluated
     if not process_state().is_main_process:
         return None
-    for row in rows:
-        append_result({**row, **identity}, loaded, arguments)
     shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")
     print(format_table([{name: row[name] for name in shown} for row in rows]))
     return {"results": arguments.results, "rows_added": len(rows)}

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY
@@ -11,6 +12,7 @@ from gradients.cli import UserError
 from gradients.records import Records
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
+from scripts import sweep_schemes
 from scripts.quickstart_table import table_rows
 from scripts.readme_tables import DOCUMENTS, TABLES, with_tables
 from scripts.sweep_schemes import main as sweep_main
@@ -69,6 +71,30 @@ def test_a_sweep_runs_only_what_is_missing(
     assert [row["scheme"] for row in read_rows(results)] == ["int4", "nuq3-1%"]
     # another option is another scheme
     assert sweep_main([*arguments, "int4", "--sink-tokens", "0"])["rows_added"] == 1
+
+
+def test_an_interrupted_sweep_goes_on(
+    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, whole = tmp_path / "rows.jsonl", sweep_schemes.evaluate_many
+    arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
+    arguments += [str(text_file), "--seqlen", "33", "--windows", "2", "--results", str(results), "--together", "2"]
+    arguments += ["--schemes", "int2", "int3", "int4"]
+    evaluated: list[str] = []
+
+    def evaluate(model: Any, windows: Any, candidates: Any) -> Any:
+        if len(evaluated) == 2:
+            raise KeyboardInterrupt
+        evaluated.extend(quantizers.scheme.describe() for quantizers in candidates)
+        return whole(model, windows, candidates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_schemes, "evaluate_many", evaluate)
+        with pytest.raises(KeyboardInterrupt):
+            sweep_main(arguments)
+    assert [row["scheme"] for row in read_rows(results)] == evaluated == ["int2", "int3"]
+    assert sweep_main(arguments)["rows_added"] == 1
+    assert [row["scheme"] for row in read_rows(results)] == ["int2", "int3", "int4"]
 
 
 def test_a_sweep_of_fewer_calibration_windows_is_another(
