@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The checks and the quick tests, from nothing but Python >= 3.11 and git:
 #
-#     scripts/test.sh                          # everything
+#     scripts/test.sh                          # all but what takes minutes
+#     scripts/test.sh -m slow                  # that
 #     scripts/test.sh tests/test_kmeans.py     # arguments go to pytest
 #     VENV=~/.venvs/kvquant scripts/test.sh    # another virtual environment than .venv
 set -euo pipefail
@@ -12,4 +13,4 @@ cd "$repository"
 "$python" -m ruff check .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy
-"$python" -m pytest -q -n 2 "$@"
+"$python" -m pytest -q -n 2 -m "not slow" "$@"
