@@ -12,9 +12,11 @@
 #               sanitize    every kernel on small shapes, watched by compute-sanitizer: memcheck, racecheck
 #               smollm2     a real MODEL and its QUANTIZERS against the CPU, on a TEXT (pydoc)
 #               bench       attention of one layer against fp16
+#               tune        the same with each of CHANGES to the kernels' tuning
 #               generate    whole models: decode and prefill from several CACHES at CONTEXTS
 #     SHAPES    llama-7b llama-3-8b
 #     SCHEMES   nuq4-1% nuq3-1% nuq2-1%      each against fp16, in the same process
+#     CHANGES   shared_sums=1 chunk=256 chunk=128
 #     CACHES    fp16 nuq4-1% ...             those of scripts/benchmark_generate.py
 #     CONTEXTS  32K 128K 512K 1M             of generate
 #     PYTHON    python3, which has the requirements; nothing is installed
@@ -23,24 +25,15 @@
 # if a test, a check or a benchmark failed.
 set -euo pipefail
 
-usage() {
-    sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
-    exit "${1:-0}"
-}
+source "$(dirname "${BASH_SOURCE[0]}")/lease.sh"
+explain "$@"
+begin_lease "$1"
 
-[[ ${1:-} == -h || ${1:-} == --help ]] && usage
-[[ $# -eq 1 ]] || usage 2 >&2
-mkdir -p "$1"
-out=$(cd "$1" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-
-python=${PYTHON:-python3}
-deadline=$((SECONDS + ${BUDGET:-540}))
 parts=${PARTS:-tests bench}
 read -ra shapes <<<"${SHAPES:-llama-7b llama-3-8b}"
 read -ra schemes <<<"${SCHEMES:-nuq4-1% nuq3-1% nuq2-1%}"
 read -ra caches <<<"${CACHES:-fp16 nuq4-1% nuq3-1% nuq2-1% nuq2 fp16-dynamic fp16-static hqq4 quanto4}"
+read -ra changes <<<"${CHANGES:-shared_sums=1 chunk=256 chunk=128}"
 read -ra contexts <<<"${CONTEXTS:-32K 128K 512K 1M}"
 read -ra quantizers <<<"${QUANTIZERS:-}"
 device=cuda tests=(tests/test_kernels_*.py tests/test_graphed.py) many=8
@@ -55,26 +48,6 @@ if [[ -n ${DRY:-} ]]; then
     whole=(--chunks 16 --prefill-context 64)
 fi
 results=$out/benchmark.jsonl
-failed=0
-
-# run NAME LIMIT COMMAND...: at most so many seconds, and no more than are left; its output goes to NAME.txt
-run() {
-    local name=$1 limit=$2 left=$((deadline - SECONDS)) began=$SECONDS code=0
-    shift 2
-    if ((left < 15)); then
-        echo "left out   $name: no time left"
-        return
-    fi
-    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$out/$name.txt" 2>&1 || code=$?
-    case $code in
-        0) echo "done       $name ($((SECONDS - began)) s)" ;;
-        124 | 137) echo "cut short  $name ($((SECONDS - began)) s)" ;;
-        *)
-            echo "failed     $name ($((SECONDS - began)) s): $(tail -n 1 "$out/$name.txt")"
-            failed=1
-            ;;
-    esac
-}
 
 # benchmark NAME LIMIT BATCH OPS CONTEXT...: every shape and scheme
 benchmark() {
@@ -141,6 +114,16 @@ if [[ $parts == *bench* ]]; then
     benchmark batch 60 "$many" decode,append "${short[@]}"
     benchmark long 90 1 decode "${long[@]}"
     table
+fi
+if [[ $parts == *tune* ]]; then
+    for change in "${changes[@]}"; do
+        for shape in "${shapes[@]}"; do
+            for scheme in "${schemes[@]}"; do
+                run "tune-$change-$(basename "$shape")-$scheme" 60 "$python" -m deployment.benchmark --device "$device" --ops decode \
+                    --shape "$shape" --scheme "$scheme" --tune "$change" --contexts "${short[@]}" --results "$out/tune.jsonl"
+            done
+        done
+    done
 fi
 if [[ $parts == *generate* ]]; then
     left=$((deadline - SECONDS))
