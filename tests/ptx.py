@@ -44,6 +44,12 @@ def in_pairs(operation: Callable[..., np.ndarray]) -> Callable[..., int]:
     return calculate
 
 
+def nearest_integer(word: int) -> int:
+    """Of fp32 to int32: the even one of two, the closest there is beyond the range, 0 for what is no number."""
+    number = float(np.array([word], np.uint32).view(np.float32)[0])
+    return 0 if number != number else int(max(min(np.rint(number), 2**31 - 1), -(2**31))) & _WORD
+
+
 OPERATIONS: dict[str, Callable[..., int]] = {
     "prmt.b32": prmt,
     "lop3.b32": lop3,
@@ -55,6 +61,7 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "mad.lo.u32": lambda a, b, c: (a * b + c) & _WORD,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
+    "cvt.rni.s32.f32": nearest_integer,
     "mul.rn.f16x2": in_pairs(lambda a, b: a * b),
     "fma.rn.f16x2": in_pairs(lambda a, b, c: a * b + c),
 }
@@ -102,6 +109,9 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
             registers, read = _listed(operands[0]), memory.__getitem__ if "shared" in name else _read
             held = [read(at) for at in _addresses(name, operands[1], value, len(registers))]
             values.update(zip(registers, held, strict=True))
+        elif name == "red.shared.add.u32":
+            (at,) = _addresses("red.shared.b32", operands[0], value, 1)
+            memory[at] = (memory[at] + value(operands[1])) & _WORD
         elif name == "red.shared.add.f32":
             (at,) = _addresses("red.shared.b32", operands[0], value, 1)
             numbers = np.array([memory[at], value(operands[1])], np.uint32).view(np.float32)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.phase import cos_sin_of, pair_of, phase_of, steps_of
-from deployment.kernels.sums import add
+from deployment.kernels.sums import UNIT, add, add_units
 from deployment.kernels.vectors import four_floats, two_floats
 from deployment.streams import index_span
 
@@ -43,7 +43,7 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 
 @triton.jit
 def add_to_scores(
-    sums,  # [ROWS, CHUNK] fp32, see sums.py
+    sums,  # [ROWS, CHUNK] fp32, or whole units if SHARED: see sums.py
     queries,  # [PAIRS, ROWS, 2] fp32, rotated to their own positions
     angles,  # steps, see `Rotary`, and the position of the chunk's first
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
@@ -73,6 +73,8 @@ def add_to_scores(
         # the second half of a pair stands a quarter of a turn ahead
         phase = phase_of(angles[1] + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
         cos, sin = cos_sin_of(phase, QUICK)
+        if SHARED:
+            delta *= 1 / UNIT
         on_a, on_b = cos * delta, sin * delta
         at = queries + pair * (2 * ROWS)
         for row in tl.static_range(0, ROWS, 2):
@@ -80,8 +82,17 @@ def add_to_scores(
                 a, b = two_floats(at, QUICK)
             else:
                 a, b, c, d = four_floats(at + 2 * row, QUICK)
-                add(sums, (row + 1) * CHUNK + token, c * on_a + d * on_b, SHARED)
-            add(sums, row * CHUNK + token, a * on_a + b * on_b, SHARED)
+                add_to_score(sums, (row + 1) * CHUNK + token, c * on_a + d * on_b, SHARED)
+            add_to_score(sums, row * CHUNK + token, a * on_a + b * on_b, SHARED)
+
+
+@triton.jit
+def add_to_score(sums, index, x, SHARED: tl.constexpr):
+    """Add `x`, in units if SHARED."""
+    if SHARED:
+        add_units(sums, index, x)
+    else:
+        add(sums, index, x, False)
 
 
 @triton.jit

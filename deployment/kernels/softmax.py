@@ -8,7 +8,7 @@ import triton.language as tl
 
 from deployment.kernels.operands import keep_operand
 from deployment.kernels.outliers import token_ranges
-from deployment.kernels.sums import read
+from deployment.kernels.sums import read_units
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def weigh_chunk(
     to = tl.arange(0, ROWS)[:, None] * CHUNK + token[None, :]
     score = tl.load(scores + to, mask=seen, other=float("-inf"), cache_modifier=".cg")
     if SHARED:
-        score += read(outliers, to, True)
+        score += read_units(outliers, to)
         tl.debug_barrier()
     raised = tl.maximum(highest, tl.max(score, 1))
     reference = tl.where(raised == float("-inf"), 0.0, raised)
