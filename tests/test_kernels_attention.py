@@ -218,6 +218,14 @@ def test_sinks_only() -> None:
     assert run_case(lengths=(0, 0), sinks=5, exact_chunk=False) < 2e-3
 
 
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("sinks", [16, 17, 40])
+def test_plain_tokens_are_few_or_many(sinks: int, new: int) -> None:
+    """Up to 16 are done on the side."""
+    assert run_case(lengths=(70, 3), sinks=sinks, new=new, heads=(6, 2), dim=96, rotary_dim=48) < 2e-3
+    assert run_case(lengths=(0,), sinks=sinks, new=new, dtype=torch.float32) < 3e-6
+
+
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 def test_partial_rotary_embeddings(rotary_dim: int) -> None:
     assert run_case(rotary_dim=rotary_dim, lengths=(100,), factor=1.2, dtype=torch.float32) < 3e-6

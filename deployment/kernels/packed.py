@@ -15,10 +15,11 @@ import triton
 from torch import Tensor
 
 from deployment.kernels.combine import combine_kernel
+from deployment.kernels.few import FEW
 from deployment.kernels.lookup import SHARED
 from deployment.kernels.phase import Rotary
 from deployment.kernels.shared import allow_shared_memory
-from deployment.kernels.split import split_kernel
+from deployment.kernels.split import LIFT, split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
 from deployment.kernels.tuning import Tuning, tuning_of
 from deployment.layout import PackedTensor, Page
@@ -93,7 +94,7 @@ class Plan:
         wanted = multiprocessors(device) * tuning.waves
         most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
         splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
-        return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits)), splits)
+        return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits, default=0)), splits)
 
 
 @cache
@@ -123,6 +124,7 @@ def attend_packed(
         query = query.contiguous()
     if query.is_cuda:
         allow_shared_memory()
+    few, segments = _apart(segments)
     plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
     precise, tuning = query.dtype == torch.float32, tuning_of(query.device)
     scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)
@@ -178,23 +180,57 @@ def attend_packed(
         part += splits
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
     combine_kernel[(batch * new * heads,)](
-        outputs,
-        maxima,
-        sums,
-        result,
-        new,
-        parts,
-        plan.tiles,
-        batch,
+        outputs=outputs,
+        maxima=maxima,
+        sums=sums,
+        result=result,
+        query=query,
+        query_stride_b=query.stride(0),
+        query_stride_h=query.stride(1),
+        query_stride_s=query.stride(2),
+        positions=positions,
+        steps=rotary.steps,
+        factor=rotary.factor,
+        scaling=scaling * _LOG2_E,
+        **_few_arguments("front", few[0], query, positions),
+        **_few_arguments("back", few[1], query, positions),
+        new=new,
+        parts=parts,
+        tiles=plan.tiles,
+        batch=batch,
         H=heads,
         G=kv_heads,
         D=dim,
         ROWS=plan.rows,
+        PAIRS=triton.next_power_of_2(dim // 2),
         CHANNELS=triton.next_power_of_2(dim),
+        ROTARY_HALF=rotary.half,
         PARTS=_PARTS,
+        LIFT=0.0 if precise else LIFT.value,
+        QUICK=query.is_cuda and not precise,
         num_warps=4,
     )
     return result
+
+
+def _apart(segments: Sequence[Segment]) -> tuple[list[DenseSegment | None], list[Segment]]:
+    """(two plain segments of few tokens, None where there are fewer; all others)."""
+    few = [segment for segment in segments if isinstance(segment, DenseSegment) and segment.tokens <= FEW.value][:2]
+    others = [segment for segment in segments if not any(segment is small for small in few)]
+    return [*few, None, None][:2], others
+
+
+def _few_arguments(name: str, segment: DenseSegment | None, query: Tensor, positions: Tensor) -> dict[str, Any]:
+    if segment is None:
+        key, value, origins, limits, shift, tokens = query, query, positions, None, 0, 0
+    else:
+        key, value = _of_equal_strides(segment)
+        origins, limits, shift, tokens = segment.origins, segment.limits, segment.start, segment.tokens
+    tensors = {"key": key, "value": value, "origins": origins, "limits": origins if limits is None else limits}
+    strides = dict(zip(("stride_b", "stride_g", "stride_t"), key.stride()[:3], strict=True))
+    lower = {**tensors, **strides, "shift": shift, "tokens": tokens}
+    limited = {f"{name.upper()}_LIMITED": limits is not None}
+    return {**{f"{name}_{argument}": x for argument, x in lower.items()}, **limited}
 
 
 @dataclass(frozen=True)
@@ -269,13 +305,18 @@ def _segment_arguments(segment: Segment) -> dict[str, Any]:
     }
 
 
+def _of_equal_strides(segment: DenseSegment) -> tuple[Tensor, Tensor]:
+    key, value = segment.key, segment.value
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    return key, value
+
+
 _PACKED_NAMES = "words scales levels_at scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
 
 
 def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
-    key, value = segment.key, segment.value
-    if key.stride() != value.stride() or key.stride(-1) != 1:
-        key, value = key.contiguous(), value.contiguous()
+    key, value = _of_equal_strides(segment)
     arguments: dict[str, Any] = {f"{side}_{name}": key for side in ("key", "value") for name in _PACKED_NAMES}
     for side in ("KEY", "VALUE"):
         arguments |= {f"{side}_SOURCE": DENSE, f"{side}_BITS": 0, f"{side}_GEOMETRY": (), f"{side}_DYNAMIC": False}

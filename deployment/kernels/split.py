@@ -28,6 +28,7 @@ from deployment.kernels.sums import clear, read, write
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
 from deployment.kernels.values import attend_chunk
 
+LIFT = tl.constexpr(15.0)  # see `split_kernel`
 _MOST_ASKED = tl.constexpr(8192)  # outliers of a chunk that are asked for ahead
 
 # numbers that change from call to call must not make the compiler specialise
@@ -143,7 +144,7 @@ def split_kernel(
     OPERAND: tl.constexpr = tl.float32 if PRECISE else tl.float16
     PRECISION: tl.constexpr = "ieee" if PRECISE else None
     # weights of 1 become 2^15 in fp16, so that those of 2^-29 are still normal numbers; sums see the same factor
-    LIFT: tl.constexpr = 0.0 if PRECISE else 15.0
+    LIFTED: tl.constexpr = 0.0 if PRECISE else LIFT
     # times a token's scale they must not overflow either
     LOWER: tl.constexpr = 0.00390625 if VALUE_DYNAMIC and not PRECISE else 1.0
 
@@ -381,7 +382,7 @@ def split_kernel(
                 VALUE_OUTLIERS,
                 VALUE_SOURCE == FRAGMENT_ORDER,
                 VALUE_KIND,
-                LIFT,
+                LIFTED,
                 LOWER,
                 SHARED_SUMS and KEY_OUTLIERS,
             )
