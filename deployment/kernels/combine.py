@@ -97,44 +97,31 @@ def combine_kernel(
         query_b = tl.load(query_at + second, mask=pair_ok, other=0).to(tl.float32) * scale
         position = tl.load(positions + b * new + token)
         angles = steps_of(steps, pair, pair_ok)
-        origin = tl.load(front_origins + b) + front_shift
-        limit = position + 1
+        front = (front_key, front_value, front_stride_b, front_stride_g, front_stride_t, front_tokens)
+        back = (back_key, back_value, back_stride_b, back_stride_g, back_stride_t, back_tokens)
+        front_from = tl.load(front_origins + b) + front_shift
+        back_from = tl.load(back_origins + b) + back_shift
+        front_to, back_to = position + 1, position + 1
         if FRONT_LIMITED:
-            limit = tl.load(front_limits + b)
-        output, highest, total = attend_few(
-            (output, highest, total),
-            (query_a, query_b),
-            position,
-            (front_key, front_value, front_stride_b, front_stride_g, front_stride_t, origin, limit),
-            front_tokens,
-            b,
-            head // GROUP,
-            angles,
-            (first, second, pair_ok),
-            D,
-            CHANNELS,
-            QUICK,
-            LIFT,
-        )
-        origin = tl.load(back_origins + b) + back_shift
-        limit = position + 1
+            front_to = tl.load(front_limits + b)
         if BACK_LIMITED:
-            limit = tl.load(back_limits + b)
-        output, highest, total = attend_few(
-            (output, highest, total),
-            (query_a, query_b),
-            position,
-            (back_key, back_value, back_stride_b, back_stride_g, back_stride_t, origin, limit),
-            back_tokens,
-            b,
-            head // GROUP,
-            angles,
-            (first, second, pair_ok),
-            D,
-            CHANNELS,
-            QUICK,
-            LIFT,
-        )
+            back_to = tl.load(back_limits + b)
+        for side in tl.static_range(2):
+            output, highest, total = attend_few(
+                (output, highest, total),
+                (query_a, query_b),
+                position,
+                front if side == 0 else back,
+                front_from if side == 0 else back_from,
+                front_to if side == 0 else back_to,
+                (b, head // GROUP),
+                angles,
+                (first, second, pair_ok),
+                D,
+                CHANNELS,
+                QUICK,
+                LIFT,
+            )
     output = output / tl.where(total == 0, 1.0, total)
     to = result + ((b * new + token).to(tl.int64) * H + head) * D + channel
     tl.store(to, output.to(result.dtype.element_ty), mask=channel < D)

@@ -19,10 +19,10 @@ def attend_few(
     state,  # output [CHANNELS], highest score, sum of weights: as of `combine`
     query,  # two [PAIRS] fp32: the halves of the query's pairs, scaled, not rotated
     position,  # int64, of the query
-    segment,  # keys, values, their strides of sequences, heads, tokens; position of the first; where those not stored begin
-    tokens,
-    b,
-    g,
+    segment,  # keys, values, their strides of sequences, heads, tokens; how many tokens
+    origin,  # position int64 of the first
+    limit,  # from which position on they are not stored
+    stream,  # number of the sequence, and of the KV head
     angles,  # high, low
     channels,  # two [PAIRS], the halves of the pairs, and which of them exist
     D: tl.constexpr,
@@ -32,12 +32,12 @@ def attend_few(
 ):
     """The state, with the tokens of a plain segment."""
     output, highest, total = state
-    key, value, stride_b, stride_g, stride_t, origin, limit = segment
+    key, value, stride_b, stride_g, stride_t, tokens = segment
     first, second, pair_ok = channels
     token = tl.arange(0, FEW)
     at = origin + token
     seen = (token < tokens) & (at >= 0) & (at < limit) & (at <= position)
-    place = b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + token.to(tl.int64) * stride_t
+    place = stream[0].to(tl.int64) * stride_b + stream[1].to(tl.int64) * stride_g + token.to(tl.int64) * stride_t
     ok = seen[:, None] & pair_ok[None, :]
     a = tl.load(key + place[:, None] + first[None, :], mask=ok, other=0).to(tl.float32)
     c = tl.load(key + place[:, None] + second[None, :], mask=ok, other=0).to(tl.float32)
