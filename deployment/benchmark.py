@@ -3,7 +3,7 @@
     python -m deployment.benchmark --shape llama-7b --scheme nuq3-1% --contexts 2K 32K 128K
     python -m deployment.benchmark --shape llama-3-8b --scheme rdnuq2.4 --contexts 128K --batch 4 --ops decode
     python -m deployment.benchmark --shape ./smollm2 --scheme nuq4-1% --contexts 2048
-    python -m deployment.benchmark --contexts 2K --ops decode --tune chunk=128 shared_sums=1
+    python -m deployment.benchmark --contexts 2K --ops decode --tune chunk=256 stages=2
 
 `append` stores one token per sequence, `decode` attends one query per head and sequence, `prefill` attends a chunk of
 512. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to

@@ -7,7 +7,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from deployment.order import ChannelOrder, Order
+from deployment.order import ChannelOrder, FragmentOrder, Order
 from quant.codebook import Codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -26,6 +26,7 @@ class Tables:
     offset: Tensor  # [C] int32: first word in a block, in channel order
     first_level: Tensor  # [C] int32: where the channel's codebook begins in levels
     first_boundary: Tensor  # [C] int32: and in boundaries
+    bytes: Tensor  # [2, 256] int32: what `kernels/pairs.py` finds for the bytes of words, where an order has fragments
     planes: int  # union of the binary digits of all widths
     widest: int
 
@@ -59,9 +60,25 @@ class Tables:
             offset=offset.int(),
             first_level=first_level.int(),
             first_boundary=first_boundary.int(),
+            bytes=_levels_of_bytes(all_levels, order) if isinstance(order, FragmentOrder) else width.int()[:1],
             planes=reduce(or_, occurring, 0),
             widest=max(occurring),
         )
+
+
+def _levels_of_bytes(levels: Tensor, order: FragmentOrder) -> Tensor:
+    """For every byte of a word in fragment order, the fp16 levels of its codes: two words of a pair each, the lower number first.
+
+    A nibble is a code of 4 bits or, with a bit of another in front, of 3; or two of 2, of which the lower belong to the first word, and the
+    upper to the second. The words are equal if there is just one.
+    """
+    byte = torch.arange(256, device=levels.device)
+    numbers = levels.half().view(torch.int16).long() & 0xFFFF
+    mask = 2**order.bits - 1
+    words = [numbers[byte >> shift & mask] | numbers[byte >> shift + 4 & mask] << 16 for shift in (0, 2)]
+    if order.bits != 2:
+        words[1] = words[0]
+    return torch.stack([(word + 2**31) % 2**32 - 2**31 for word in words]).int()
 
 
 def _codebooks(quantizer: Quantizer) -> dict[int, Codebook]:

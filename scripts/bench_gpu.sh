@@ -16,7 +16,7 @@
 #               generate    whole models: decode and prefill from several CACHES at CONTEXTS
 #     SHAPES    llama-7b llama-3-8b
 #     SCHEMES   nuq4-1% nuq3-1% nuq2-1%      each against fp16, in the same process
-#     CHANGES   shared_sums=1 chunk=256 chunk=128
+#     CHANGES   chunk=256 stages=2 entries=256
 #     CACHES    fp16 nuq4-1% ...             those of scripts/benchmark_generate.py
 #     CONTEXTS  32K 128K 512K 1M             of generate
 #     PYTHON    python3, which has the requirements; nothing is installed
@@ -33,7 +33,7 @@ parts=${PARTS:-tests bench}
 read -ra shapes <<<"${SHAPES:-llama-7b llama-3-8b}"
 read -ra schemes <<<"${SCHEMES:-nuq4-1% nuq3-1% nuq2-1%}"
 read -ra caches <<<"${CACHES:-fp16 nuq4-1% nuq3-1% nuq2-1% nuq2 fp16-dynamic fp16-static hqq4 quanto4}"
-read -ra changes <<<"${CHANGES:-shared_sums=1 chunk=256 chunk=128}"
+read -ra changes <<<"${CHANGES:-chunk=256 stages=2 entries=256}"
 read -ra contexts <<<"${CONTEXTS:-32K 128K 512K 1M}"
 read -ra quantizers <<<"${QUANTIZERS:-}"
 device=cuda tests=(tests/test_kernels_*.py tests/test_graphed.py) many=8

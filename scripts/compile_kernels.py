@@ -33,8 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deployment.kernels.lookup import SHARED
-from deployment.kernels.packed import _chunk, _options, _turn
+from deployment.kernels.packed import _options, _turn, chunk_tokens, lookup_of, stages_of
 from deployment.kernels.queries import rotate_back
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.split import split_kernel
@@ -48,6 +47,7 @@ from scripts.source_lines import places_of_code, places_of_function, places_of_l
 
 HEAD_DIM = 128
 OUTLIERS = 0.01
+_MANY = 1 << 20  # tokens: there are chunks for all programs
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     "*i64": "positions origins limits",
@@ -55,10 +55,10 @@ _TYPES = {
     "*fp16": "query key_scales value_scales key_value value_value key_dense value_dense rotated weights scaled",
     "*fp32": (
         "factor turn key_levels_at key_scale key_zero key_floor value_levels_at value_scale value_zero value_floor own scores "
-        "extra rescale outputs maxima sums"
+        "extra parked rescale outputs maxima sums"
     ),
     "*i32": (
-        "steps key_words value_words key_starts key_ends value_starts value_ends key_width key_offset "
+        "steps key_bytes value_bytes key_words value_words key_starts key_ends value_starts value_ends key_width key_offset "
         "key_first_level value_width value_offset value_first_level"
     ),
     "fp32": "scaling",
@@ -72,10 +72,16 @@ def attention_constants(
     roles: tuple[Role, ...] = ("key", "value")
     orders = {side: FragmentOrder(bits, 8, HEAD_DIM, side, torch.device("cpu")) for side in roles}
     geometry = {f"{side.upper()}_GEOMETRY": order.geometry.constants() for side, order in orders.items()}
-    both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers, "FAST": SHARED.value}
+    both = {"SOURCE": FRAGMENT_ORDER, "BITS": bits, "OUTLIERS": outliers}
     sides = {f"{side}_{name}": value for side in ("KEY", "VALUE") for name, value in both.items()}
     rows, tuning = triton.next_power_of_2(group), tuning_for(target)
-    heads = {"H": 8 * group, "G": 8, "D": HEAD_DIM, "ROWS": rows, "CHUNK": chunk or _chunk(rows, tuning)}
+    heads = {
+        "H": 8 * group,
+        "G": 8,
+        "D": HEAD_DIM,
+        "ROWS": rows,
+        "CHUNK": chunk or chunk_tokens(rows, _MANY, 1, tuning),
+    }
     sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": tuning.entries}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}
     return {
@@ -86,7 +92,8 @@ def attention_constants(
         **flags,
         "TURN": _turn(orders["key"], rows),
         "QUICK": True,
-        "SHARED_SUMS": tuning.shared_sums and rows <= 4,
+        **{f"{side.upper()}_STAGES": stages_of(order, rows, heads["CHUNK"], tuning) for side, order in orders.items()},
+        **{f"{side.upper()}_FAST": lookup_of(order) for side, order in orders.items()},
     }
 
 
@@ -98,7 +105,8 @@ def chunk_of(constants: dict[str, Any], warps: int, outliers: float) -> Chunk:
     return Chunk(
         blocks=tokens // 64,
         products=products,
-        rounds=expected_rounds(outliers * tokens * HEAD_DIM, constants["ENTRIES"]),
+        # the loop's body holds two rounds, of which the second is left out where there is none
+        rounds=expected_rounds(outliers * tokens * HEAD_DIM, constants["ENTRIES"]) / 2,
         spans=tokens // span,
         span_products=products * turn // 64 if constants["KEY_DYNAMIC"] else 0,
         query_places=places_of_function(rotate_back.fn) | places_of_loop(score_chunk.fn, "span"),

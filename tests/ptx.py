@@ -55,10 +55,12 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "lop3.b32": lop3,
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
     "not.b32": lambda a: ~a & _WORD,
     "shr.u32": lambda a, b: a >> b,
     "add.u32": lambda a, b: (a + b) & _WORD,
     "mad.lo.u32": lambda a, b, c: (a * b + c) & _WORD,
+    "dp4a.u32.u32": lambda a, b, c: (sum((a >> i & 255) * (b >> i & 255) for i in (0, 8, 16, 24)) + c) & _WORD,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
     "cvt.rni.s32.f32": nearest_integer,
@@ -102,6 +104,10 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
         return values[word] if word in values else int(word, 0)
 
     for name, *operands in _statements(text):
+        if name.startswith("@"):
+            if not value(name[1:]):
+                continue
+            name, *operands = operands
         if name == ".shared":
             array, size = operands[-1].rstrip("]").split("[")
             values[array] = memory.declare(int(size)) if isinstance(memory, Shared) else _SHARED
@@ -109,6 +115,15 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
             registers, read = _listed(operands[0]), memory.__getitem__ if "shared" in name else _read
             held = [read(at) for at in _addresses(name, operands[1], value, len(registers))]
             values.update(zip(registers, held, strict=True))
+        elif name.startswith(("cp.async.ca", "cp.async.cg")):
+            to, source, size = operands[0], operands[1], int(operands[2], 0)
+            kind = f"{'v' * (size > 4)}{size // 4 if size > 4 else ''}{'.' * (size > 4)}b32"
+            held = [_read(at) for at in _addresses(f"ld.global.{kind}", source, value, size // 4)]
+            memory.update(zip(_addresses(f"st.shared.{kind}", to, value, size // 4), held, strict=True))
+        elif name.startswith(("cp.async.commit", "cp.async.wait")):
+            pass  # copies are there at once
+        elif name == "setp.ne.s32":
+            values[operands[0]] = int(value(operands[1]) != value(operands[2]))
         elif name == "red.shared.add.u32":
             (at,) = _addresses("red.shared.b32", operands[0], value, 1)
             memory[at] = (memory[at] + value(operands[1])) & _WORD

@@ -77,6 +77,25 @@ def turned(level_a, level_b, tables, FAST: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def turned_block(level_a, level_b, tables, PARTS: tl.constexpr, FAST: tl.constexpr, OPERAND: tl.constexpr):
+    """`turned` of the levels of a block, each of its PARTS equal parts by the same tables: `[PAIRS, 64]` twice."""
+    a, b = turned(part_of(level_a, 0, PARTS), part_of(level_b, 0, PARTS), tables, FAST, OPERAND)
+    if PARTS == 2:
+        c, d = turned(part_of(level_a, 1, PARTS), part_of(level_b, 1, PARTS), tables, FAST, OPERAND)
+        a, b = both_parts(a, c, PARTS), both_parts(b, d, PARTS)
+    return a, b
+
+
+@triton.jit
+def both_parts(first, second, PARTS: tl.constexpr):
+    """The inverse of `part_of`: a tile of PARTS parts; the first if it is the only one."""
+    tile = first
+    if PARTS == 2:
+        tile = tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [first.shape[0], 64])
+    return tile
+
+
+@triton.jit
 def key_levels(
     words,  # of the block, in channel order
     held,  # `block_words` of the block and head, in fragment order

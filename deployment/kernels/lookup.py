@@ -11,9 +11,9 @@ tiles, since the compiler does not reliably see that two fp16 numbers are neighb
 import triton
 import triton.language as tl
 
-from deployment.kernels.pairs import filled, pair_levels
+from deployment.kernels.pairs import pair_levels
 
-# FAST: not, or by byte permutes, or (4 bits) from a table in shared memory, which pays if many words are looked up
+# FAST: not, or by byte permutes, or from a table in shared memory (pairs.py), which pays if many words are looked up
 PERMUTES = tl.constexpr(1)
 SHARED = tl.constexpr(2)
 
@@ -78,9 +78,7 @@ def per_lane(word):
 @triton.jit
 def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
     """What `unit_levels` looks levels up in: loaded once, used in the loop."""
-    if BITS == 4 and FAST == SHARED:
-        table = (filled(levels),)
-    elif FAST:
+    if FAST:
         low, high = level_bytes(levels, 0)
         table = (low, high)  # type: ignore[assignment]
         if BITS == 3:
@@ -101,7 +99,7 @@ def prepared(levels, BITS: tl.constexpr, FAST: tl.constexpr):
 def unit_levels(nibbles, table, BITS: tl.constexpr, FAST: tl.constexpr):
     """Levels of the codes in the eight nibbles of words: `[..., 8]` fp32, or if FAST `[..., 4]` pairs of fp16."""
     if FAST:
-        if BITS == 4 and FAST == SHARED:
+        if FAST == SHARED:
             a, b, c, d = pair_levels(nibbles, table[0])
         elif BITS == 4:
             a, b, c, d = tl.inline_asm_elementwise(

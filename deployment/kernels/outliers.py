@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.phase import cos_sin_of, pair_of, phase_of, steps_of
-from deployment.kernels.sums import UNIT, add, add_units
 from deployment.kernels.vectors import four_floats, two_floats
 from deployment.streams import index_span
 
@@ -43,12 +42,11 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 
 @triton.jit
 def add_to_scores(
-    sums,  # [ROWS, CHUNK] fp32, or whole units if SHARED: see sums.py
+    scores,  # [ROWS, CHUNK] fp32
     queries,  # [PAIRS, ROWS, 2] fp32, rotated to their own positions
     angles,  # steps, see `Rotary`, and the position of the chunk's first
     entries,  # index, value, first and last of the chunk, ends of the lists from the chunk's first block on
-    place,  # `loaded` of the chunk's first
-    exact,
+    ahead,  # `loaded` of the chunk's first, and of those after
     coded,  # ranges of tokens, levels, floor, and the head's first channel
     token0,
     here,
@@ -59,49 +57,57 @@ def add_to_scores(
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
     QUICK: tl.constexpr,
-    SHARED: tl.constexpr,
 ):
     """Add the outliers of a chunk's keys to its scores: the difference, rotated to its token's position, times the query."""
-    for entry0 in range(entries[2], entries[3], ENTRIES):
-        number, element = place, exact
-        place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
-        token, channel, delta = outlier_deltas(
-            number, element, entries, entry0, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES
-        )
-        pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
-        high, low = steps_of(angles[0], pair, pair >= 0)
-        # the second half of a pair stands a quarter of a turn ahead
-        phase = phase_of(angles[1] + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
-        cos, sin = cos_sin_of(phase, QUICK)
-        if SHARED:
-            delta *= 1 / UNIT
-        on_a, on_b = cos * delta, sin * delta
-        at = queries + pair * (2 * ROWS)
-        for row in tl.static_range(0, ROWS, 2):
-            if ROWS == 1:
-                a, b = two_floats(at, QUICK)
-            else:
-                a, b, c, d = four_floats(at + 2 * row, QUICK)
-                add_to_score(sums, (row + 1) * CHUNK + token, c * on_a + d * on_b, SHARED)
-            add_to_score(sums, row * CHUNK + token, a * on_a + b * on_b, SHARED)
+    even_place, even_exact, odd_place, odd_exact = ahead
+    # entries are loaded two rounds ahead, in the place of those just used up: to hand them on from round to round would be to wait for them
+    for even in range(entries[2], entries[3], 2 * ENTRIES):
+        odd = even + ENTRIES
+        deltas = outlier_deltas(even_place, even_exact, entries, even, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES)
+        even_place, even_exact = loaded(entries[0], entries[1], odd + ENTRIES, entries[3], ENTRIES)
+        add_scores(scores, queries, angles, deltas, ROWS, CHUNK, D, ROTARY_HALF, QUICK)
+        if odd < entries[3]:
+            deltas = outlier_deltas(odd_place, odd_exact, entries, odd, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES)
+            odd_place, odd_exact = loaded(entries[0], entries[1], odd + 2 * ENTRIES, entries[3], ENTRIES)
+            add_scores(scores, queries, angles, deltas, ROWS, CHUNK, D, ROTARY_HALF, QUICK)
 
 
 @triton.jit
-def add_to_score(sums, index, x, SHARED: tl.constexpr):
-    """Add `x`, in units if SHARED."""
-    if SHARED:
-        add_units(sums, index, x)
-    else:
-        add(sums, index, x, False)
+def add_scores(
+    scores,
+    queries,
+    angles,
+    deltas,  # `outlier_deltas`
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+    ROTARY_HALF: tl.constexpr,
+    QUICK: tl.constexpr,
+):
+    """Add some outliers of keys; other arguments as of `add_to_scores`."""
+    token, channel, delta = deltas
+    pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
+    high, low = steps_of(angles[0], pair, pair >= 0)
+    # the second half of a pair stands a quarter of a turn ahead
+    phase = phase_of(angles[1] + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
+    cos, sin = cos_sin_of(phase, QUICK)
+    on_a, on_b = cos * delta, sin * delta
+    at = queries + pair * (2 * ROWS)
+    for row in tl.static_range(0, ROWS, 2):
+        if ROWS == 1:
+            a, b = two_floats(at, QUICK)
+        else:
+            a, b, c, d = four_floats(at + 2 * row, QUICK)
+            tl.atomic_add(scores + (row + 1) * CHUNK + token, c * on_a + d * on_b, sem="relaxed")
+        tl.atomic_add(scores + row * CHUNK + token, a * on_a + b * on_b, sem="relaxed")
 
 
 @triton.jit
 def add_to_output(
-    sums,  # [ROWS, CHANNELS] fp32, see sums.py
+    output,  # [ROWS, CHANNELS] fp32
     weights,  # [ROWS, CHUNK]
     entries,
-    place,
-    exact,
+    ahead,
     coded,
     token0,
     here,
@@ -111,18 +117,27 @@ def add_to_output(
     CHANNELS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
-    SHARED: tl.constexpr,
 ):
     """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
-    for entry0 in range(entries[2], entries[3], ENTRIES):
-        number, element = place, exact
-        place, exact = loaded(entries[0], entries[1], entry0 + ENTRIES, entries[3], ENTRIES)
-        token, channel, delta = outlier_deltas(
-            number, element, entries, entry0, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES
-        )
-        for row in tl.static_range(ROWS):
-            weight = tl.load(weights + row * CHUNK + token).to(tl.float32)
-            add(sums, row * CHANNELS + channel, weight * delta, SHARED)
+    even_place, even_exact, odd_place, odd_exact = ahead
+    for even in range(entries[2], entries[3], 2 * ENTRIES):
+        odd = even + ENTRIES
+        deltas = outlier_deltas(even_place, even_exact, entries, even, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES)
+        even_place, even_exact = loaded(entries[0], entries[1], odd + ENTRIES, entries[3], ENTRIES)
+        add_outputs(output, weights, deltas, ROWS, CHUNK, CHANNELS)
+        if odd < entries[3]:
+            deltas = outlier_deltas(odd_place, odd_exact, entries, odd, coded, token0, here, CHUNK, D, DYNAMIC, ENTRIES)
+            odd_place, odd_exact = loaded(entries[0], entries[1], odd + 2 * ENTRIES, entries[3], ENTRIES)
+            add_outputs(output, weights, deltas, ROWS, CHUNK, CHANNELS)
+
+
+@triton.jit
+def add_outputs(output, weights, deltas, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHANNELS: tl.constexpr):
+    """Add some outliers of values."""
+    token, channel, delta = deltas
+    for row in tl.static_range(ROWS):
+        weight = tl.load(weights + row * CHUNK + token).to(tl.float32)
+        tl.atomic_add(output + row * CHANNELS + channel, weight * delta, sem="relaxed")
 
 
 @triton.jit

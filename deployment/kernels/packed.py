@@ -16,8 +16,10 @@ from torch import Tensor
 
 from deployment.kernels.combine import combine_kernel
 from deployment.kernels.few import FEW
-from deployment.kernels.lookup import SHARED
+from deployment.kernels.lookup import PERMUTES, SHARED
+from deployment.kernels.pairs import TABLE_BYTES
 from deployment.kernels.phase import Rotary
+from deployment.kernels.ring import slot_bytes
 from deployment.kernels.shared import allow_shared_memory
 from deployment.kernels.split import LIFT, split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
@@ -27,8 +29,9 @@ from deployment.order import FragmentOrder, Order
 
 _LOG2_E = math.log2(math.e)
 _DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
-_CHUNK_SCORES = 8192  # of a program at a time: rows times tokens
-_SUMMED_ROWS = 4  # up to which 48 KiB of shared memory hold the sums of outliers beside all else
+_CHUNK_WEIGHTS = 8192  # bytes of a program's weights at a time
+_SMALL_CHUNK = 256  # tokens: below, what every chunk costs outweighs that all programs have one
+_DECLARED_BYTES = 48 * 1024  # of shared memory, which is all that inline PTX may declare
 _PARTS = 16  # put together at a time
 _MAX_SPLITS = 256
 
@@ -90,8 +93,8 @@ class Plan:
         tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
         tiles = -(-rows // tile)
         tuning = tuning_of(device)
-        chunk = _chunk(tile, tuning)
         wanted = multiprocessors(device) * tuning.waves
+        chunk = chunk_tokens(tile, streams * tiles * max(segments, default=0), wanted, tuning)
         most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
         splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
         return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits, default=0)), splits)
@@ -133,7 +136,7 @@ def attend_packed(
     maxima, sums = (query.new_empty(parts, streams, plan.tiles * plan.rows, dtype=torch.float32) for _ in range(2))
     options, part = _options(dim, tuning), 0
     for segment, splits in zip(segments, plan.splits, strict=True):
-        fast = _fast(segment, precise)
+        fast = _fast(segment, precise, plan, tuning)
         turn = 64 if isinstance(segment, DenseSegment) else _turn(segment.key.order, plan.rows)
         works = streams * plan.tiles * splits
         split_kernel[(min(works, plan.programs),)](
@@ -170,10 +173,9 @@ def attend_packed(
             ROTARY_HALF=rotary.half,
             LIMITED=segment.limits is not None,
             PRECISE=precise,
-            ENTRIES=max(tuning.entries, 32 * options["num_warps"]),  # see `sums.add`
+            ENTRIES=tuning.entries,
             TURN=turn,
             QUICK=query.is_cuda and not precise,
-            SHARED_SUMS=tuning.shared_sums and not precise and plan.rows <= _SUMMED_ROWS,
             **fast,
             **options,
         )
@@ -243,6 +245,7 @@ class _Scratch:
     weights: Tensor
     scaled: Tensor
     extra: Tensor
+    parked: Tensor
     rescale: Tensor
 
     @classmethod
@@ -259,21 +262,50 @@ class _Scratch:
             weights=new(plan.rows, plan.chunk, dtype=operand),
             scaled=new(2, plan.rows, plan.chunk, dtype=operand),
             extra=new(plan.rows, max(16, triton.next_power_of_2(dim))),
+            parked=new(plan.rows, max(16, triton.next_power_of_2(dim))),
             rescale=new(plan.rows),
         )
 
 
-def _fast(segment: Segment, precise: bool) -> dict[str, int]:
-    """Which sides look levels up with inline PTX: fragments in half precision, on a GPU."""
+def _fast(segment: Segment, precise: bool, plan: Plan, tuning: Tuning) -> dict[str, int]:
+    """How either side's levels are looked up by inline PTX, and how many blocks of its words are on their way.
+
+    That is for fragments in half precision, on a GPU. Tables in shared memory take fewer instructions than byte permutes, but what shared
+    memory answers in a clock is limited, too: keys, which also read rotated queries, take permutes where these are cheap.
+    """
+    found = {"KEY_FAST": 0, "VALUE_FAST": 0, "KEY_STAGES": 0, "VALUE_STAGES": 0}
     if isinstance(segment, DenseSegment) or precise or not segment.key_page.words.is_cuda:
-        return {"KEY_FAST": 0, "VALUE_FAST": 0}
-    orders = {"KEY_FAST": segment.key.order, "VALUE_FAST": segment.value.order}
-    return {name: SHARED.value if isinstance(order, FragmentOrder) else 0 for name, order in orders.items()}
+        return found
+    for side, order in (("KEY", segment.key.order), ("VALUE", segment.value.order)):
+        if isinstance(order, FragmentOrder):
+            stages = stages_of(order, plan.rows, plan.chunk, tuning)
+            found |= {f"{side}_FAST": lookup_of(order), f"{side}_STAGES": stages}
+    return found
 
 
-def _chunk(rows: int, tuning: Tuning) -> int:
-    """Tokens of a chunk."""
-    return min(tuning.chunk, _CHUNK_SCORES // max(rows, 16))
+def lookup_of(order: FragmentOrder) -> int:
+    """`PERMUTES` or `SHARED`: what was faster on an H100."""
+    return (PERMUTES if order.role == "key" and order.bits < 4 else SHARED).value
+
+
+def stages_of(order: FragmentOrder, rows: int, chunk: int, tuning: Tuning) -> int:
+    """Blocks on their way: as the tuning says, if shared memory has room for them beside the table and the weights."""
+    room = _DECLARED_BYTES - TABLE_BYTES.value - weights_bytes(rows, chunk)
+    fitting = room // slot_bytes(order.bits, order.geometry.constants())
+    return min(tuning.stages, 1 << fitting.bit_length() >> 1)  # a power of two
+
+
+def weights_bytes(rows: int, chunk: int) -> int:
+    """Of a chunk's weights as an operand in shared memory."""
+    return chunk * 4 * min(rows, 8)
+
+
+def chunk_tokens(rows: int, tokens: int, programs: int, tuning: Tuning) -> int:
+    """Tokens of a chunk, of all streams' `tokens`: fewer where there would not be one for each program, and for several rows."""
+    chunk = min(tuning.chunk if rows < 4 else tuning.chunk // 2, _CHUNK_WEIGHTS // weights_bytes(rows, 1))
+    while chunk > _SMALL_CHUNK and tokens < chunk * programs:
+        chunk //= 2
+    return chunk
 
 
 def _turn(order: Order, rows: int) -> int:
@@ -312,7 +344,7 @@ def _of_equal_strides(segment: DenseSegment) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-_PACKED_NAMES = "words scales levels_at scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
+_PACKED_NAMES = "words scales levels_at bytes scale zero floor width offset first_level index value starts ends".split()  # noqa: SIM905
 
 
 def _dense_arguments(segment: DenseSegment) -> dict[str, Any]:
@@ -335,7 +367,7 @@ def _packed_arguments(side: str, packed: PackedTensor, page: Page) -> dict[str, 
         "words": page.words,
         "scales": unused if page.scales is None else page.scales,
         "levels_at": tables.levels,
-        **{name: getattr(tables, name) for name in _PACKED_NAMES[3:9]},
+        **{name: getattr(tables, name) for name in _PACKED_NAMES[3:10]},
         "index": unused if streams is None else streams.index,
         "value": unused if streams is None else streams.value,
         "starts": unused if streams is None else streams.starts,

@@ -7,9 +7,10 @@ are kept.
 import triton
 import triton.language as tl
 
-from deployment.kernels.keys import key_levels, part_of, turned
+from deployment.kernels.keys import both_parts, key_levels, turned_block
 from deployment.kernels.operands import operand
 from deployment.kernels.outliers import token_ranges
+from deployment.kernels.ring import receive, send
 from deployment.kernels.tiles import FRAGMENT_ORDER, block_words
 
 _KEEP = tl.constexpr(
@@ -20,6 +21,7 @@ _KEEP = tl.constexpr(
 @triton.jit
 def score_chunk(
     scores,  # [ROWS, CHUNK] fp32
+    ring,  # where the chunk's first STAGES blocks have been sent to
     rotated,  # [spans, 2, 16 x PAIRS]: operands, see `rotate_back`
     source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
     ranges,  # [tokens, 2] fp16, where they are dynamic
@@ -39,6 +41,8 @@ def score_chunk(
     DYNAMIC: tl.constexpr,
     FAST: tl.constexpr,
     QUICK: tl.constexpr,
+    STAGES: tl.constexpr,  # of the ring; 0: words are read from where they are
+    WHOLE: tl.constexpr,  # all blocks of a chunk have been sent
     KIND: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -48,19 +52,12 @@ def score_chunk(
     SPAN_BLOCKS: tl.constexpr = STRETCHES * TURN // 64
     mma_row = tl.arange(0, 16)
     query, stretch = mma_row % ROWS, mma_row // ROWS
-    turn_token = tl.arange(0, TURN)
+    block_token = tl.arange(0, 64)
     words, stride, levels, widths, plain, plain_stride = source
     table, tables, ones = fixed
 
     block_at = words + (token0 // 64).to(tl.int64) * stride
-    # words of the next two blocks (AT_ONCE: of the next): each is loaded when the one before in its place is used up
     AT_ONCE: tl.constexpr = min(2, SPAN_BLOCKS)
-    e0, e1, e2 = 0, 0, 0
-    o0, o1, o2 = 0, 0, 0
-    if SOURCE == FRAGMENT_ORDER:
-        e0, e1, e2 = block_words(block_at, BITS, GEOMETRY)
-        if AT_ONCE == 2:
-            o0, o1, o2 = block_words(block_at + tl.minimum(1, here - 1) * stride, BITS, GEOMETRY)
     for span in range((here + SPAN_BLOCKS - 1) // SPAN_BLOCKS):
         back_a = operand(rotated + span * (32 * PAIRS), PAIRS, 16, KIND)
         back_b = operand(rotated + span * (32 * PAIRS) + 16 * PAIRS, PAIRS, 16, KIND)
@@ -72,9 +69,15 @@ def score_chunk(
         for pair in range(span * SPAN_BLOCKS, tl.minimum((span + 1) * SPAN_BLOCKS, here), AT_ONCE):
             for second in tl.static_range(AT_ONCE):
                 j = pair + second
-                holds = (e0, e1, e2) if second == 0 else (o0, o1, o2)
+                last = tl.minimum(j, here - 1)
+                if STAGES > 0:
+                    holds = receive(ring, last, words, BITS, GEOMETRY, STAGES, 0 if WHOLE else STAGES - 1)
+                elif SOURCE == FRAGMENT_ORDER:
+                    holds = block_words(block_at + last * stride, BITS, GEOMETRY)
+                else:
+                    holds = (0, 0, 0)
                 level_a, level_b = key_levels(
-                    block_at + tl.minimum(j, here - 1) * stride,
+                    block_at + last * stride,
                     holds,
                     table,
                     levels,
@@ -92,24 +95,31 @@ def score_chunk(
                     PAIRS,
                     FAST,
                 )
-                if SOURCE == FRAGMENT_ORDER:
-                    later = block_at + tl.minimum(j + AT_ONCE, here - 1) * stride
-                    if second == 0:
-                        e0, e1, e2 = block_words(later, BITS, GEOMETRY)
-                    else:
-                        o0, o1, o2 = block_words(later, BITS, GEOMETRY)
-                for part in tl.static_range(PARTS):
-                    part_a, part_b = part_of(level_a, part, PARTS), part_of(level_b, part, PARTS)
-                    key_a, key_b = turned(part_a, part_b, tables, FAST, OPERAND)
-                    token = j * 64 + part * TURN + turn_token
-                    # two sums, since products that wait for each other take longer than all else
-                    dot = tl.dot(back_a, key_a, input_precision=PRECISION)
-                    dot += tl.dot(back_b, key_b, input_precision=PRECISION)
-                    if DYNAMIC:
-                        scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
-                        dot = dot * scale[None, :] + on_zeros * zero[None, :]
-                    own = stretch == opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS + part
-                    keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own[:, None], QUICK)
+                if STAGES > 0 and not WHOLE:
+                    later = j + STAGES
+                    send(ring, later, block_at + later * stride, later < here, BITS, GEOMETRY, STAGES)
+                key_a, key_b = turned_block(level_a, level_b, tables, PARTS, FAST, OPERAND)
+                # two sums, since products that wait for each other take longer than all else
+                dot = tl.dot(back_a, key_a, input_precision=PRECISION)
+                on_b = tl.dot(back_b, key_b, input_precision=PRECISION)
+                dot = plus(dot, on_b, QUICK)
+                token = j * 64 + block_token
+                if DYNAMIC:
+                    scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
+                    dot = dot * scale[None, :] + both_parts(on_zeros, on_zeros, PARTS) * zero[None, :]
+                first_stretch = opaque(j - span * SPAN_BLOCKS, QUICK) * PARTS
+                own = stretch[:, None] == (first_stretch + block_token // TURN)[None, :]
+                keep(scores + (query * CHUNK)[:, None] + token[None, :], dot, own, QUICK)
+
+
+@triton.jit
+def plus(x, y, QUICK: tl.constexpr):
+    """`x + y`; a compiler that saw the sum of two products would make one the other's start."""
+    if QUICK:
+        total = tl.inline_asm_elementwise("add.f32 $0,$1,$2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+    else:
+        total = x + y
+    return total
 
 
 @triton.jit

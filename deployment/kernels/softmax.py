@@ -8,7 +8,6 @@ import triton.language as tl
 
 from deployment.kernels.operands import keep_operand
 from deployment.kernels.outliers import token_ranges
-from deployment.kernels.sums import read_units
 
 
 @triton.jit
@@ -33,7 +32,6 @@ def seen_tokens(position, origin, token0, held, ROWS: tl.constexpr, CHUNK: tl.co
 @triton.jit
 def weigh_chunk(
     scores,  # [ROWS, CHUNK] fp32
-    outliers,  # what they add to the scores, if SHARED; may lie where `scaled` will
     weights,  # [ROWS, CHUNK], written
     scaled,  # as `attend_chunk` takes it, written: weights, times the tokens' scales where values have ranges of their own
     ranges,  # [tokens, 2] fp16 of values
@@ -49,16 +47,12 @@ def weigh_chunk(
     KIND: tl.constexpr,
     LIFT: tl.constexpr,  # weights are 2^LIFT larger
     LOWER: tl.constexpr,  # and the scaled ones LOWER times that
-    SHARED: tl.constexpr,  # see sums.py
 ):
     """The new state, and `[ROWS]` what all that was summed before shrinks by."""
     highest, total, offset = state
     token = tl.arange(0, CHUNK)
     to = tl.arange(0, ROWS)[:, None] * CHUNK + token[None, :]
     score = tl.load(scores + to, mask=seen, other=float("-inf"), cache_modifier=".cg")
-    if SHARED:
-        score += read_units(outliers, to)
-        tl.debug_barrier()
     raised = tl.maximum(highest, tl.max(score, 1))
     reference = tl.where(raised == float("-inf"), 0.0, raised)
     weight = tl.exp2(score - reference[:, None] + LIFT)

@@ -14,18 +14,19 @@ list of outliers is one flat loop. `combine` puts the parts together.
 import triton
 import triton.language as tl
 
-from deployment.kernels.ahead import ask_for_list, ask_for_words
+from deployment.kernels.ahead import ask_for_list
 from deployment.kernels.keys import cos_and_sin, turn_tables, turned_ones
-from deployment.kernels.lookup import prepared
+from deployment.kernels.lookup import SHARED, prepared
 from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
 from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
+from deployment.kernels.pairs import fill, own_entries, table_memory
 from deployment.kernels.phase import first_of_pair, second_of_pair, steps_of
 from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
+from deployment.kernels.ring import ring_bytes, send_first
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.shared import shared_memory
 from deployment.kernels.softmax import seen_tokens, weigh_chunk
-from deployment.kernels.sums import clear, read, write
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, block_words
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER
 from deployment.kernels.values import attend_chunk
 
 LIFT = tl.constexpr(15.0)  # see `split_kernel`
@@ -66,6 +67,7 @@ def split_kernel(
     key_words,  # [B, blocks, W] int32
     key_scales,  # [B, blocks * 64, 2] fp16
     key_levels_at,
+    key_bytes,  # see `Tables`
     key_scale,
     key_zero,
     key_floor,
@@ -80,6 +82,7 @@ def split_kernel(
     value_words,
     value_scales,
     value_levels_at,
+    value_bytes,  # see `Tables`
     value_scale,
     value_zero,
     value_floor,
@@ -103,6 +106,7 @@ def split_kernel(
     weights,  # [programs, ROWS, CHUNK] operand dtype
     scaled,  # [programs, 2 ROWS CHUNK] operand dtype, of an operand; unused if QUICK
     extra,  # [programs, ROWS, CHANNELS] fp32
+    parked,  # [programs, ROWS, CHANNELS] fp32: the output, while registers serve other phases
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
     maxima,  # [parts, B, G, tiles, ROWS] fp32
@@ -136,7 +140,8 @@ def split_kernel(
     VALUE_FAST: tl.constexpr,
     TURN: tl.constexpr,
     QUICK: tl.constexpr,
-    SHARED_SUMS: tl.constexpr,
+    KEY_STAGES: tl.constexpr,
+    VALUE_STAGES: tl.constexpr,
 ):
     """Parts of the outputs, with the maxima and sums of their softmax; see the top of this file."""
     GROUP: tl.constexpr = H // G
@@ -168,10 +173,27 @@ def split_kernel(
     VALUE_KIND: tl.constexpr = SHARED_OPERAND if QUICK else PLAIN
     key_table = (0,)
     value_table = (0,)
-    if KEY_SOURCE == FRAGMENT_ORDER:
+    table_at = 0
+    # keys and values take turns with one table, or it is filled once for those that need it
+    TURNS: tl.constexpr = KEY_FAST == SHARED and VALUE_FAST == SHARED
+    if KEY_FAST == SHARED or VALUE_FAST == SHARED:
+        table_at = table_memory()
+        if not TURNS:
+            fill(table_at, key_bytes if KEY_FAST == SHARED else value_bytes)
+    if KEY_FAST == SHARED:
+        key_table = (own_entries(table_at, KEY_BITS),)
+    elif KEY_SOURCE == FRAGMENT_ORDER:
         key_table = prepared(key_levels_at, KEY_BITS, KEY_FAST)
-    if VALUE_SOURCE == FRAGMENT_ORDER:
+    if VALUE_FAST == SHARED:
+        value_table = (own_entries(table_at, VALUE_BITS),)
+    elif VALUE_SOURCE == FRAGMENT_ORDER:
         value_table = prepared(value_levels_at, VALUE_BITS, VALUE_FAST)
+
+    ring = 0
+    if KEY_STAGES + VALUE_STAGES > 0:
+        KEY_RING: tl.constexpr = ring_bytes(KEY_BITS, KEY_GEOMETRY, KEY_STAGES)
+        VALUE_RING: tl.constexpr = ring_bytes(VALUE_BITS, VALUE_GEOMETRY, VALUE_STAGES)
+        ring = shared_memory(max(KEY_RING, VALUE_RING))
 
     program = tl.program_id(0).to(tl.int64)
     own += program * (2 * ROWS * 2 * PAIRS)
@@ -181,16 +203,11 @@ def split_kernel(
     weights += program * (CHUNK * ROWS)
     scaled += program * (CHUNK * 2 * ROWS)
     extra += program * (CHANNELS * ROWS)
+    parked += program * (CHANNELS * ROWS)
     rescale += program * ROWS
     weighing = scaled
-    score_sums, output_sums = scores, extra
     if QUICK:
         weighing = shared_memory(CHUNK * 4 * min(ROWS, 8))
-    if SHARED_SUMS:
-        output_sums = shared_memory(4 * ROWS * CHANNELS)
-        score_sums = weighing  # weights come when scores are done with; of up to eight rows they take as much
-        if not QUICK:
-            score_sums = shared_memory(4 * ROWS * CHUNK)
     for work in range(tl.program_id(0), works, tl.num_programs(0)):
         split, rest = work % splits, work // splits
         tile, stream = rest % tiles, (rest // tiles).to(tl.int64)
@@ -262,35 +279,43 @@ def split_kernel(
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         offset = tl.zeros([ROWS], tl.float32)
-        output = tl.zeros([16, CHANNELS], tl.float32)
-        output_ok = channel_ok[None, :] & (mma_row < ROWS)[:, None]
+        parked_at = parked + (mma_row % ROWS)[:, None] * CHANNELS + channel[None, :]
+        parked_ok = tl.broadcast_to((mma_row < ROWS)[:, None], [16, CHANNELS])
+        output_ok = channel_ok[None, :] & parked_ok
+        tl.store(parked_at, tl.zeros([16, CHANNELS], tl.float32), mask=parked_ok)
         key_entry, key_end, value_entry, value_end = 0, 0, 0, 0
         first_block = tl.minimum(first_chunk * BLOCKS, blocks)
+        last_block = tl.minimum(last_chunk * BLOCKS, (held + 63) // 64)
+        first_end = stream * blocks + tl.minimum(first_block + BLOCKS, (held + 63) // 64) - 1
         if KEY_OUTLIERS:
             key_entry = list_begin(key_starts, key_ends, stream, first_block, blocks)
+            key_end = tl.load(key_ends + first_end, mask=first_chunk < last_chunk, other=0)
         if VALUE_OUTLIERS:
             value_entry = list_begin(value_starts, value_ends, stream, first_block, blocks)
-            clear(output_sums, ROWS * CHANNELS, SHARED_SUMS)
+            value_end = tl.load(value_ends + first_end, mask=first_chunk < last_chunk, other=0)
+            tl.store(extra + tl.arange(0, ROWS * CHANNELS), tl.zeros([ROWS * CHANNELS], tl.float32))
+        if KEY_STAGES > 0:
+            send_first(ring, key_head, key_block_words, first_block, last_block, KEY_BITS, KEY_GEOMETRY, KEY_STAGES)
         for chunk in range(first_chunk, last_chunk):
             token0 = chunk * CHUNK
             block0 = (token0 // 64).to(tl.int64)
             here = tl.minimum(BLOCKS, (held - token0 + 63) // 64)
             edges = stream * blocks + block0  # of lists of outliers
+            # where the next chunk's lists end: loaded a chunk before it is used
+            later_edge = stream * blocks + tl.minimum(block0 + 2 * BLOCKS, (held + 63) // 64) - 1
             if KEY_OUTLIERS:
-                key_end = tl.load(key_ends + edges + here - 1)
+                key_later = tl.load(key_ends + later_edge)
             if VALUE_OUTLIERS:
-                value_end = tl.load(value_ends + edges + here - 1)
+                value_later = tl.load(value_ends + later_edge)
             if QUICK:
-                if VALUE_SOURCE == FRAGMENT_ORDER:
-                    ask_for_words(value_head, value_block_words, block0, block0 + here, BLOCKS, D * 2 * VALUE_BITS)
                 if KEY_OUTLIERS:
                     ask_for_list(key_index, key_value, key_entry, key_end, _MOST_ASKED)
                 if VALUE_OUTLIERS:
                     ask_for_list(value_index, value_value, value_entry, value_end, _MOST_ASKED)
 
             # 1: scores
-            if SHARED_SUMS and KEY_OUTLIERS:
-                clear(score_sums, ROWS * CHUNK, SHARED_SUMS)
+            if TURNS:
+                fill(table_at, key_bytes)
             rotate_back(
                 rotated,
                 own,
@@ -303,12 +328,13 @@ def split_kernel(
                 KEY_ORDERED,
                 QUICK,
             )
-            key_loaded = (0, 0)
+            key_first = (0, 0)
             if KEY_OUTLIERS:
-                key_loaded = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
+                key_first = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
             tl.debug_barrier()
             score_chunk(
                 scores,
+                ring,
                 rotated,
                 keys,
                 key_ranges,
@@ -328,6 +354,8 @@ def split_kernel(
                 KEY_DYNAMIC,
                 KEY_FAST,
                 QUICK,
+                KEY_STAGES,
+                KEY_STAGES >= BLOCKS,
                 KEY_KIND,
                 OPERAND,
                 PRECISION,
@@ -335,14 +363,14 @@ def split_kernel(
             tl.debug_barrier()
             if KEY_OUTLIERS:
                 entries = (key_index, key_value, key_entry, key_end, key_ends + edges)
+                key_next = loaded(key_index, key_value, key_entry + ENTRIES, key_end, ENTRIES)
                 coded = (key_ranges, key_levels_at, key_floor, channel0)
                 add_to_scores(
-                    score_sums,
+                    scores,
                     by_pair,
                     (steps, origin + token0),
                     entries,
-                    key_loaded[0],
-                    key_loaded[1],
+                    (key_first[0], key_first[1], key_next[0], key_next[1]),
                     coded,
                     token0,
                     here,
@@ -353,22 +381,20 @@ def split_kernel(
                     KEY_DYNAMIC,
                     ENTRIES,
                     QUICK,
-                    SHARED_SUMS,
                 )
-                key_entry = key_end
+                key_entry, key_end = key_end, key_later
                 tl.debug_barrier()
 
+            if TURNS:
+                fill(table_at, value_bytes)
             # 2: softmax; meanwhile the next keys are asked for, and the first values loaded
-            if QUICK and KEY_SOURCE == FRAGMENT_ORDER:
-                end = tl.minimum(last_chunk * BLOCKS, (held + 63) // 64)
-                ask_for_words(key_head, key_block_words, block0 + BLOCKS, end, BLOCKS, D * 2 * KEY_BITS)
-            value_held = (0, 0, 0)
-            if VALUE_SOURCE == FRAGMENT_ORDER:
-                at = value_head + block0 * value_block_words
-                value_held = block_words(at, VALUE_BITS, VALUE_GEOMETRY)
+            if VALUE_STAGES > 0:
+                end_here = block0 + here
+                send_first(
+                    ring, value_head, value_block_words, block0, end_here, VALUE_BITS, VALUE_GEOMETRY, VALUE_STAGES
+                )
             highest, total, offset, shrink = weigh_chunk(
                 scores,
-                score_sums,
                 weights,
                 weighing,
                 value_ranges,
@@ -384,25 +410,24 @@ def split_kernel(
                 VALUE_KIND,
                 LIFTED,
                 LOWER,
-                SHARED_SUMS and KEY_OUTLIERS,
             )
             tl.store(rescale + row, shrink)
             if VALUE_OUTLIERS:  # noqa: SIM102  (a constant condition of its own is decided by the compiler)
                 if tl.min(shrink, 0) < 1:
-                    sum_at = row[:, None] * CHANNELS + channel[None, :]
-                    gained = read(output_sums, sum_at, SHARED_SUMS)
+                    extra_at = extra + row[:, None] * CHANNELS + channel[None, :]
+                    gained = tl.load(extra_at, cache_modifier=".cg")
                     tl.debug_barrier()  # several lanes may have the same sum
-                    write(output_sums, sum_at, gained * shrink[:, None], SHARED_SUMS)
+                    tl.store(extra_at, gained * shrink[:, None])
             tl.debug_barrier()
 
             # 3: values
-            value_loaded = (0, 0)
+            value_first = (0, 0)
             if VALUE_OUTLIERS:
-                value_loaded = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
+                value_first = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
             output = attend_chunk(
-                output * tl.load(rescale + mma_row % ROWS)[:, None],
+                tl.load(parked_at) * tl.load(rescale + mma_row % ROWS)[:, None],
                 weighing,
-                value_held,
+                ring,
                 values,
                 value_table,
                 token0,
@@ -415,19 +440,26 @@ def split_kernel(
                 VALUE_BITS,
                 VALUE_GEOMETRY,
                 VALUE_FAST,
+                VALUE_STAGES,
+                VALUE_STAGES >= BLOCKS,
                 VALUE_KIND,
                 OPERAND,
                 PRECISION,
             )
+            tl.store(parked_at, output, mask=parked_ok)
+            if KEY_STAGES > 0:
+                send_first(
+                    ring, key_head, key_block_words, block0 + BLOCKS, last_block, KEY_BITS, KEY_GEOMETRY, KEY_STAGES
+                )
             if VALUE_OUTLIERS:
                 entries = (value_index, value_value, value_entry, value_end, value_ends + edges)
+                value_next = loaded(value_index, value_value, value_entry + ENTRIES, value_end, ENTRIES)
                 coded = (value_ranges, value_levels_at, value_floor, channel0)
                 add_to_output(
-                    output_sums,
+                    extra,
                     weights,
                     entries,
-                    value_loaded[0],
-                    value_loaded[1],
+                    (value_first[0], value_first[1], value_next[0], value_next[1]),
                     coded,
                     token0,
                     here,
@@ -437,12 +469,12 @@ def split_kernel(
                     CHANNELS,
                     VALUE_DYNAMIC,
                     ENTRIES,
-                    SHARED_SUMS,
                 )
-                value_entry = value_end
+                value_entry, value_end = value_end, value_later
             tl.debug_barrier()
 
         # what `combine` needs
+        output = tl.load(parked_at)
         if VALUE_SOURCE != DENSE:
             if VALUE_DYNAMIC:
                 tl.store(rescale + row, offset)
@@ -454,7 +486,8 @@ def split_kernel(
             tl.debug_barrier()
             output = output * scale + tl.load(rescale + mma_row % ROWS)[:, None] * zero
             if VALUE_OUTLIERS:
-                output += read(output_sums, (mma_row % ROWS)[:, None] * CHANNELS + channel[None, :], SHARED_SUMS)
+                extra_at = extra + (mma_row % ROWS)[:, None] * CHANNELS + channel[None, :]
+                output += tl.load(extra_at, cache_modifier=".cg")
             tl.debug_barrier()
         result = ((part0 + split).to(tl.int64) * (works // splits) + rest) * ROWS
         tl.store(maxima + result + row, highest)

@@ -8,7 +8,8 @@ source of tiles is a plain tensor: sinks, or the chunk that is being read.
 import triton
 import triton.language as tl
 
-from deployment.kernels.lookup import unit_levels
+from deployment.kernels.lookup import SHARED, unit_levels
+from deployment.kernels.pairs import quad_levels
 
 CHANNEL_ORDER = tl.constexpr(0)
 FRAGMENT_ORDER = tl.constexpr(1)
@@ -51,11 +52,11 @@ def block_words(at, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
     ROW: tl.constexpr = 8 * GEOMETRY[5]
     UNITS: tl.constexpr = GEOMETRY[3] * GEOMETRY[4] * GEOMETRY[6] * 32
     word = at + tl.arange(0, UNITS // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-    first = tl.load(word)
+    first = tl.load(word, eviction_policy="evict_first")
     second, third = first, first
     if BITS == 3:
-        second = tl.load(word + UNITS)
-        third = tl.load(word + 2 * UNITS)
+        second = tl.load(word + UNITS, eviction_policy="evict_first")
+        third = tl.load(word + 2 * UNITS, eviction_policy="evict_first")
     return first, second, third
 
 
@@ -63,11 +64,19 @@ def block_words(at, BITS: tl.constexpr, GEOMETRY: tl.constexpr):
 def units(first, second, third, table, BITS: tl.constexpr, FAST: tl.constexpr):
     """What `unit_levels` finds for whole units of `block_words`, codes of a unit along the last axis."""
     PER_WORD: tl.constexpr = 4 if FAST else 8
-    if BITS == 3:
+    if BITS == 2 and FAST == SHARED:
+        a, b, c, d, e, f, g, h = quad_levels(first, table[0])
+        # pairs 0 to 3 are of the low halves, then those of the high ones
+        even, odd = tl.join(tl.join(a, b), tl.join(e, f)), tl.join(tl.join(c, d), tl.join(g, h))
+        levels = tl.join(even, odd)  # [..., high, second of two, odd]
+        levels = tl.reshape(levels, [first.shape[0], first.shape[1], 2 * PER_WORD])
+    elif BITS == 3:
         spare = ((first >> 3) & 0x11111111) | ((second >> 2) & 0x22222222) | ((third >> 1) & 0x44444444)
-        a = unit_levels(first & 0x77777777, table, BITS, FAST)
-        b = unit_levels(second & 0x77777777, table, BITS, FAST)
-        c = unit_levels(third & 0x77777777, table, BITS, FAST)
+        if FAST != SHARED:  # whose table does not look at the spare bits
+            first, second, third = first & 0x77777777, second & 0x77777777, third & 0x77777777
+        a = unit_levels(first, table, BITS, FAST)
+        b = unit_levels(second, table, BITS, FAST)
+        c = unit_levels(third, table, BITS, FAST)
         quarters = tl.join(tl.join(a, c), tl.join(b, unit_levels(spare, table, BITS, FAST)))
         levels = tl.reshape(tl.permute(quarters, (0, 1, 3, 4, 2)), [first.shape[0], first.shape[1], 4 * PER_WORD])
     elif BITS == 4:

@@ -31,16 +31,20 @@ class Tuning:
     waves: int  # programs per multiprocessor
     chunk: int  # tokens between two phases, at most
     entries: int  # outliers at a time
-    shared_sums: bool = False  # outliers add up in shared memory, of up to four queries to a KV head; counted (0.1 to 0.3 instructions more), not timed
+    stages: int  # blocks of words on their way, at most
 
     def __post_init__(self) -> None:
-        powers = all(number & (number - 1) == 0 for number in (self.chunk, self.entries))
-        if not (powers and self.chunk >= 64 and self.entries > 0 and self.registers > 0 and self.waves > 0):
-            raise ValueError(f"{self}: chunk (64 or more) and entries must be powers of two, the others positive")
+        powers = all(number & (number - 1) == 0 for number in (self.chunk, self.entries, self.stages))
+        if not (
+            powers and self.chunk >= 64 and min(self.entries, self.stages) > 0 and self.registers > 0 and self.waves > 0
+        ):
+            raise ValueError(
+                f"{self}: chunk (64 or more), entries and stages must be powers of two, the others positive"
+            )
 
 
-_MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=128)}
-_ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=128)
+_MEASURED = {90: Tuning(registers=168, waves=3, chunk=512, entries=128, stages=4)}
+_ELSEWHERE = Tuning(registers=168, waves=3, chunk=512, entries=128, stages=4)
 
 
 _changes: dict[str, int | bool] = {}

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from deployment.kernels.lookup import unpaired
 from deployment.kernels.operands import SHARED_OPERAND, operand
+from deployment.kernels.ring import receive, send
 from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, block_words, channel_levels, units
 
 
@@ -54,7 +55,7 @@ def value_levels(
 def attend_chunk(
     output,  # [16, CHANNELS] fp32
     weights,  # of levels: where `weigh_chunk` kept them as an operand
-    words_ahead,  # `block_words` of the chunk's first block
+    ring,  # where the chunk's first STAGES blocks have been sent to
     source,  # words, their stride from block to block, levels, widths, plain tensor, its stride; of the head
     table,  # `prepared`
     token0,
@@ -67,6 +68,8 @@ def attend_chunk(
     BITS: tl.constexpr,
     GEOMETRY: tl.constexpr,
     FAST: tl.constexpr,
+    STAGES: tl.constexpr,  # of the ring; 0: words are read from where they are
+    WHOLE: tl.constexpr,  # all blocks of a chunk have been sent
     KIND: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -77,18 +80,19 @@ def attend_chunk(
     channel = tl.arange(0, CHANNELS)
     words, stride, levels, widths, plain, plain_stride = source
     block_at = words + (token0 // 64).to(tl.int64) * stride
-    # words of the next two blocks: each is loaded when the one before in its place is used up
-    e0, e1, e2 = words_ahead
-    o0, o1, o2 = 0, 0, 0
-    if SOURCE == FRAGMENT_ORDER:
-        o0, o1, o2 = block_words(block_at + tl.minimum(1, here - 1) * stride, BITS, GEOMETRY)
     # of an odd number of blocks the last counts again, for tokens of weight 0
     for pair in range(0, here, 2):
         for second in tl.static_range(2):
             j = pair + second
-            holds = (e0, e1, e2) if second == 0 else (o0, o1, o2)
+            last = tl.minimum(j, here - 1)
+            if STAGES > 0:
+                holds = receive(ring, last, words, BITS, GEOMETRY, STAGES, 0 if WHOLE else STAGES - 1)
+            elif SOURCE == FRAGMENT_ORDER:
+                holds = block_words(block_at + last * stride, BITS, GEOMETRY)
+            else:
+                holds = (0, 0, 0)
             tile = value_levels(
-                block_at + tl.minimum(j, here - 1) * stride,
+                block_at + last * stride,
                 holds,
                 table,
                 levels,
@@ -105,12 +109,9 @@ def attend_chunk(
                 CHANNELS,
                 FAST,
             ).to(OPERAND)
-            if SOURCE == FRAGMENT_ORDER:
-                later = block_at + tl.minimum(j + 2, here - 1) * stride
-                if second == 0:
-                    e0, e1, e2 = block_words(later, BITS, GEOMETRY)
-                else:
-                    o0, o1, o2 = block_words(later, BITS, GEOMETRY)
+            if STAGES > 0 and not WHOLE:
+                later = j + STAGES
+                send(ring, later, block_at + later * stride, later < here, BITS, GEOMETRY, STAGES)
             weight = operand(weights + j * BLOCK, 64, ROWS, KIND)
             output = tl.dot(weight, tile, output, input_precision=PRECISION)
     return output
