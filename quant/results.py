@@ -1,6 +1,7 @@
 """Results are JSONL rows that say where they came from: device, versions, commit."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -47,7 +48,12 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def commit() -> str:
-    """The repository's commit, `-dirty` with uncommitted changes, or `unknown` outside a repository."""
+    """The repository's commit, `-dirty` with uncommitted changes, or `unknown` outside a repository.
+
+    KVQUANT_COMMIT says it where a copy of the files runs whose history is elsewhere.
+    """
+    if said := os.environ.get("KVQUANT_COMMIT"):
+        return said
     command = ["git", "describe", "--always", "--dirty"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)

@@ -27,7 +27,7 @@ from quant.results import append_row
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.random_model import config_of
-from scripts.sharded_decoding import WARM_UP, Decoded, Request, Sharded, rounded_context
+from scripts.sharded_decoding import WARM_UP, Decoded, Request, Sharded, free, rounded_context
 
 LONGEST = "longest"
 _STEP = 64  # the first step down is this part of the context, and each further one twice the last
@@ -181,9 +181,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 add_equality(rows)
                 triton = ["triton"] if rows[-1].get("path") == "triton" else []
                 append_row(arguments.results, rows[-1], [*packages, *triton])
-            model_free = sharded.free
-            del sharded
-            model_free()
+            del sharded  # and with it the model, before the next one is made
+            free(devices)
     return rows
 
 

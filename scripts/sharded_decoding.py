@@ -79,6 +79,18 @@ def rounded_context(scheme: Scheme, tokens: int) -> int:
     return scheme.sink_tokens + max(1, -(-(tokens - scheme.sink_tokens) // BLOCK_TOKENS)) * BLOCK_TOKENS
 
 
+def free(devices: Sequence[str]) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if all_on_cuda(devices):
+        torch.cuda.empty_cache()
+
+
+def all_on_cuda(devices: Sequence[str]) -> bool:
+    """Whether an allocator counts what lies on them."""
+    return all(torch.device(device).type == "cuda" for device in devices if device != "disk")
+
+
 class Sharded:
     """A random model of a config, spread evenly over devices. Raises `UserError` as `random_model` does."""
 
@@ -93,7 +105,7 @@ class Sharded:
     @property
     def on_cuda(self) -> bool:
         """Whether an allocator counts."""
-        return all(torch.device(device).type == "cuda" for device in self.devices if device != "disk")
+        return all_on_cuda(self.devices)
 
     @cached_property
     def _shape(self) -> ModelShape:
@@ -114,14 +126,8 @@ class Sharded:
         except RuntimeError as error:
             if not _is_lack_of_memory(error):
                 raise
-        self.free()
+        free(self.devices)
         return decoded
-
-    def free(self) -> None:
-        """Give back what nobody refers to any more."""
-        gc.collect()
-        if self.on_cuda:
-            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _decode(self, request: Request, limit: int | None) -> Decoded:

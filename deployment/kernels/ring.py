@@ -26,20 +26,20 @@ _TWO_WORDS = tl.constexpr((tl.int32,) * 2)
 
 
 @triton.constexpr_function
-def ring_bytes(bits, geometry, stages):
+def ring_bytes(bits: int, geometry: tuple[int, ...], stages: int) -> int:
     """Shared memory of a ring of blocks of a head in fragment order; `geometry` as `Fragment.constants`."""
     return stages * slot_bytes(bits, geometry) if stages else 0
 
 
 @triton.constexpr_function
-def slot_bytes(bits, geometry):
+def slot_bytes(bits: int, geometry: tuple[int, ...]) -> int:
     """Of one block: 4 bytes for each of the words of all units."""
     _, _, _, tiles_n, tiles_k, _, warps = geometry
     return 4 * 32 * warps * tiles_n * tiles_k * (3 if bits == 3 else 1)
 
 
 @triton.constexpr_function
-def _waiting(groups):
+def _waiting(groups: int) -> str:
     """PTX: wait until so many groups, or fewer, are on their way."""
     return f"cp.async.wait_group {groups}; mov.b32 $0,$1;"
 
