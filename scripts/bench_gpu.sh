@@ -90,6 +90,8 @@ if [[ $parts == *sanitize* ]]; then
     if [[ -n ${DRY:-} ]]; then
         TRITON_INTERPRET=1 run sanitize-none 120 "$python" -m scripts.small_steps --device "$device" "${steps[@]}"
     elif [[ -x $sanitizer ]]; then
+        # by itself first, so that kernels are compiled before they are watched
+        run sanitize-none 60 "$python" -m scripts.small_steps --device "$device"
         for tool in memcheck racecheck; do
             # a tensor is an allocation of its own, so that memcheck sees where it ends
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "sanitize-$tool" 150 "$sanitizer" --tool "$tool" --error-exitcode 9 \

@@ -14,7 +14,7 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
-from scripts.gpu_tables import device_table, generate_table, prefill_table, speed_table
+from scripts.gpu_tables import device_table, generate_table, prefill_table, processes_table, sharded_table, speed_table
 from scripts.long_tables import all_measured, decoding_in_float32
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
@@ -211,6 +211,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": lambda: of_gpus("gpu-benchmark", speed_table),
     "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
     "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
+    "gpu_sharded": lambda: of_gpus("gpu-multi-sharded", sharded_table),
+    "gpu_processes": lambda: of_gpus("gpu-multi-processes", processes_table),
     "gpu_device": lambda: of_gpus("gpu-device", device_table),
     "instructions": instructions,
     "roofline": roofline,

@@ -1,6 +1,6 @@
 """What decode attention over a packed cache can reach at most: memory against instructions.
 
-    python -m scripts.roofline                                   # llama-7b, llama-3-8b, llama-3-70b on two GPUs
+    python -m scripts.roofline                                   # llama-7b, llama-3-8b, llama-3-70b on three GPUs
     python -m scripts.roofline --schemes nuq3-1% --context 1M --results scripts/results/roofline.jsonl
 
 Every element of the cache has to be read, and dequantized by so many instructions. Three things take their time:
@@ -48,6 +48,7 @@ class Machine:
 
 MACHINES = {
     "A100-80GB": Machine(80, 108, 1.41e9, 0.9 * 2039e9),  # nine tenths of the nominal rate
+    "H100": Machine(90, 132, 1.98e9, 2988e9),  # measured, as the next
     "H200": Machine(90, 132, 1.98e9, 4250e9),  # measured, copies of 1 GiB
 }
 

@@ -8,7 +8,7 @@ import pytest
 
 from gradients.cli import UserError
 from scripts import figures, plot_speed
-from scripts.gpu_tables import device_table, generate_table, prefill_table, speed_table
+from scripts.gpu_tables import device_table, generate_table, prefill_table, processes_table, sharded_table, speed_table
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ def model_row(cache: str, mode: str | None, rate: float | None, **other: Any) ->
 def test_of_equal_rows_the_last_counts() -> None:
     rows = [layer_row("nuq3-1%", 2048, 9, 10), layer_row("nuq3-1%", 2048, 5, 10), layer_row("nuq3-1%", 4096, 5, 10)]
     header, cells = speed_table(rows)
-    assert cells[0] == ["llama-7b", "1", "nuq3-1%", "2,048", "4.0x", "5", "10", "2.00x", "50 %"]
+    assert cells[0] == ["H200", "llama-7b", "1", "nuq3-1%", "2,048", "4.0x", "5", "10", "2.00x", "50 %"]
     assert len(cells) == 2 and len(header) == len(cells[0])
 
 
@@ -53,17 +53,33 @@ def test_whole_models_have_a_line_for_each_cache() -> None:
         model_row("hqq4", None, None, op="prefill", error="not installed"),
     ]
     header, cells = generate_table(rows)
-    what = ["llama-7b", "32,768"]
+    what = ["H200", "llama-7b", "32,768"]
     assert cells == [
         [*what, "fp16", "30.0", "80.0", "2.0", "17.0"],
         [*what, "fp16-dynamic", "out of memory", "out of memory", "", ""],
         [*what, "fp16-static", "20.0", "failed", "2.0", "16.0"],
     ]
-    assert len(header) == 7
+    assert len(header) == 8
     assert prefill_table(rows)[1] == [
         [*what, "nuq2", "8000.0", "9000.0"],
         [*what, "hqq4", "not installed", "not installed"],
     ]
+
+
+def test_several_gpus_have_a_line_for_each_run() -> None:
+    memory = [{"held": 3 * 2**30, "predicted_held": 2 * 2**30}, {"held": 2**29, "predicted_held": 2**30}]
+    row = {"shape": "llama-7b", "scheme": "nuq2", "context": 2049, "filled": "prefill", "world_size": 2}
+    row |= {"device": "NVIDIA H100 80GB HBM3", "memory": memory, "tokens_per_second": 11.26}
+    header, cells = sharded_table([row, {**row, "tokens_equal_one_device": False}])
+    line = ["llama-7b", "nuq2", "2,049", "prefill", "2 x H100", "11.3", "3.00, 0.50", "2.00, 1.00"]
+    assert cells == [[*line, ""], [*line, "no"]] and len(header) == len(cells[0])
+    row = {"command": "gradients", "world_size": 2, "device": "H200", "identical": False, "largest_difference": 0.0064}
+    header, cells = processes_table([row, {**row, "identical": True, "speedup": 1.158}])
+    assert cells == [
+        ["gradients", "2", "H200", "within 6.4e-03", ""],
+        ["gradients", "2", "H200", "yes", "1.16x"],
+    ]
+    assert len(header) == len(cells[0])
 
 
 def test_a_device_has_a_line_for_each_scheme_and_dtype() -> None:

@@ -1,18 +1,18 @@
 """Numbers that were found by measuring, not by reasoning, with the device and the day.
 
-Measured on LLaMA-7B's shape (32 heads of 128), one query, 131072 tokens, in us at 4 / 3 / 2 bits. What is compared was timed in one run; rows of
-different runs are of different kernels. `python -m deployment.benchmark --tune entries=256` times others. A device that is not listed takes the nearest older one's.
+Measured on one layer, one query to a KV head (LLaMA-7B, 32 heads of 128) or four (Llama-3-8B), 131072 tokens, 1 % outliers, in us. What is compared was
+timed in one run. `python -m deployment.benchmark --tune entries=256` times others. A device that is not listed takes the nearest older one's, and one that is
+older than all the same numbers, untried.
 
-    H200, 2026-11-23, with 1 % outliers
-        128 registers, 4 programs per multiprocessor        569 / 464 / 397
-        168 registers, 3 programs                           544 / 435 / 389
-        no cap (up to 255), 2 programs                      706 / 675 / 611    (an earlier kernel)
-        512 outliers at a time instead of 256               549 / 434 / 383
-        chunks of 1024 tokens instead of 512                no difference
-        words through shared memory, 3 stages               564 / - / 360
-    H200, 2026-11-24
-        128 outliers at a time, two blocks of words ahead   392 / - / 312
-        the same without outliers                           288 / 254 / 231
+    H100, 2026-11-26                           LLaMA-7B, 4 bits    2 bits    Llama-3-8B, 4 bits    2 bits
+        as it is, chunks of 512                             357       331                   212       198
+        128 registers, 4 programs                           461       392                   238       222
+        256 outliers at a time                              386       356
+        chunks of 256                                       414                             184       182
+        2 blocks of words ahead instead of 4 (2 bits)                 328 instead of 343
+
+So chunks are halved from four queries on (`packed.chunk_tokens`), and where there would be too few of them for all programs. At 2048 tokens of LLaMA-7B, 2 bits, chunks
+of 512 / 256 / 128 tokens took 26 / 23 / 25 us, of a kernel before this one.
 """
 
 from collections.abc import Iterator
