@@ -225,9 +225,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--all", action="store_true", help="instructions of the loops by class, too")
     parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
-    chunk = arguments.chunk or 64
-    if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < 64:
-        raise UserError("--outliers is a share below 0.5, and --chunk a power of two from 64 on")
+    chunk = arguments.chunk or 128
+    if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < 128:
+        raise UserError("--outliers is a share below 0.5, and --chunk a power of two from 128 on")
     kernels = [
         compile_for(target, bits, group, arguments.chunk, arguments.outliers)
         for target in arguments.targets

@@ -1,6 +1,7 @@
 """A small interpreter of the inline PTX in the kernels: one lane, its registers, and shared memory as a dict of words.
 
-Triton's own interpreter knows no PTX; `in_kernels` lends it this one, so that kernels run with theirs.
+Triton's own interpreter knows no PTX; `in_kernels` lends it this one, so that kernels run with theirs. Their copies to
+shared memory are as late as they may be.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import pytest
 
 _SHARED = 0x800  # where declared arrays begin
 _WORD = 0xFFFFFFFF
+_LANE_0 = {"%laneid": 0, "%lanemask_lt": 0, "%lanemask_le": 1}
 
 
 def prmt(first: int, second: int, selector: int) -> int:
@@ -44,12 +46,6 @@ def in_pairs(operation: Callable[..., np.ndarray]) -> Callable[..., int]:
     return calculate
 
 
-def nearest_integer(word: int) -> int:
-    """Of fp32 to int32: the even one of two, the closest there is beyond the range, 0 for what is no number."""
-    number = float(np.array([word], np.uint32).view(np.float32)[0])
-    return 0 if number != number else int(max(min(np.rint(number), 2**31 - 1), -(2**31))) & _WORD
-
-
 OPERATIONS: dict[str, Callable[..., int]] = {
     "prmt.b32": prmt,
     "lop3.b32": lop3,
@@ -63,24 +59,28 @@ OPERATIONS: dict[str, Callable[..., int]] = {
     "dp4a.u32.u32": lambda a, b, c: (sum((a >> i & 255) * (b >> i & 255) for i in (0, 8, 16, 24)) + c) & _WORD,
     "mov.b32": lambda a: a,
     "mov.u32": lambda a: a,
-    "cvt.rni.s32.f32": nearest_integer,
-    "mul.rn.f16x2": in_pairs(lambda a, b: a * b),
     "fma.rn.f16x2": in_pairs(lambda a, b, c: a * b + c),
 }
 
 
 class Shared(dict[int, int]):
-    """Shared memory of a kernel: arrays lie behind one another."""
+    """Shared memory of a kernel: arrays lie behind one another, and copies arrive when they are waited for."""
 
     def __init__(self) -> None:
         super().__init__()
         self.end = _SHARED
+        self.groups: list[dict[int, int]] = [{}]  # of copies; the last is not committed yet
 
     def declare(self, size: int) -> int:
         """Address of a new array of so many bytes."""
         address = self.end
         self.end += -(-size // 128) * 128
         return address
+
+    def wait(self, groups: int) -> None:
+        """Until no more than so many groups are on their way."""
+        while len(self.groups) - 1 > groups:
+            self.update(self.groups.pop(0))
 
 
 @lru_cache
@@ -119,18 +119,16 @@ def run_ptx(text: str, inputs: dict[str, int], shared: dict[int, int] | None = N
             to, source, size = operands[0], operands[1], int(operands[2], 0)
             kind = f"{'v' * (size > 4)}{size // 4 if size > 4 else ''}{'.' * (size > 4)}b32"
             held = [_read(at) for at in _addresses(f"ld.global.{kind}", source, value, size // 4)]
-            memory.update(zip(_addresses(f"st.shared.{kind}", to, value, size // 4), held, strict=True))
-        elif name.startswith(("cp.async.commit", "cp.async.wait")):
-            pass  # copies are there at once
+            arriving = memory.groups[-1] if isinstance(memory, Shared) else memory
+            arriving.update(zip(_addresses(f"st.shared.{kind}", to, value, size // 4), held, strict=True))
+        elif name == "cp.async.commit_group":
+            if isinstance(memory, Shared):
+                memory.groups.append({})
+        elif name == "cp.async.wait_group":
+            if isinstance(memory, Shared):
+                memory.wait(int(operands[0], 0))
         elif name == "setp.ne.s32":
             values[operands[0]] = int(value(operands[1]) != value(operands[2]))
-        elif name == "red.shared.add.u32":
-            (at,) = _addresses("red.shared.b32", operands[0], value, 1)
-            memory[at] = (memory[at] + value(operands[1])) & _WORD
-        elif name == "red.shared.add.f32":
-            (at,) = _addresses("red.shared.b32", operands[0], value, 1)
-            numbers = np.array([memory[at], value(operands[1])], np.uint32).view(np.float32)
-            memory[at] = int(numbers.sum(dtype=np.float32).view(np.uint32))
         elif name.startswith("st.shared."):
             words = [value(word) for word in _listed(operands[1])]
             memory.update(zip(_addresses(name, operands[0], value, len(words)), words, strict=True))
@@ -157,7 +155,7 @@ def in_kernels(patch: pytest.MonkeyPatch) -> dict[int, int]:
         elements = zip(*(argument.ravel().tolist() for argument in arguments), strict=True)
         # shorter numbers than words are not taken, and pointers are not negative
         inputs = ({f"${outputs + i}": x if x >= 0 else x & _WORD for i, x in enumerate(xs)} for xs in elements)
-        found = [run_ptx(text, {**given, "%laneid": 0}, shared) for given in inputs]
+        found = [run_ptx(text, {**given, **_LANE_0}, shared) for given in inputs]
         results = []
         for i, kind in enumerate(types):
             width = np.uint16 if kind.scalar.primitive_bitwidth == 16 else np.uint32

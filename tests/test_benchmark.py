@@ -104,9 +104,14 @@ def test_other_numbers_of_the_tuning_are_tried_and_undone(llama_folder: Path) ->
         assert tuning_of(device).chunk == before.chunk
     assert tuning_of(device) == before
     command = ["--shape", str(llama_folder), "--contexts", "130", "--ops", "decode", "--device", "cpu"]
-    (row,) = main([*command, "--tune", "chunk=128", "shared_sums=1"])["rows"]
-    assert row["tuned"] == {"chunk": 128, "shared_sums": 1} and tuning_of(device) == before
-    wrong = {"chunk=100": "powers of two", "speed=2": "with a name of registers, waves", "chunk": "NAME=NUMBER"}
+    (row,) = main([*command, "--tune", "chunk=128", "stages=2"])["rows"]
+    assert row["tuned"] == {"chunk": 128, "stages": 2} and tuning_of(device) == before
+    wrong = {
+        "chunk=100": "powers of two",
+        "stages=3": "powers of two",
+        "speed=2": "with a name of registers, waves",
+        "chunk": "NAME=NUMBER",
+    }
     for change, reason in wrong.items():
         with pytest.raises(UserError, match=reason):
             main([*command, "--tune", change])

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from ptx import in_kernels
 from torch import Tensor
 
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.packed import DenseSegment, PackedSegment, attend_packed
 from deployment.kernels.phase import Rotary
-from deployment.kernels.tuning import tuned
 from deployment.layout import PackedTensor
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.mixed import MixedQuantizer
@@ -229,16 +227,6 @@ def test_plain_tokens_are_few_or_many(sinks: int, new: int) -> None:
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 def test_partial_rotary_embeddings(rotary_dim: int) -> None:
     assert run_case(rotary_dim=rotary_dim, lengths=(100,), factor=1.2, dtype=torch.float32) < 3e-6
-
-
-@pytest.mark.parametrize("heads", [(2, 2), (6, 2), (8, 1)])
-def test_outliers_may_add_up_in_shared_memory(heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU as it is; in the interpreter, which knows no shared memory, by the tests' own."""
-    shared = None if DEVICE.type == "cuda" else in_kernels(monkeypatch)
-    with tuned(shared_sums=True):
-        assert run_case(heads=heads, lengths=(140, 600), share=0.05) < 2e-3
-    # more than four queries to a KV head are left to memory
-    assert shared is None or bool(shared) == (heads != (8, 1))
 
 
 def test_angles_are_exact_at_ten_million() -> None:

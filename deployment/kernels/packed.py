@@ -23,7 +23,7 @@ from deployment.kernels.ring import slot_bytes
 from deployment.kernels.shared import allow_shared_memory
 from deployment.kernels.split import LIFT, split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
-from deployment.kernels.tuning import Tuning, tuning_of
+from deployment.kernels.tuning import LEAST_CHUNK, Tuning, tuning_of
 from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder, Order
 
@@ -302,7 +302,8 @@ def weights_bytes(rows: int, chunk: int) -> int:
 
 def chunk_tokens(rows: int, tokens: int, programs: int, tuning: Tuning) -> int:
     """Tokens of a chunk, of all streams' `tokens`: fewer where there would not be one for each program, and for several rows."""
-    chunk = min(tuning.chunk if rows < 4 else tuning.chunk // 2, _CHUNK_WEIGHTS // weights_bytes(rows, 1))
+    asked = tuning.chunk if rows < 4 else max(LEAST_CHUNK, tuning.chunk // 2)
+    chunk = min(asked, _CHUNK_WEIGHTS // weights_bytes(rows, 1))
     while chunk > _SMALL_CHUNK and tokens < chunk * programs:
         chunk //= 2
     return chunk

@@ -448,6 +448,8 @@ def split_kernel(
             )
             tl.store(parked_at, output, mask=parked_ok)
             if KEY_STAGES > 0:
+                if KEY_BITS != VALUE_BITS:
+                    tl.debug_barrier()  # then a lane's copies come to lie where another's words were
                 send_first(
                     ring, key_head, key_block_words, block0 + BLOCKS, last_block, KEY_BITS, KEY_GEOMETRY, KEY_STAGES
                 )

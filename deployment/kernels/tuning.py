@@ -22,6 +22,8 @@ from functools import cache
 
 import torch
 
+LEAST_CHUNK = 128  # tokens: blocks are taken two at a time
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -36,10 +38,14 @@ class Tuning:
     def __post_init__(self) -> None:
         powers = all(number & (number - 1) == 0 for number in (self.chunk, self.entries, self.stages))
         if not (
-            powers and self.chunk >= 64 and min(self.entries, self.stages) > 0 and self.registers > 0 and self.waves > 0
+            powers
+            and self.chunk >= LEAST_CHUNK
+            and min(self.entries, self.stages) > 0
+            and self.registers > 0
+            and self.waves > 0
         ):
             raise ValueError(
-                f"{self}: chunk (64 or more), entries and stages must be powers of two, the others positive"
+                f"{self}: chunk ({LEAST_CHUNK} or more), entries and stages must be powers of two, the others positive"
             )
 
 
