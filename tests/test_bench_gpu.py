@@ -42,7 +42,8 @@ def test_failures_and_lack_of_time_are_told(
 def test_other_parts_are_asked_for(tmp_path: Path) -> None:
     parts = {"PARTS": "sanitize smollm2 generate", "MODEL": "smol", "QUANTIZERS": "q4.st q3.st", "TEXT": "notes.txt"}
     done, asked = run(tmp_path, **parts, SANITIZER=str(tmp_path / "python"), CONTEXTS="32K", CACHES="fp16 nuq2")
-    assert done.returncode == 0 and len(asked) == 2 + 2 + 2
+    assert done.returncode == 0 and len(asked) == 3 + 2 + 2
+    assert asked.pop(0) == "-m scripts.small_steps --device cuda"  # compiles the kernels
     assert asked[0].startswith("--tool memcheck --error-exitcode 9") and "--tool racecheck" in asked[1]
     assert asked[1].endswith("-m scripts.small_steps --device cuda")
     assert "scripts.check_device smol q3.st --device cuda --text notes.txt --results" in asked[3]

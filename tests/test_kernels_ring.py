@@ -123,7 +123,7 @@ def fast_case(patch: pytest.MonkeyPatch, keys: int | None = None, values: int | 
 
 @interpreted
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (2, 4), (4, 2)])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (2, 4), pytest.param((4, 2), marks=pytest.mark.slow)])
 def test_steps_as_gpus_take_them(
     bits: tuple[int, int], heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +131,9 @@ def test_steps_as_gpus_take_them(
 
 
 @interpreted
-@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (3, 2)])
+@pytest.mark.parametrize(
+    "bits", [(2, 2), pytest.param((3, 3), marks=pytest.mark.slow), pytest.param((4, 4), marks=pytest.mark.slow), (3, 2)]
+)
 @pytest.mark.parametrize(("keys", "values"), list(itertools.product(BOTH, BOTH)))
 def test_either_lookup_of_either_side(
     bits: tuple[int, int], keys: str, values: str, monkeypatch: pytest.MonkeyPatch
@@ -147,7 +149,9 @@ def test_larger_heads(dim: int, bits: tuple[int, int], monkeypatch: pytest.Monke
 
 
 @interpreted
-@pytest.mark.parametrize(("chunk", "stages", "length"), [(256, 2, 700), (128, 4, 450), (128, 1, 300)])
+@pytest.mark.parametrize(
+    ("chunk", "stages", "length"), [pytest.param(256, 2, 700, marks=pytest.mark.slow), (128, 4, 450), (128, 1, 300)]
+)
 @pytest.mark.parametrize("bits", [(3, 3), (4, 2)])
 def test_chunks_follow_each_other_in_the_ring(
     chunk: int, stages: int, length: int, bits: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -46,7 +46,8 @@ def test_rows_put_shape_scheme_and_counts_together(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(roofline, "compile_for", compile_for)
     rows = roofline.roofline(["llama-3-8b"], ["nuq3-1%", "nuq2"], 1000)
-    assert asked == [(80, 3, 4, 0.01), (80, 2, 4, 0.0), (90, 3, 4, 0.01), (90, 2, 4, 0.0)]
+    targets = [machine.target for machine in roofline.MACHINES.values()]
+    assert asked == [(target, *kernel) for target in targets for kernel in ((3, 4, 0.01), (2, 4, 0.0))]
     first, second = rows[:2]
     assert first["group"] == 4 and first["alu_instructions"] == 2.5
     # codes, ends of lists, a scale in 1024 values; 1 % outliers of keys, and 6 at either end of a token's values
