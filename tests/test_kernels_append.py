@@ -78,7 +78,15 @@ def test_rows_of_different_lengths(kind: str) -> None:
     append_both(kind, 3, 64, make_chunks(64, [8, 3, 1], batch=2), [[8, 0], [1, 0], [0, 0]], sinks=4)
 
 
-@pytest.mark.parametrize(("dim", "span"), [(64, 1024), (96, 512), (128, 512), (256, 256)])
+@pytest.mark.parametrize(
+    ("dim", "span"),
+    [
+        (64, 1024),
+        pytest.param(96, 512, marks=pytest.mark.slow),
+        pytest.param(128, 512, marks=pytest.mark.slow),
+        (256, 256),
+    ],
+)
 def test_tokens_beyond_the_span_of_an_index(dim: int, span: int) -> None:
     append_both("channel", 2, dim, make_chunks(dim, [span - 2, 3, 70]), [[0], [0], [0]], sinks=0)
 
