@@ -12,6 +12,8 @@ slot j % STAGES. Each block has a group, an empty one if there is nothing to cop
 import triton
 import triton.language as tl
 
+from deployment.kernels.tiles import FRAGMENT_ORDER, block_words
+
 _COPY_16 = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p,$3,0; @p cp.async.cg.shared.global [$1],[$2],16; mov.b32 $0,0; }"
 )
@@ -98,6 +100,28 @@ def receive(ring, block, words, BITS: tl.constexpr, GEOMETRY: tl.constexpr, STAG
         second = lane_words(at + PLANE, words, LANES, VECTOR, REPEATS)
         third = lane_words(at + 2 * PLANE, words, LANES, VECTOR, REPEATS)
     return first, second, third
+
+
+@triton.jit
+def words_of(
+    ring,
+    block,
+    words,
+    at,
+    SOURCE: tl.constexpr,
+    BITS: tl.constexpr,
+    GEOMETRY: tl.constexpr,
+    STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Words of a block in fragment order: received if STAGES > 0 (all of a chunk have been sent if WHOLE), else read at `at`."""
+    if STAGES > 0:
+        held = receive(ring, block, words, BITS, GEOMETRY, STAGES, 0 if WHOLE else STAGES - 1)
+    elif SOURCE == FRAGMENT_ORDER:
+        held = block_words(at, BITS, GEOMETRY)
+    else:
+        held = (0, 0, 0)
+    return held
 
 
 @triton.jit

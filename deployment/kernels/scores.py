@@ -10,8 +10,7 @@ import triton.language as tl
 from deployment.kernels.keys import both_parts, key_levels, turned_block
 from deployment.kernels.operands import operand
 from deployment.kernels.outliers import token_ranges
-from deployment.kernels.ring import receive, send
-from deployment.kernels.tiles import FRAGMENT_ORDER, block_words
+from deployment.kernels.ring import send, words_of
 
 _KEEP = tl.constexpr(
     "{ .reg .pred p; setp.ne.s32 p,$6,0; @p st.global.v2.f32 [$2],{$4,$5}; mov.b32 $0,0; mov.b32 $1,0; }"
@@ -70,14 +69,10 @@ def score_chunk(
             for second in tl.static_range(AT_ONCE):
                 j = pair + second
                 last = tl.minimum(j, here - 1)
-                if STAGES > 0:
-                    holds = receive(ring, last, words, BITS, GEOMETRY, STAGES, 0 if WHOLE else STAGES - 1)
-                elif SOURCE == FRAGMENT_ORDER:
-                    holds = block_words(block_at + last * stride, BITS, GEOMETRY)
-                else:
-                    holds = (0, 0, 0)
+                at = block_at + last * stride
+                holds = words_of(ring, last, words, at, SOURCE, BITS, GEOMETRY, STAGES, WHOLE)
                 level_a, level_b = key_levels(
-                    block_at + last * stride,
+                    at,
                     holds,
                     table,
                     levels,

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from deployment.kernels.lookup import unpaired
 from deployment.kernels.operands import SHARED_OPERAND, operand
-from deployment.kernels.ring import receive, send
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, block_words, channel_levels, units
+from deployment.kernels.ring import send, words_of
+from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
 
 
 @triton.jit
@@ -85,14 +85,10 @@ def attend_chunk(
         for second in tl.static_range(2):
             j = pair + second
             last = tl.minimum(j, here - 1)
-            if STAGES > 0:
-                holds = receive(ring, last, words, BITS, GEOMETRY, STAGES, 0 if WHOLE else STAGES - 1)
-            elif SOURCE == FRAGMENT_ORDER:
-                holds = block_words(block_at + last * stride, BITS, GEOMETRY)
-            else:
-                holds = (0, 0, 0)
+            at = block_at + last * stride
+            holds = words_of(ring, last, words, at, SOURCE, BITS, GEOMETRY, STAGES, WHOLE)
             tile = value_levels(
-                block_at + last * stride,
+                at,
                 holds,
                 table,
                 levels,
