@@ -1,14 +1,12 @@
 """Ask for memory ahead of its use, so that it waits in the second-level cache.
 
-What a chunk reads later (values, outliers) and what the next one begins with is known when a chunk starts. Registers hold only a
-block's words; the rest is asked for here, and costs one instruction for 128 bytes.
+Which outliers a chunk will read is known when it starts. Asking for them costs one instruction for 128 bytes. (Words come by another way, ring.py.)
 """
 
 import triton
 import triton.language as tl
 
 _ASK = tl.constexpr("{ .reg .pred p; setp.ne.s32 p,$2,0; @p prefetch.global.L2 [$1]; mov.b32 $0,0; }")
-_LINE_WORDS = tl.constexpr(32)
 _LINE_HALVES = tl.constexpr(64)
 
 
@@ -16,15 +14,6 @@ _LINE_HALVES = tl.constexpr(64)
 def ask_for(at, mask):
     """Bring the lines at pointers `at` to the second-level cache, where `mask` holds."""
     tl.inline_asm_elementwise(_ASK, "=r,l,r", [at, mask.to(tl.int32)], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def ask_for_words(words, stride, block, blocks, BLOCKS: tl.constexpr, WORDS: tl.constexpr):
-    """Of a head, WORDS a block from `block` on, as many blocks as there are below `blocks` and at most BLOCKS."""
-    LINES: tl.constexpr = WORDS // _LINE_WORDS
-    number, line = tl.arange(0, BLOCKS)[:, None], tl.arange(0, triton.next_power_of_2(LINES))[None, :]
-    at = words + (block + number) * stride + line * _LINE_WORDS
-    ask_for(at, (block + number < blocks) & (line < LINES))
 
 
 @triton.jit

@@ -9,8 +9,8 @@ Shared memory has 32 banks, each of which answers one lane at a time, so random 
 is therefore there once for every lane, interleaved: an entry takes 128 bytes, and lane l reads its own 4 of them; of 2 bits, whose
 entries of 8 bytes are read by half a warp at a time, lanes l and l + 16 read the same 8.
 
-That is 32 KiB, too much for one table of keys and one of values. So both take turns, and whoever looks up first fills it (`fill`),
-which costs a hundredth of what a chunk does. Triton has no such table: inline PTX writes and reads it.
+That is 32 KiB, too much for one table of keys and one of values. So where both need one they take turns, and fill it (`fill`) before each phase
+of a chunk. Triton has no such table: inline PTX writes and reads it.
 """
 
 import triton

@@ -133,6 +133,8 @@ def lane_words(at, source, LANES: tl.constexpr, VECTOR: tl.constexpr, REPEATS: t
     ROWS: tl.constexpr = REPEATS * LANES // 8
     ROW: tl.constexpr = 8 * VECTOR
     place = tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    # a load that never happens, and that the assembler drops: Triton takes its layout of words from loads, and without one lays these out
+    # so that operands have to go through shared memory
     never = (place & 0) > tl.program_id(0)
     like = tl.load(source + place, mask=never, other=0)
     return tl.reshape(words, [ROWS, ROW]) | like
