@@ -10,6 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import importlib.util
 import itertools
 import random
 import sys
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; Triton looks when it is first imported
 
 from hypothesis import settings
+from interpreter import quicken
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -50,6 +52,9 @@ from gradients.rope import rope_tables
 from quant.artefact import Quantizers
 from quant.fit import fit
 from quant.scheme import Scheme
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    quicken(pytest.MonkeyPatch())  # never undone
 
 torch.set_num_threads(1)
 settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=60)
