@@ -14,7 +14,7 @@ import importlib.util
 import itertools
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -59,6 +59,13 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 torch.set_num_threads(1)
 settings.register_profile("repository", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("repository")
+
+
+def all_pairs(first: Iterable[Any], second: Iterable[Any], quick: Callable[[Any, Any], bool]) -> list[Any]:
+    """The product of two parametrizations; the pairs that are not `quick` are slow tests."""
+    marks = {True: (), False: (pytest.mark.slow,)}
+    return [pytest.param(a, b, marks=marks[quick(a, b)]) for a, b in itertools.product(first, second)]
+
 
 VOCABULARY = 259  # the bytes, and three special tokens
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import all_pairs
 from torch import Tensor
 
 from deployment.kernels.attend import Segment, attend_torch
@@ -158,9 +159,15 @@ def test_awkward_lengths(length: int) -> None:
     assert run_case(lengths=(length,)) < 2e-3
 
 
-@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (4, 2), (2, 3)])
-@pytest.mark.parametrize("dim", [64, 128, 256])
-def test_fragments(bits: tuple[int, int], dim: int) -> None:
+# every width of either side with the smallest heads, and once with each of the others
+FRAGMENTS = [(2, 2), (3, 3), (4, 4), (4, 2), (2, 3)]
+LARGER = {128: [(3, 3), (4, 2)], 256: [(4, 4), (2, 3)]}
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits"), all_pairs([64, 128, 256], FRAGMENTS, lambda dim, bits: bits in LARGER.get(dim, FRAGMENTS))
+)
+def test_fragments(dim: int, bits: tuple[int, int]) -> None:
     assert run_case(bits=bits, dim=dim, heads=(2, 1), lengths=(70,)) < 2e-3
 
 
@@ -210,9 +217,12 @@ def test_a_full_page_of_outliers(new: int) -> None:
     assert run_case(kinds=("channel", "channel"), share=1.0, lengths=(64, 31), new=new) < 2e-3
 
 
-@pytest.mark.parametrize("new", [1, 5, 40])
-@pytest.mark.parametrize("exact_chunk", [True, False])
-def test_many_queries(new: int, exact_chunk: bool) -> None:
+# one query with an exact chunk is most other tests; of several, 40 go another way than 5
+@pytest.mark.parametrize(
+    ("exact_chunk", "new"),
+    all_pairs([True, False], [1, 5, 40], lambda exact, new: (exact, new) not in {(True, 1), (False, 5)}),
+)
+def test_many_queries(exact_chunk: bool, new: int) -> None:
     assert run_case(new=new, lengths=(140, 30), exact_chunk=exact_chunk, heads=(6, 2)) < 2e-3
 
 
@@ -224,8 +234,7 @@ def test_sinks_only() -> None:
     assert run_case(lengths=(0, 0), sinks=5, exact_chunk=False) < 2e-3
 
 
-@pytest.mark.parametrize("new", [1, 5])
-@pytest.mark.parametrize("sinks", [16, 17, 40])
+@pytest.mark.parametrize(("sinks", "new"), all_pairs([16, 17, 40], [1, 5], lambda sinks, new: (sinks, new) != (40, 5)))
 def test_plain_tokens_are_few_or_many(sinks: int, new: int) -> None:
     """Up to 16 are done on the side."""
     assert run_case(lengths=(70, 3), sinks=sinks, new=new, heads=(6, 2), dim=96, rotary_dim=48) < 2e-3

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import all_pairs
 from test_kernels_attention import make_quantizer
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
@@ -48,8 +49,10 @@ def wide_llama() -> PreTrainedModel:
     return build_model(LlamaConfig(**sizes, **heads, max_position_embeddings=512)).to(DEVICE)
 
 
-@pytest.mark.parametrize("scheme", ["nuq3-5%", "rdnuq2.4"])
-@pytest.mark.parametrize("exact_chunk", [True, False])
+@pytest.mark.parametrize(
+    ("exact_chunk", "scheme"),
+    all_pairs([True, False], ["nuq3-5%", "rdnuq2.4"], lambda exact, scheme: exact == (scheme == "nuq3-5%")),
+)
 def test_logits_equal_the_torch_path(
     wide_llama: PreTrainedModel,
     make_tokens: Callable[..., Tensor],
