@@ -1,7 +1,8 @@
 """Triton's interpreter, quicker: most of the time of the tests without a GPU is its, and half of that does nothing.
 
 Every call of a device function replaces the whole language once more, every look at an element type builds a table of
-all of them, and a reduction by a function of one's own goes element by element. Results are the same to the last bit:
+all of them, every value describes its shape anew, and a reduction by a function of one's own goes element by element.
+Results are the same to the last bit:
 `test_interpreter.py` compares them.
 """
 
@@ -58,6 +59,33 @@ def quicken(patch: pytest.MonkeyPatch) -> None:
             result = as_tensors([x.handle.data for x in (found if isinstance(found, tuple) else (found,))])
         return result
 
+    make_block, make_tensor = tl.block_type.__init__, tl.tensor.__init__
+    block_shapes: dict[tuple[int, ...], tuple[Any, int, str]] = {}
+    tensor_shapes: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    @functools.wraps(make_block)
+    def block_of_known_shape(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+        known = block_shapes.get(sizes) if all(type(size) is int for size in sizes) else None
+        if known is None:
+            make_block(self, element_ty, shape)
+            block_shapes[sizes] = self.shape, self.numel, str(self.shape)
+        else:
+            self.element_ty, (self.shape, self.numel, text) = element_ty, known
+            self.name = f"<{text}, {element_ty}>"
+
+    @functools.wraps(make_tensor)
+    def tensor_of_known_shape(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        known = tensor_shapes.get(sizes)
+        if known is None:
+            make_tensor(self, handle, type)
+            tensor_shapes[sizes] = self.shape, self.numel
+        else:
+            self.handle, self.type, self.dtype, (self.shape, self.numel) = handle, type, type.scalar, known
+
+    patch.setattr(tl.block_type, "__init__", block_of_known_shape)
+    patch.setattr(tl.tensor, "__init__", tensor_of_known_shape)
     patch.setattr(interpreter, "_patch_lang", patch_once)
     patch.setattr(interpreter, "_get_np_dtype", known_dtype)
     patch.setattr(interpreter.ReduceOps, "generic_reduce", reduce_slices)

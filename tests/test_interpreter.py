@@ -48,6 +48,8 @@ def stock(patch: pytest.MonkeyPatch) -> None:
         (interpreter, "_patch_lang"),
         (interpreter, "_get_np_dtype"),
         (interpreter.ReduceOps, "generic_reduce"),
+        (tl.block_type, "__init__"),
+        (tl.tensor, "__init__"),
     ):
         patch.setattr(place, name, getattr(place, name).__wrapped__)
 
