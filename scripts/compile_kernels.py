@@ -33,8 +33,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deployment.kernels.packed import _options, _turn, chunk_tokens, lookup_of, stages_of
+from deployment.kernels.packed import _options, _turn, lookup_of, stages_of
 from deployment.kernels.queries import rotate_back
+from deployment.kernels.schedule import chunk_tokens
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import FRAGMENT_ORDER
@@ -80,7 +81,7 @@ def attention_constants(
         "G": 8,
         "D": HEAD_DIM,
         "ROWS": rows,
-        "CHUNK": chunk or chunk_tokens(rows, _MANY, 1, tuning),
+        "CHUNK": chunk or chunk_tokens(rows, _MANY, HEAD_DIM, tuning),
     }
     sizes = {"PAIRS": HEAD_DIM // 2, "CHANNELS": HEAD_DIM, "ROTARY_HALF": HEAD_DIM // 2, "ENTRIES": tuning.entries}
     flags: dict[str, Any] = {"KEY_DYNAMIC": False, "VALUE_DYNAMIC": True, "LIMITED": True, "PRECISE": False}

@@ -17,9 +17,10 @@ import triton.language as tl
 
 from deployment.kernels import packed
 from deployment.kernels.lookup import PERMUTES, SHARED
-from deployment.kernels.packed import DenseSegment, Plan, Segment, chunk_tokens, lookup_of, stages_of, weights_bytes
+from deployment.kernels.packed import DenseSegment, Segment, lookup_of, stages_of
 from deployment.kernels.pairs import TABLE_BYTES
 from deployment.kernels.ring import receive, ring_bytes, send, send_first
+from deployment.kernels.schedule import Plan, chunk_tokens, weights_bytes
 from deployment.kernels.shared import shared_memory
 from deployment.kernels.tiles import block_words
 from deployment.kernels.tuning import Tuning, tuned, tuning_of
@@ -163,7 +164,7 @@ def test_chunks_follow_each_other_in_the_ring(
 ) -> None:
     """Two programs of several chunks each, of more blocks than are on their way, or fewer; the last one is short."""
     with tuned(chunk=chunk, stages=stages, waves=1):
-        plan = Plan.of(1, 1, [length], DEVICE)
+        plan = Plan.of(1, 1, [length], 64, DEVICE)
         assert (plan.chunk, plan.splits) == (chunk, [2]) and length > 2 * chunk and length % chunk
         used = fast_case(monkeypatch, bits=bits, heads=(1, 1), lengths=(length,), share=0.02)
         assert set(used) == {stages}
@@ -191,21 +192,4 @@ def test_shared_memory_has_room_for_table_weights_and_ring(rows: int) -> None:
 
 
 def chunks_of(rows: int, tuning: Tuning) -> Sequence[int]:
-    return sorted({chunk_tokens(rows, tokens, 100, tuning) for tokens in (1, 30_000, 10**6)})
-
-
-def test_chunks_are_shorter_for_few_tokens_and_for_several_rows() -> None:
-    tuning = tuning_of(torch.device("cpu"))
-    for rows in (1, 2, 4, 8, 16):
-        found = [chunk_tokens(rows, tokens, 396, tuning) for tokens in (0, 100, 10_000, 120_000, 10**6)]
-        assert all(chunk >= 128 and chunk & (chunk - 1) == 0 for chunk in found)
-        assert found == sorted(found) and max(found) * 4 * min(rows, 8) <= 8192
-    of_a_row, of_four = (chunk_tokens(rows, 10**6, 396, tuning) for rows in (1, 4))
-    assert (of_a_row, of_four) == (tuning.chunk, tuning.chunk // 2)
-    assert chunk_tokens(1, 396 * tuning.chunk, 396, tuning) == tuning.chunk
-    assert chunk_tokens(1, 396 * tuning.chunk - 1, 396, tuning) == tuning.chunk // 2
-    for chunk in (128, 256):  # nothing is made shorter than was asked for
-        asked = Tuning(**{**vars(tuning), "chunk": chunk})
-        assert chunk_tokens(1, 10, 396, asked) == chunk and chunk_tokens(4, 10**6, 396, asked) == 128
-    with pytest.raises(ValueError, match="128 or more"):
-        Tuning(**{**vars(tuning), "chunk": 64})
+    return sorted({chunk_tokens(rows, part, dim, tuning) for part in (1, 300, 10**6) for dim in DIMS})

@@ -7,7 +7,6 @@ packed pages as they are. Nothing here waits for the device or depends on how fu
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,20 +19,17 @@ from deployment.kernels.lookup import PERMUTES, SHARED
 from deployment.kernels.pairs import TABLE_BYTES
 from deployment.kernels.phase import Rotary
 from deployment.kernels.ring import slot_bytes
+from deployment.kernels.schedule import DECODED_ROWS, Plan, weights_bytes
 from deployment.kernels.shared import allow_shared_memory
 from deployment.kernels.split import LIFT, split_kernel
 from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
-from deployment.kernels.tuning import LEAST_CHUNK, Tuning, tuning_of
+from deployment.kernels.tuning import Tuning, tuning_of
 from deployment.layout import PackedTensor, Page
 from deployment.order import FragmentOrder, Order
 
 _LOG2_E = math.log2(math.e)
-_DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed words itself (beyond: prefill.py)
-_CHUNK_WEIGHTS = 8192  # bytes of a program's weights at a time
-_SMALL_CHUNK = 256  # tokens: below, what every chunk costs outweighs that all programs have one
 _DECLARED_BYTES = 48 * 1024  # of shared memory, which is all that inline PTX may declare
 _PARTS = 16  # put together at a time
-_MAX_SPLITS = 256
 
 
 @dataclass(frozen=True)
@@ -77,35 +73,6 @@ class PackedSegment:
 Segment = DenseSegment | PackedSegment
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the work on some queries is cut up."""
-
-    rows: int
-    tiles: int
-    chunk: int
-    programs: int
-    splits: list[int]  # of each segment
-
-    @classmethod
-    def of(cls, rows: int, streams: int, segments: Sequence[int], device: torch.device) -> "Plan":
-        """For `rows` queries of each of `streams` (sequence, KV head), and segments of so many tokens."""
-        tile = min(_DECODED_ROWS, triton.next_power_of_2(rows))
-        tiles = -(-rows // tile)
-        tuning = tuning_of(device)
-        wanted = multiprocessors(device) * tuning.waves
-        chunk = chunk_tokens(tile, streams * tiles * max(segments, default=0), wanted, tuning)
-        most = max(1, min(_MAX_SPLITS, wanted // (streams * tiles)))
-        splits = [max(1, min(most, -(-tokens // chunk))) for tokens in segments]
-        return cls(tile, tiles, chunk, min(wanted, streams * tiles * max(splits, default=0)), splits)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; the interpreter gets two, so that splitting is tested."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def attend_packed(
     query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
 ) -> Tensor:
@@ -119,7 +86,7 @@ def attend_packed(
     Returns `[B, S, H, D]` in the query's dtype.
     """
     batch, heads, new, dim = query.shape
-    if new * heads // kv_heads > _DECODED_ROWS:
+    if new * heads // kv_heads > DECODED_ROWS:
         from deployment.kernels.prefill import attend_many
 
         return attend_many(query, positions, segments, rotary, scaling, kv_heads)
@@ -128,7 +95,8 @@ def attend_packed(
     if query.is_cuda:
         allow_shared_memory()
     few, segments = _apart(segments)
-    plan = Plan.of(new * heads // kv_heads, batch * kv_heads, [segment.tokens for segment in segments], query.device)
+    lengths = [segment.tokens for segment in segments]
+    plan = Plan.of(new * heads // kv_heads, batch * kv_heads, lengths, dim, query.device)
     precise, tuning = query.dtype == torch.float32, tuning_of(query.device)
     scratch = _Scratch.of(plan, dim, query.device, torch.float32 if precise else torch.float16)
     parts, streams = sum(plan.splits), batch * kv_heads
@@ -250,7 +218,7 @@ class _Scratch:
 
     @classmethod
     def of(cls, plan: Plan, dim: int, device: torch.device, operand: torch.dtype) -> "_Scratch":
-        pairs = max(16, triton.next_power_of_2(dim // 2))
+        pairs, channels = (max(16, triton.next_power_of_2(n)) for n in (dim // 2, dim))
 
         def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(plan.programs, *shape, dtype=dtype, device=device)
@@ -259,10 +227,10 @@ class _Scratch:
             own=new(2, plan.rows, 2, pairs),
             rotated=new(max(16, plan.chunk // 32 * plan.rows), 2, pairs, dtype=operand),
             scores=new(plan.rows, plan.chunk),
-            weights=new(plan.rows, plan.chunk, dtype=operand),
+            weights=new(plan.chunk, plan.rows, dtype=operand),
             scaled=new(2, plan.rows, plan.chunk, dtype=operand),
-            extra=new(plan.rows, max(16, triton.next_power_of_2(dim))),
-            parked=new(plan.rows, max(16, triton.next_power_of_2(dim))),
+            extra=new(channels, plan.rows),
+            parked=new(plan.rows, channels),
             rescale=new(plan.rows),
         )
 
@@ -293,20 +261,6 @@ def stages_of(order: FragmentOrder, rows: int, chunk: int, tuning: Tuning) -> in
     room = _DECLARED_BYTES - TABLE_BYTES.value - weights_bytes(rows, chunk)
     fitting = room // slot_bytes(order.bits, order.geometry.constants())
     return min(tuning.stages, 1 << fitting.bit_length() >> 1)  # a power of two
-
-
-def weights_bytes(rows: int, chunk: int) -> int:
-    """Of a chunk's weights as an operand in shared memory."""
-    return chunk * 4 * min(rows, 8)
-
-
-def chunk_tokens(rows: int, tokens: int, programs: int, tuning: Tuning) -> int:
-    """Tokens of a chunk, of all streams' `tokens`: fewer where there would not be one for each program, and for several rows."""
-    asked = tuning.chunk if rows < 4 else max(LEAST_CHUNK, tuning.chunk // 2)
-    chunk = min(asked, _CHUNK_WEIGHTS // weights_bytes(rows, 1))
-    while chunk > _SMALL_CHUNK and tokens < chunk * programs:
-        chunk //= 2
-    return chunk
 
 
 def _turn(order: Order, rows: int) -> int:

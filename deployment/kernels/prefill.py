@@ -16,8 +16,9 @@ import triton
 from torch import Tensor
 
 from deployment.kernels.flash import finish_kernel, flash_kernel, rotate_kernel
-from deployment.kernels.packed import Segment, multiprocessors
+from deployment.kernels.packed import Segment
 from deployment.kernels.phase import Rotary
+from deployment.kernels.schedule import multiprocessors
 from deployment.kernels.unpacking import Unpacking
 from quant.storage import BLOCK_TOKENS
 

@@ -72,8 +72,12 @@ def rotate_back(
         column = column_of(pair, PAIRS)
     first_row = (stretch % STRETCHES * ROWS)[:, None]
     at = rotated + (stretch // STRETCHES * (32 * PAIRS))[:, None] + place_in_operand(first_row, column[None, :], 16)
+    # all queries before the first is stored: a load does not pass a store that may be to the same place
+    halves = ()
+    for half in tl.static_range(2 * ROWS):
+        halves += (tl.load(own + half * PAIRS + pair)[None, :],)  # type: ignore[assignment]
     for row in tl.static_range(ROWS):
-        a = tl.load(own + row * 2 * PAIRS + pair)[None, :]
-        b = tl.load(own + (row * 2 + 1) * PAIRS + pair)[None, :]
-        tl.store(at + row_offset(row), (a * cos + b * sin).to(rotated.dtype.element_ty))
-        tl.store(at + row_offset(row) + 16 * PAIRS, (b * cos - a * sin).to(rotated.dtype.element_ty))
+        back_a = halves[2 * row] * cos + halves[2 * row + 1] * sin
+        back_b = halves[2 * row + 1] * cos - halves[2 * row] * sin
+        tl.store(at + row_offset(row), back_a.to(rotated.dtype.element_ty))
+        tl.store(at + row_offset(row) + 16 * PAIRS, back_b.to(rotated.dtype.element_ty))

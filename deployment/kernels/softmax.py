@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.operands import keep_operand
-from deployment.kernels.outliers import token_ranges
+from deployment.kernels.outliers import ranges_of
 
 
 @triton.jit
@@ -32,13 +32,11 @@ def seen_tokens(position, origin, token0, held, ROWS: tl.constexpr, CHUNK: tl.co
 @triton.jit
 def weigh_chunk(
     scores,  # [ROWS, CHUNK] fp32
-    weights,  # [ROWS, CHUNK], written
+    weights,  # [CHUNK, ROWS], written
     scaled,  # as `attend_chunk` takes it, written: weights, times the tokens' scales where values have ranges of their own
-    ranges,  # [tokens, 2] fp16 of values
+    ranges,  # [CHUNK] int32, where values have ranges of their own: a token's scale and zero
     seen,
     state,  # [ROWS] each: highest score, sum of weights, and of weights times the tokens' zeros
-    token0,
-    held,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     DYNAMIC: tl.constexpr,
@@ -58,9 +56,9 @@ def weigh_chunk(
     weight = tl.exp2(score - reference[:, None] + LIFT)
     shrink = tl.exp2(highest - reference)
     if OUTLIERS:
-        tl.store(weights + to, weight.to(weights.dtype.element_ty))
+        tl.store(weights + token[None, :] * ROWS + tl.arange(0, ROWS)[:, None], weight.to(weights.dtype.element_ty))
     if DYNAMIC:  # level * scale + zero: scales go to the weights, zeros add up on their own
-        scale, zero = token_ranges(ranges, token0 + token, token0 + token < held)
+        scale, zero = ranges_of(ranges)
         keep_operand(scaled, weight * (scale * LOWER)[None, :], ROWS, ORDERED, KIND)
         weight_sum, zero_sum = tl.reduce((weight, weight * zero[None, :]), 1, both_sums)
         total, offset = total * shrink + weight_sum, offset * shrink + zero_sum

@@ -18,7 +18,7 @@ from deployment.kernels.ahead import ask_for_list
 from deployment.kernels.keys import cos_and_sin, turn_tables, turned_ones
 from deployment.kernels.lookup import SHARED, prepared
 from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
-from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded
+from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded, zero_code
 from deployment.kernels.pairs import fill, own_entries, table_memory
 from deployment.kernels.phase import first_of_pair, second_of_pair, steps_of
 from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
@@ -103,9 +103,9 @@ def split_kernel(
     own,  # [programs, 2, ROWS, 2, PAIRS] fp32: the queries; and once more, `[PAIRS, ROWS, 2]`
     rotated,  # [programs, spans, 2, 16 x PAIRS] operand dtype
     scores,  # [programs, ROWS, CHUNK] fp32
-    weights,  # [programs, ROWS, CHUNK] operand dtype
+    weights,  # [programs, CHUNK, ROWS] operand dtype
     scaled,  # [programs, 2 ROWS CHUNK] operand dtype, of an operand; unused if QUICK
-    extra,  # [programs, ROWS, CHANNELS] fp32
+    extra,  # [programs, CHANNELS, ROWS] fp32
     parked,  # [programs, ROWS, CHANNELS] fp32: the output, while registers serve other phases
     rescale,  # [programs, ROWS] fp32
     outputs,  # [parts, B, G, tiles, ROWS, D] fp32, not divided by the sums
@@ -216,9 +216,12 @@ def split_kernel(
         held = segment_tokens
         if LIMITED:
             held = tl.minimum(tl.maximum(tl.load(limits + b) - origin, 0), segment_tokens).to(tl.int32)
-        chunks = (held + CHUNK - 1) // CHUNK
-        per_split = (chunks + splits - 1) // splits
-        first_chunk, last_chunk = split * per_split, tl.minimum((split + 1) * per_split, chunks)
+        # a part is whole pairs of blocks, so that parts are alike, however long a chunk is
+        stored = (held + 63) // 64
+        per_split = (stored + 2 * splits - 1) // (2 * splits) * 2
+        first_block = tl.minimum(split * per_split, stored)
+        last_block = tl.minimum(first_block + per_split, stored)
+        held = tl.minimum(held, last_block * 64)
 
         strides = (query_stride_b, query_stride_h, query_stride_s)
         halves = (
@@ -284,25 +287,24 @@ def split_kernel(
         output_ok = channel_ok[None, :] & parked_ok
         tl.store(parked_at, tl.zeros([16, CHANNELS], tl.float32), mask=parked_ok)
         key_entry, key_end, value_entry, value_end = 0, 0, 0, 0
-        first_block = tl.minimum(first_chunk * BLOCKS, blocks)
-        last_block = tl.minimum(last_chunk * BLOCKS, (held + 63) // 64)
-        first_end = stream * blocks + tl.minimum(first_block + BLOCKS, (held + 63) // 64) - 1
+        first_end = stream * blocks + tl.minimum(first_block + BLOCKS, last_block) - 1
+        key_coded = zero_code(key_ranges, key_levels_at, key_floor, channel0, KEY_DYNAMIC)
+        value_coded = zero_code(value_ranges, value_levels_at, value_floor, channel0, VALUE_DYNAMIC)
         if KEY_OUTLIERS:
             key_entry = list_begin(key_starts, key_ends, stream, first_block, blocks)
-            key_end = tl.load(key_ends + first_end, mask=first_chunk < last_chunk, other=0)
+            key_end = tl.load(key_ends + first_end, mask=first_block < last_block, other=0)
         if VALUE_OUTLIERS:
             value_entry = list_begin(value_starts, value_ends, stream, first_block, blocks)
-            value_end = tl.load(value_ends + first_end, mask=first_chunk < last_chunk, other=0)
+            value_end = tl.load(value_ends + first_end, mask=first_block < last_block, other=0)
             tl.store(extra + tl.arange(0, ROWS * CHANNELS), tl.zeros([ROWS * CHANNELS], tl.float32))
         if KEY_STAGES > 0:
             send_first(ring, key_head, key_block_words, first_block, last_block, KEY_BITS, KEY_GEOMETRY, KEY_STAGES)
-        for chunk in range(first_chunk, last_chunk):
-            token0 = chunk * CHUNK
-            block0 = (token0 // 64).to(tl.int64)
-            here = tl.minimum(BLOCKS, (held - token0 + 63) // 64)
-            edges = stream * blocks + block0  # of lists of outliers
+        for number in range(first_block, last_block, BLOCKS):
+            token0 = number * 64
+            block0 = tl.cast(number, tl.int64)
+            here = tl.minimum(BLOCKS, last_block - number)
             # where the next chunk's lists end: loaded a chunk before it is used
-            later_edge = stream * blocks + tl.minimum(block0 + 2 * BLOCKS, (held + 63) // 64) - 1
+            later_edge = stream * blocks + tl.minimum(number + 2 * BLOCKS, last_block) - 1
             if KEY_OUTLIERS:
                 key_later = tl.load(key_ends + later_edge)
             if VALUE_OUTLIERS:
@@ -328,9 +330,10 @@ def split_kernel(
                 KEY_ORDERED,
                 QUICK,
             )
-            key_first = (0, 0)
+            key_first, key_next = (0, 0), (0, 0)
             if KEY_OUTLIERS:
                 key_first = loaded(key_index, key_value, key_entry, key_end, ENTRIES)
+                key_next = loaded(key_index, key_value, key_entry + ENTRIES, key_end, ENTRIES)
             tl.debug_barrier()
             score_chunk(
                 scores,
@@ -361,19 +364,21 @@ def split_kernel(
                 PRECISION,
             )
             tl.debug_barrier()
+            # loaded long before they are used
+            ranges = 0
+            if VALUE_DYNAMIC:
+                token = token0 + tl.arange(0, CHUNK)
+                ranges = tl.load(value_ranges.to(tl.pointer_type(tl.int32)) + token, mask=token < held, other=0)
             if KEY_OUTLIERS:
-                entries = (key_index, key_value, key_entry, key_end, key_ends + edges)
-                key_next = loaded(key_index, key_value, key_entry + ENTRIES, key_end, ENTRIES)
-                coded = (key_ranges, key_levels_at, key_floor, channel0)
+                entries = (key_index, key_value, key_entry, key_end)
                 add_to_scores(
                     scores,
                     by_pair,
                     (steps, origin + token0),
                     entries,
                     (key_first[0], key_first[1], key_next[0], key_next[1]),
-                    coded,
+                    key_coded,
                     token0,
-                    here,
                     ROWS,
                     CHUNK,
                     D,
@@ -397,11 +402,9 @@ def split_kernel(
                 scores,
                 weights,
                 weighing,
-                value_ranges,
+                ranges,
                 seen_tokens(position, origin, token0, held, ROWS, CHUNK),
                 (highest, total, offset),
-                token0,
-                held,
                 ROWS,
                 CHUNK,
                 VALUE_DYNAMIC,
@@ -414,16 +417,17 @@ def split_kernel(
             tl.store(rescale + row, shrink)
             if VALUE_OUTLIERS:  # noqa: SIM102  (a constant condition of its own is decided by the compiler)
                 if tl.min(shrink, 0) < 1:
-                    extra_at = extra + row[:, None] * CHANNELS + channel[None, :]
+                    extra_at = extra + channel[None, :] * ROWS + row[:, None]
                     gained = tl.load(extra_at, cache_modifier=".cg")
                     tl.debug_barrier()  # several lanes may have the same sum
                     tl.store(extra_at, gained * shrink[:, None])
             tl.debug_barrier()
 
             # 3: values
-            value_first = (0, 0)
+            value_first, value_next = (0, 0), (0, 0)
             if VALUE_OUTLIERS:
                 value_first = loaded(value_index, value_value, value_entry, value_end, ENTRIES)
+                value_next = loaded(value_index, value_value, value_entry + ENTRIES, value_end, ENTRIES)
             output = attend_chunk(
                 tl.load(parked_at) * tl.load(rescale + mma_row % ROWS)[:, None],
                 weighing,
@@ -454,21 +458,17 @@ def split_kernel(
                     ring, key_head, key_block_words, block0 + BLOCKS, last_block, KEY_BITS, KEY_GEOMETRY, KEY_STAGES
                 )
             if VALUE_OUTLIERS:
-                entries = (value_index, value_value, value_entry, value_end, value_ends + edges)
-                value_next = loaded(value_index, value_value, value_entry + ENTRIES, value_end, ENTRIES)
-                coded = (value_ranges, value_levels_at, value_floor, channel0)
+                entries = (value_index, value_value, value_entry, value_end)
                 add_to_output(
                     extra,
                     weights,
                     entries,
                     (value_first[0], value_first[1], value_next[0], value_next[1]),
-                    coded,
+                    value_coded,
                     token0,
-                    here,
                     ROWS,
                     CHUNK,
                     D,
-                    CHANNELS,
                     VALUE_DYNAMIC,
                     ENTRIES,
                 )
@@ -488,7 +488,7 @@ def split_kernel(
             tl.debug_barrier()
             output = output * scale + tl.load(rescale + mma_row % ROWS)[:, None] * zero
             if VALUE_OUTLIERS:
-                extra_at = extra + (mma_row % ROWS)[:, None] * CHANNELS + channel[None, :]
+                extra_at = extra + channel[None, :] * ROWS + (mma_row % ROWS)[:, None]
                 output += tl.load(extra_at, cache_modifier=".cg")
             tl.debug_barrier()
         result = ((part0 + split).to(tl.int64) * (works // splits) + rest) * ROWS
