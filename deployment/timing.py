@@ -51,6 +51,8 @@ def fastest(ways: Mapping[str, Sequence[Callable[[], object]]], device: torch.de
 
 def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     stream = torch.cuda.Stream()
+    # or else a call would run beside one that is still running on the same layer, as on a GPU that is shared
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -1,8 +1,7 @@
 """Caches that are not ours, full from the start: what the packed cache is compared with end to end.
 
-    fp16           a cache of the right size that is written in place, over which flash attention reads exactly the tokens
-                   there are; the queries of a KV head are folded into one problem. The strongest baseline known: nothing
-                   is copied or masked
+    fp16           a cache of the right size that is written in place, over which SDPA reads exactly the tokens there are.
+                   The strongest baseline known: nothing is copied or masked
     fp16-dynamic   transformers' DynamicCache: every step copies the whole cache
     fp16-static    transformers' StaticCache: written in place, attention is masked beyond the end
     hqq4, quanto2  transformers' QuantizedCache with that library and so many bits
@@ -25,11 +24,11 @@ from transformers.masking_utils import AttentionMaskInterface
 from gradients.cli import UserError
 from gradients.models import kv_shape
 
-_FOLDED = "fp16"
-IN_PLACE = (_FOLDED, "fp16-static")  # the caches whose tensors stay where they are
+_PLAIN = "fp16"
+IN_PLACE = (_PLAIN, "fp16-static")  # the caches whose tensors stay where they are
 _QUANTIZED = re.compile(r"(hqq|quanto)([1-8])")
 _ATTENTION = "fp16_in_place"
-NAMES = (_FOLDED, "fp16-dynamic", "fp16-static", "hqq4", "hqq2", "quanto4", "quanto2")
+NAMES = (_PLAIN, "fp16-dynamic", "fp16-static", "hqq4", "hqq2", "quanto4", "quanto2")
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -85,14 +84,11 @@ def attend_in_place(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of in-place caches: `[B, S, H, D]`, and no weights."""
-    batch, heads, new, dim = query.shape
+    heads, new = query.shape[1:3]
     groups, attention = key.shape[1], nn.functional.scaled_dot_product_attention
-    if new == 1:  # sees everything, so that queries of one KV head make one problem
-        folded = query.reshape(batch, groups, heads // groups, dim)
-        output = attention(folded, key, value, scale=scaling).reshape(batch, heads, 1, dim)
-    else:
-        causal = causal_lower_right(new, key.shape[2])
-        output = attention(query, key, value, attn_mask=causal, scale=scaling, enable_gqa=heads != groups)
+    # one query sees everything; torch then finds kernels for grouped queries that are faster than one problem per KV head
+    causal = None if new == 1 else causal_lower_right(new, key.shape[2])
+    output = attention(query, key, value, attn_mask=causal, scale=scaling, enable_gqa=heads != groups)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -108,7 +104,7 @@ AttentionMaskInterface.register(_ATTENTION, _no_mask)
 def attending(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Within the block the model attends as the cache of this name wants it."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION if name == _FOLDED else "sdpa")
+    model.set_attn_implementation(_ATTENTION if name == _PLAIN else "sdpa")
     try:
         yield
     finally:
@@ -137,7 +133,7 @@ def full_cache(name: str, config: PreTrainedConfig, tokens: int, capacity: int, 
 
 
 def _empty(name: str, config: PreTrainedConfig, capacity: int) -> Cache:
-    if name == _FOLDED:
+    if name == _PLAIN:
         return Cache(layers=[InPlaceLayer(capacity) for _ in range(config.num_hidden_layers)])
     if name == "fp16-dynamic":
         return DynamicCache(config=config)

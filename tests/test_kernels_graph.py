@@ -98,6 +98,7 @@ class TestOnAGPU:
         recorded, direct, warm = (Decoder(past, scheme) for _ in range(3))
         warm.layer.reserve(steps)
         inputs = Decoder.tokens(1, seed=1)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # what a recording must not compile
             warm.step(inputs, grown(past + 1))
         torch.cuda.synchronize()
