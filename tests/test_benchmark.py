@@ -1,11 +1,13 @@
 """`python -m deployment.benchmark`, through its `main`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from deployment import timing
 from deployment.benchmark import main
 from deployment.dense import decode_calls
 from deployment.synthetic import Shape, make_case, synthetic_quantizers
@@ -115,3 +117,29 @@ def test_other_numbers_of_the_tuning_are_tried_and_undone(llama_folder: Path) ->
     for change, reason in wrong.items():
         with pytest.raises(UserError, match=reason):
             main([*command, "--tune", change])
+
+
+def test_a_graph_s_first_calls_wait_for_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run on a stream of their own; beside an unfinished call, two tokens were appended to one place."""
+    events: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            events.append(f"wait for {other}")
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    replaced = {
+        "Stream": Stream,
+        "current_stream": lambda: "the current one",
+        "stream": lambda _: nullcontext(),
+        "synchronize": lambda: events.append("synchronize"),
+        "CUDAGraph": Graph,
+        "graph": lambda _: nullcontext(),
+    }
+    for name, stand_in in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    timing._graph([lambda: events.append("call")])()
+    assert events == ["wait for the current one", "call", "synchronize", "call", "replay"]
