@@ -5,7 +5,7 @@
 #     scripts/bench_multi_gpu.sh results/8xh200               # rows go to its gpu-multi-*.jsonl, a file for each part
 #     BUDGET=1500 scripts/bench_multi_gpu.sh results/8xh200   # seconds in all (540); what does not fit is left out,
 #     PARTS=longest scripts/bench_multi_gpu.sh results/8xh200 #   so where a call may take no longer: a part each
-#     DRY=1 scripts/bench_multi_gpu.sh /tmp/dry               # the same steps on a CPU, tiny; devices are cpu and disk
+#     DRY=1 scripts/bench_multi_gpu.sh results/dry            # the same steps on a CPU, tiny; devices are cpu and disk
 #
 #     PARTS     sharded longest processes
 #     SHAPE     llama-7b                     random weights, drawn where they live

@@ -39,7 +39,7 @@ from deployment.kernels.schedule import chunk_tokens
 from deployment.kernels.scores import score_chunk
 from deployment.kernels.split import split_kernel
 from deployment.kernels.tiles import FRAGMENT_ORDER
-from deployment.kernels.tuning import tuning_for
+from deployment.kernels.tuning import LEAST_CHUNK, tuning_for
 from deployment.order import FragmentOrder, Role
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.results import append_row
@@ -226,9 +226,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--all", action="store_true", help="instructions of the loops by class, too")
     parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
-    chunk = arguments.chunk or 128
-    if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < 128:
-        raise UserError("--outliers is a share below 0.5, and --chunk a power of two from 128 on")
+    chunk = arguments.chunk or LEAST_CHUNK
+    if not 0 <= arguments.outliers < 0.5 or chunk & (chunk - 1) or chunk < LEAST_CHUNK:
+        raise UserError(f"--outliers is a share below 0.5, and --chunk a power of two from {LEAST_CHUNK} on")
     kernels = [
         compile_for(target, bits, group, arguments.chunk, arguments.outliers)
         for target in arguments.targets

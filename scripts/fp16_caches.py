@@ -1,7 +1,7 @@
 """Caches that are not ours, full from the start: what the packed cache is compared with end to end.
 
-    fp16           a cache of the right size that is written in place, over which SDPA reads exactly the tokens there are.
-                   The strongest baseline known: nothing is copied or masked
+    fp16           a cache of the right size that is written in place, over which SDPA reads exactly the tokens there are:
+                   nothing is copied or masked
     fp16-dynamic   transformers' DynamicCache: every step copies the whole cache
     fp16-static    transformers' StaticCache: written in place, attention is masked beyond the end
     hqq4, quanto2  transformers' QuantizedCache with that library and so many bits

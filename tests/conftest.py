@@ -67,6 +67,10 @@ def all_pairs(first: Iterable[Any], second: Iterable[Any], quick: Callable[[Any,
     return [pytest.param(a, b, marks=marks[quick(a, b)]) for a, b in itertools.product(first, second)]
 
 
+# head sizes, and the tokens that an index of an outlier tells apart
+_SLOW = pytest.mark.slow
+SPANS = [(64, 1024), pytest.param(96, 512, marks=_SLOW), pytest.param(128, 512, marks=_SLOW), (256, 256)]
+
 VOCABULARY = 259  # the bytes, and three special tokens
 REPOSITORY = Path(__file__).resolve().parent.parent
 

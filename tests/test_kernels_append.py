@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import all_pairs
+from conftest import SPANS, all_pairs
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
@@ -81,15 +81,7 @@ def test_rows_of_different_lengths(kind: str) -> None:
     append_both(kind, 3, 64, make_chunks(64, [8, 3, 1], batch=2), [[8, 0], [1, 0], [0, 0]], sinks=4)
 
 
-@pytest.mark.parametrize(
-    ("dim", "span"),
-    [
-        (64, 1024),
-        pytest.param(96, 512, marks=pytest.mark.slow),
-        pytest.param(128, 512, marks=pytest.mark.slow),
-        (256, 256),
-    ],
-)
+@pytest.mark.parametrize(("dim", "span"), SPANS)
 def test_tokens_beyond_the_span_of_an_index(dim: int, span: int) -> None:
     append_both("channel", 2, dim, make_chunks(dim, [span - 2, 3, 70]), [[0], [0], [0]], sinks=0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import all_pairs
+from conftest import SPANS, all_pairs
 from torch import Tensor
 
 from deployment.kernels.attend import Segment, attend_torch
@@ -198,17 +198,9 @@ def test_shares_of_outliers(share: float) -> None:
     assert run_case(share=share, lengths=(140,)) < 2e-3
 
 
-@pytest.mark.parametrize(
-    ("dim", "span"),
-    [
-        (64, 1024),
-        pytest.param(96, 512, marks=pytest.mark.slow),
-        pytest.param(128, 512, marks=pytest.mark.slow),
-        (256, 256),
-    ],
-)
+@pytest.mark.parametrize(("dim", "span"), SPANS)
 def test_outliers_beyond_the_span_of_an_index(dim: int, span: int) -> None:
-    """That of the largest heads is shorter than the chunk that a program reads at once."""
+    """A chunk is no longer than a span, but begins anywhere in one."""
     assert run_case(dim=dim, heads=(1, 1), lengths=(2 * span + 70,), share=0.1) < 2e-3
 
 

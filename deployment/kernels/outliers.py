@@ -46,49 +46,46 @@ def loaded(index, value, begin, end, ENTRIES: tl.constexpr):
 
 
 @triton.jit
-def add_to_scores(
-    scores,  # [ROWS, CHUNK] fp32
-    queries,  # [PAIRS, ROWS, 2] fp32, rotated to their own positions
-    angles,  # steps, see `Rotary`, and the position of the chunk's first
+def add_outliers(
+    ADD: tl.constexpr,  # `add_scores` or `add_outputs`
+    to,  # its arguments but for the deltas
     entries,  # index, value, first and last of the chunk
     ahead,  # `loaded` of the chunk's first, and of those after
     coded,  # `zero_code`
     token0,
-    ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     D: tl.constexpr,
-    ROTARY_HALF: tl.constexpr,
     DYNAMIC: tl.constexpr,
     ENTRIES: tl.constexpr,
-    QUICK: tl.constexpr,
 ):
-    """Add the outliers of a chunk's keys to its scores: the difference, rotated to its token's position, times the query."""
+    """Add what the outliers of a chunk exceed the decoded elements by, ENTRIES at a time."""
+    index, value, first, end = entries
     even_place, even_exact, odd_place, odd_exact = ahead
     # entries are loaded two rounds ahead, in the place of those just used up: to hand them on from round to round would be to wait for them
-    for even in range(entries[2], entries[3], 2 * ENTRIES):
+    for even in range(first, end, 2 * ENTRIES):
         odd = even + ENTRIES
-        deltas = outlier_deltas(even_place, even_exact, entries[3], even, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
-        even_place, even_exact = loaded(entries[0], entries[1], odd + ENTRIES, entries[3], ENTRIES)
-        add_scores(scores, queries, angles, deltas, ROWS, CHUNK, D, ROTARY_HALF, QUICK)
-        if odd < entries[3]:
-            deltas = outlier_deltas(odd_place, odd_exact, entries[3], odd, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
-            odd_place, odd_exact = loaded(entries[0], entries[1], odd + 2 * ENTRIES, entries[3], ENTRIES)
-            add_scores(scores, queries, angles, deltas, ROWS, CHUNK, D, ROTARY_HALF, QUICK)
+        deltas = outlier_deltas(even_place, even_exact, end, even, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
+        even_place, even_exact = loaded(index, value, odd + ENTRIES, end, ENTRIES)
+        ADD(to, deltas)
+        if odd < end:
+            deltas = outlier_deltas(odd_place, odd_exact, end, odd, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
+            odd_place, odd_exact = loaded(index, value, odd + 2 * ENTRIES, end, ENTRIES)
+            ADD(to, deltas)
 
 
 @triton.jit
-def add_scores(
-    scores,
-    queries,
-    angles,
-    deltas,  # `outlier_deltas`
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    D: tl.constexpr,
-    ROTARY_HALF: tl.constexpr,
-    QUICK: tl.constexpr,
-):
-    """Add some outliers of keys; other arguments as of `add_to_scores`."""
+def add_scores(to, deltas):
+    """Add some outliers of keys to the scores: the difference, rotated to its token's position, times the query.
+
+    to: scores `[ROWS, CHUNK]` fp32; queries `[PAIRS, ROWS, 2]` fp32, rotated to their own positions; steps, see `Rotary`; position of
+    the chunk's first token; ROWS, CHUNK, D, half of the channels that rotate, QUICK. deltas: as of `outlier_deltas`.
+    """
+    scores, queries, steps, origin = to[0], to[1], to[2], to[3]
+    ROWS: tl.constexpr = to[4]
+    CHUNK: tl.constexpr = to[5]
+    D: tl.constexpr = to[6]
+    ROTARY_HALF: tl.constexpr = to[7]
+    QUICK: tl.constexpr = to[8]
     token, channel, delta = deltas
     pair, is_second = pair_of(channel, ROTARY_HALF, D // 2)
     at = queries + pair * (2 * ROWS)
@@ -96,9 +93,9 @@ def add_scores(
     halves = ()
     for row in tl.static_range(0, ROWS, 2):
         halves += two_floats(at, QUICK) if ROWS == 1 else four_floats(at + 2 * row, QUICK)
-    high, low = steps_of(angles[0], pair, pair >= 0)
+    high, low = steps_of(steps, pair, pair >= 0)
     # the second half of a pair stands a quarter of a turn ahead
-    phase = phase_of(angles[1] + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
+    phase = phase_of(origin + token, high, low, SIGNED=False) + tl.where(is_second, 1 << 30, 0)
     cos, sin = cos_sin_of(phase, QUICK)
     on_a, on_b = cos * delta, sin * delta
     for row in tl.static_range(ROWS):
@@ -106,39 +103,16 @@ def add_scores(
 
 
 @triton.jit
-def add_to_output(
-    output,  # [CHANNELS, ROWS] fp32: additions to neighbours are one instruction, where GPUs have it
-    weights,  # [CHUNK, ROWS]
-    entries,
-    ahead,
-    coded,
-    token0,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    D: tl.constexpr,
-    DYNAMIC: tl.constexpr,
-    ENTRIES: tl.constexpr,
-):
-    """Add the outliers of a chunk's values to the output: the difference times the token's weight."""
-    even_place, even_exact, odd_place, odd_exact = ahead
-    for even in range(entries[2], entries[3], 2 * ENTRIES):
-        odd = even + ENTRIES
-        deltas = outlier_deltas(even_place, even_exact, entries[3], even, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
-        even_place, even_exact = loaded(entries[0], entries[1], odd + ENTRIES, entries[3], ENTRIES)
-        add_outputs(output, weights, deltas, ROWS)
-        if odd < entries[3]:
-            deltas = outlier_deltas(odd_place, odd_exact, entries[3], odd, coded, token0, CHUNK, D, DYNAMIC, ENTRIES)
-            odd_place, odd_exact = loaded(entries[0], entries[1], odd + 2 * ENTRIES, entries[3], ENTRIES)
-            add_outputs(output, weights, deltas, ROWS)
+def add_outputs(to, deltas):
+    """Add some outliers of values to the output: the difference times the token's weight.
 
-
-@triton.jit
-def add_outputs(output, weights, deltas, ROWS: tl.constexpr):
-    """Add some outliers of values."""
+    to: output `[CHANNELS, ROWS]` fp32, so that additions to neighbours are one instruction, where GPUs have it; weights `[CHUNK, ROWS]`; ROWS.
+    """
+    ROWS: tl.constexpr = to[2]
     token, channel, delta = deltas
     row = tl.arange(0, ROWS)[None, :]
-    weight = tl.load(weights + (token * ROWS)[:, None] + row).to(tl.float32)
-    tl.atomic_add(output + (channel * ROWS)[:, None] + row, weight * delta[:, None], sem="relaxed")
+    weight = tl.load(to[1] + (token * ROWS)[:, None] + row).to(tl.float32)
+    tl.atomic_add(to[0] + (channel * ROWS)[:, None] + row, weight * delta[:, None], sem="relaxed")
 
 
 @triton.jit

@@ -18,7 +18,6 @@ DECODED_ROWS = 16  # queries per KV head up to which every one reads the packed 
 _CHUNK_WEIGHTS = 8192  # bytes of a program's weights at a time
 _SMALL_CHUNK = 256  # tokens: a chunk of fewer costs as much
 _MOST_SPLITS = 256
-_PAIR = 128  # tokens: blocks are taken two at a time
 _START = 1.5  # what a program does before its first pair of blocks, in pairs
 _PART = 0.02  # what `combine` does for a part
 
@@ -58,14 +57,14 @@ def parts_of(tokens: int, streams: int, programs: int) -> int:
 
     def cost(parts: int) -> float:
         rounds = -(-streams * parts // programs)
-        return rounds * (part_tokens(tokens, parts) / _PAIR + _START) + _PART * parts
+        return rounds * (part_tokens(tokens, parts) / LEAST_CHUNK + _START) + _PART * parts
 
-    return min(range(1, max(1, min(_MOST_SPLITS, -(-tokens // _PAIR))) + 1), key=cost)
+    return min(range(1, max(1, min(_MOST_SPLITS, -(-tokens // LEAST_CHUNK))) + 1), key=cost)
 
 
 def part_tokens(tokens: int, parts: int) -> int:
     """Tokens of the longest of so many parts of a segment."""
-    return -(-tokens // (parts * _PAIR)) * _PAIR
+    return -(-tokens // (parts * LEAST_CHUNK)) * LEAST_CHUNK
 
 
 def chunk_tokens(rows: int, part: int, dim: int, tuning: Tuning) -> int:

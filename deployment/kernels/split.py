@@ -18,7 +18,7 @@ from deployment.kernels.ahead import ask_for_list
 from deployment.kernels.keys import cos_and_sin, turn_tables, turned_ones
 from deployment.kernels.lookup import SHARED, prepared
 from deployment.kernels.operands import GLOBAL_OPERAND, PLAIN, SHARED_OPERAND, column_of
-from deployment.kernels.outliers import add_to_output, add_to_scores, list_begin, loaded, zero_code
+from deployment.kernels.outliers import add_outliers, add_outputs, add_scores, list_begin, loaded, zero_code
 from deployment.kernels.pairs import fill, own_entries, table_memory
 from deployment.kernels.phase import first_of_pair, second_of_pair, steps_of
 from deployment.kernels.queries import positions_of, rotate_back, rotated_queries
@@ -371,21 +371,17 @@ def split_kernel(
                 ranges = tl.load(value_ranges.to(tl.pointer_type(tl.int32)) + token, mask=token < held, other=0)
             if KEY_OUTLIERS:
                 entries = (key_index, key_value, key_entry, key_end)
-                add_to_scores(
-                    scores,
-                    by_pair,
-                    (steps, origin + token0),
+                add_outliers(
+                    add_scores,
+                    (scores, by_pair, steps, origin + token0, ROWS, CHUNK, D, ROTARY_HALF, QUICK),
                     entries,
                     (key_first[0], key_first[1], key_next[0], key_next[1]),
                     key_coded,
                     token0,
-                    ROWS,
                     CHUNK,
                     D,
-                    ROTARY_HALF,
                     KEY_DYNAMIC,
                     ENTRIES,
-                    QUICK,
                 )
                 key_entry, key_end = key_end, key_later
                 tl.debug_barrier()
@@ -459,14 +455,13 @@ def split_kernel(
                 )
             if VALUE_OUTLIERS:
                 entries = (value_index, value_value, value_entry, value_end)
-                add_to_output(
-                    extra,
-                    weights,
+                add_outliers(
+                    add_outputs,
+                    (extra, weights, ROWS),
                     entries,
                     (value_first[0], value_first[1], value_next[0], value_next[1]),
                     value_coded,
                     token0,
-                    ROWS,
                     CHUNK,
                     D,
                     VALUE_DYNAMIC,
