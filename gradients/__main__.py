@@ -71,18 +71,19 @@ def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
         raise UserError(f"--seqlen {seqlen} leaves no next token to predict; use at least 2")
 
 
-def record(loaded: LoadedModel, corpus: Corpus, records: Records, windows: int, checkpointing: bool = False) -> int:
+def record(loaded: LoadedModel, corpus: Corpus, records: Records, checkpointing: bool = False) -> int:
     """Record this process's share of the missing windows; returns how many it recorded."""
     state = process_state()
     manifest = records.manifest
-    drawn = corpus.calibration_windows(manifest.seqlen, windows, manifest.seed)
-    mine = own_share(windows)
+    drawn = corpus.calibration_windows(manifest.seqlen, manifest.moment_windows, manifest.seed)
+    mine = own_share(manifest.moment_windows)
     missing = [window for window in mine if not records.is_complete(window)]
     unit = {"unit": "tok", "unit_scale": True, "disable": not state.is_main_process}
     with tqdm(total=len(mine) * manifest.seqlen, desc="recording", **unit) as progress:
         progress.update((len(mine) - len(missing)) * manifest.seqlen)
         for window in missing:
-            records.write(window, record_window(loaded.model, drawn[window], checkpointing))
+            moments_only = window >= manifest.windows
+            records.write(window, record_window(loaded.model, drawn[window], checkpointing, moments_only))
             progress.update(manifest.seqlen)
     return len(missing)
 
@@ -93,6 +94,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     add_model_arguments(parser)
     parser.add_argument("--text", required=True, help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
     parser.add_argument("--windows", type=positive_int, default=16)
+    parser.add_argument(
+        "--moment-windows",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="windows whose gradients' moments are recorded, for error feedback; those beyond --windows hold nothing else",
+    )
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the places the windows are drawn from")
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers: less memory, more time")
@@ -109,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         token_digest=corpus.digest,
         seqlen=arguments.seqlen,
         windows=arguments.windows,
+        moment_windows=max(arguments.windows, arguments.moment_windows),
         seed=arguments.seed,
         model=arguments.model,
         model_dtype=str(loaded.model.dtype).removeprefix("torch."),
@@ -119,19 +128,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if process_state().is_main_process:
         records.write_rope(*rope_tables(loaded.model, arguments.seqlen))
     started = time.perf_counter()
-    recorded = record(loaded, corpus, records, arguments.windows, arguments.checkpointing)
+    recorded = record(loaded, corpus, records, arguments.checkpointing)
     seconds = time.perf_counter() - started
     state = process_state()
     state.wait_for_everyone()
     if not state.is_main_process:
         return None
-    size = sum(records.path(window).stat().st_size for window in range(arguments.windows))
+    held = records.manifest
+    size = sum(records.path(window).stat().st_size for window in range(held.moment_windows))
+    more = held.moment_windows - held.windows
+    moments = f" ({more} more for moments)" if more else ""
     print(
-        f"{arguments.windows} windows of {arguments.seqlen} tokens, {len(sites)} sites, {size / 1e6:.0f} MB in {arguments.output}"
+        f"{held.windows} windows{moments} of {held.seqlen} tokens, {len(sites)} sites, {size / 1e6:.0f} MB in {arguments.output}"
     )
     return {
         "records": arguments.output,
-        "windows": arguments.windows,
+        "windows": held.windows,
+        "moment_windows": held.moment_windows,
         "seqlen": arguments.seqlen,
         "recorded_now": recorded,
         "tokens_per_second": round(recorded * arguments.seqlen / seconds, 1),

@@ -3,7 +3,8 @@
 The Fisher information of an activation is its squared gradient under the loss, the diagonal approximation of
 KVQuant (arXiv 2401.18079, section 3.2): an error e in element i changes the loss by about F_i * e^2 / 2. One
 window costs one forward and one backward of the mean next-token loss. Parameters are frozen, so the graph starts
-at the first site; a tensor hook squares each gradient as soon as it exists and lets it go.
+at the first site; a tensor hook squares each gradient as soon as it exists and lets it go. Summed over the window's
+tokens, the products of a head's gradients are kept too: the whole matrix, for error feedback (quant/feedback.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,23 +17,27 @@ from transformers import PreTrainedModel
 from gradients.cli import UserError
 from gradients.models import KVSite, kv_sites
 from gradients.placement import input_device
-from gradients.records import ACTIVATION_DTYPE, FISHER_DTYPE
+from gradients.records import ACTIVATION_DTYPE, FISHER_DTYPE, MOMENT_DTYPE, What
 
 # lifts fp16 gradients out of the subnormals; a power of two, so dividing it out again is exact
 _FP16_LOSS_SCALE = 2.0**12
 
 
-def record_window(model: PreTrainedModel, tokens: Tensor, checkpointing: bool = False) -> dict[str, Tensor]:
-    """Activations and squared gradients of one window.
+def record_window(
+    model: PreTrainedModel, tokens: Tensor, checkpointing: bool = False, moments_only: bool = False
+) -> dict[str, Tensor]:
+    """Activations, squared gradients and second moments of the gradients of one window.
 
     Args:
         tokens: `[S]` int64.
         checkpointing: recompute each layer in the backward pass, for less memory and about a third more time.
+        moments_only: leave activations and squared gradients out.
 
-    Returns `layers.{i}.{kind}.activation` (fp16) and `.fisher` (bf16), each `[S, C]` on the CPU.
+    Returns `layers.{i}.{kind}.activation` (fp16) and `.fisher` (bf16), each `[S, C]`, and `.moment` (fp32) `[G, D, D]`, the
+    sum over all tokens but the first, an attention sink; all on the CPU.
     Raises `UserError` naming the layer when an activation or gradient is not finite as stored.
     """
-    recorder = _Recorder(_FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0)
+    recorder = _Recorder(_FP16_LOSS_SCALE if model.dtype == torch.float16 else 1.0, moments_only)
     sites = kv_sites(model)
     with ExitStack() as stack:
         if checkpointing:
@@ -54,10 +59,11 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _Recorder:
-    def __init__(self, loss_scale: float) -> None:
+    def __init__(self, loss_scale: float, moments_only: bool) -> None:
         self.loss_scale = loss_scale
-        self._activations: dict[KVSite, Tensor] = {}
-        self._fisher: dict[KVSite, Tensor] = {}
+        self.moments_only = moments_only
+        # activations first: a bad one spoils every gradient, and the first layer that has one is to blame
+        self._recorded: dict[What, dict[KVSite, Tensor]] = {"activation": {}, "fisher": {}, "moment": {}}
 
     @contextmanager
     def watching(self, sites: Sequence[KVSite]) -> Iterator[None]:
@@ -72,8 +78,10 @@ class _Recorder:
         def record(_module: torch.nn.Module, _inputs: object, output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output.requires_grad_()
-            for site in sites:
-                self._activations[site] = _stored(site.read(output.detach())[0], ACTIVATION_DTYPE)
+            if not self.moments_only:
+                for site in sites:
+                    recorded = site.read(output.detach())[0]
+                    self._recorded["activation"][site] = _stored(recorded, ACTIVATION_DTYPE)
             output.register_hook(lambda gradient: self._square(sites, gradient))
             return output
 
@@ -82,13 +90,15 @@ class _Recorder:
     def _square(self, sites: Sequence[KVSite], gradient: Tensor) -> None:
         for site in sites:
             scaled = site.read(gradient)[0].float() / self.loss_scale
-            self._fisher[site] = _stored(scaled.square(), FISHER_DTYPE)
+            if not self.moments_only:
+                self._recorded["fisher"][site] = _stored(scaled.square(), FISHER_DTYPE)
+            by_head = scaled[1:].unflatten(-1, (site.heads, site.head_dim)).transpose(0, 1)
+            self._recorded["moment"][site] = _stored(by_head.mT @ by_head, MOMENT_DTYPE)
 
     def tensors(self, sites: Sequence[KVSite]) -> dict[str, Tensor]:
         tensors = {}
-        # activations first: a bad one spoils every gradient, and the first layer that has one is to blame
-        for what, of_site in (("activation", self._activations), ("fisher", self._fisher)):
-            for site in sites:
+        for what, of_site in self._recorded.items():
+            for site in sites if of_site else ():
                 recorded = of_site[site]
                 if not recorded.isfinite().all():
                     raise UserError(

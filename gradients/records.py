@@ -1,9 +1,10 @@
 """The `records/` folder: what one calibration run leaves behind for any number of fits.
 
     records/manifest.json               what was recorded: model, corpus, windows, dtypes, versions
-    records/window-00012.safetensors    layers.{i}.{key|value}.{activation|fisher}, each [S, C]
+    records/window-00012.safetensors    layers.{i}.{key|value}.{activation|fisher}, each [S, C], and .moment [G, D, D]
 
-Activations are fp16, Fisher information is bf16 (squared gradients underflow in fp16). Each window file is
+Activations are fp16, Fisher information is bf16 (squared gradients underflow in fp16), and the second moments of a head's
+gradients, summed over the window's tokens, are fp32. Windows beyond those of activations may hold moments only. Each window file is
 written under a temporary name and renamed, and carries the manifest's digest and a checksum per tensor, so that
 a foreign, truncated or altered file is noticed when its tensor is read. Any process may write any window: no
 gather, no lock, and a rerun writes only what is missing.
@@ -13,7 +14,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +26,13 @@ from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint, canonical_json
 from gradients.models import Kind
 
-SCHEMA = 1
+SCHEMA = 2
+_WITHOUT_MOMENTS = 1  # the schema before, which still opens
 ROPE_FILE = "rope.safetensors"
 ACTIVATION_DTYPE = torch.float16
 FISHER_DTYPE = torch.bfloat16
+MOMENT_DTYPE = torch.float32
+What = Literal["activation", "fisher", "moment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Manifest:
     seqlen: int
     windows: int
     seed: int
+    moment_windows: int = 0  # windows that hold moments, those of `windows` included; 0 in records of schema 1
     model: str = ""
     model_dtype: str = ""
     versions: dict[str, str] | None = None
@@ -48,7 +53,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Hash of everything that decides a window's content; not of the number of windows, which may grow."""
+        """Hash of everything that decides a window's content; not of the numbers of windows, which may grow."""
         decisive = [
             self.schema,
             self.fingerprint.to_json(),
@@ -91,7 +96,10 @@ class Records:
                     f"records folder {str(folder)!r} belongs to another run ({_manifest_difference(present, manifest)}); "
                     "give another --output or delete the folder"
                 )
-            manifest = replace(manifest, windows=max(manifest.windows, present.windows))
+            most = {
+                name: max(getattr(manifest, name), getattr(present, name)) for name in ("windows", "moment_windows")
+            }
+            manifest = replace(manifest, **most)
         with atomic_write(folder / "manifest.json") as path:
             path.write_text(json.dumps(manifest.to_json(), indent=2) + "\n")
         return cls(folder, manifest)
@@ -112,7 +120,7 @@ class Records:
             raise UserError(
                 f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
             ) from error
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, _WITHOUT_MOMENTS):
             raise UserError(f"records {str(folder)!r} have schema {schema}, this version reads {SCHEMA}; record again")
         try:
             return cls(folder, Manifest.from_json(content))
@@ -126,15 +134,18 @@ class Records:
         return self.folder / f"window-{window:05d}.safetensors"
 
     def is_complete(self, window: int) -> bool:
-        """Whether the window's file is there, whole in length, and of this manifest."""
+        """Whether the window's file is there, whole in length, of this manifest, and holds what it should."""
         try:
             with safe_open(self.path(window), framework="pt") as file:
-                return _read_stamp(file)["manifest"] == self.manifest.digest
+                held = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118  (not a mapping)
+                return _read_stamp(file)["manifest"] == self.manifest.digest and (
+                    window >= self.manifest.windows or "activation" in held
+                )
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
 
     def write(self, window: int, tensors: dict[str, Tensor]) -> None:
-        """Store one window's tensors, `layers.{i}.{kind}.{activation|fisher}` -> `[S, C]`."""
+        """Store one window's tensors, `layers.{i}.{kind}.{activation|fisher|moment}`."""
         checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
         stamp = {"manifest": self.manifest.digest, "window": window, "checksums": checksums}
         with atomic_write(self.path(window)) as path:
@@ -146,8 +157,30 @@ class Records:
 
         Raises `UserError` naming the file when it is missing, truncated, altered or of another run.
         """
+        activation, fisher = self._read(window, layer, kind, "activation", "fisher")
+        return activation, fisher
+
+    def read_moment(self, layer: int, kind: Kind) -> Tensor:
+        """E[g g^T] of each head's gradients g over all windows that hold moments, `[G, D, D]` float64.
+
+        Raises `UserError` when the records hold none, when a window's cannot be used, and when they are not finite.
+        """
+        manifest = self.manifest
+        if not manifest.moment_windows:
+            raise UserError(
+                f"records {str(self.folder)!r} hold no moments of gradients, which error feedback (+fb) needs; "
+                "record again with this version, or drop +fb"
+            )
+        total = sum(self._read(window, layer, kind, "moment")[0].double() for window in range(manifest.moment_windows))
+        assert isinstance(total, Tensor)
+        if not total.isfinite().all():
+            head = int((~total.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise UserError(f"records: layer {layer} {kind} head {head} has moments that are not finite; record again")
+        return total / (manifest.moment_windows * (manifest.seqlen - 1))
+
+    def _read(self, window: int, layer: int, kind: Kind, *what: What) -> list[Tensor]:
         path = self.path(window)
-        names = [f"layers.{layer}.{kind}.{what}" for what in ("activation", "fisher")]
+        names = [f"layers.{layer}.{kind}.{one}" for one in what]
         remedy = f"delete it and run `python -m gradients --output {self.folder}` again"
         try:
             with safe_open(path, framework="pt") as file:
@@ -166,7 +199,7 @@ class Records:
                 raise UserError(
                     f"records window {str(path)!r}: tensor {name} was altered after it was written; {remedy}"
                 )
-        return tensors[0], tensors[1]
+        return tensors
 
     def first(self, windows: int | None) -> "Records":
         """The same records as if only the first `windows` had been made (None: all).
@@ -180,7 +213,8 @@ class Records:
                 f"{windows} calibration windows are asked for, records {str(self.folder)!r} hold {self.manifest.windows}; "
                 "record more, or ask for fewer"
             )
-        return replace(self, manifest=replace(self.manifest, windows=windows))
+        moments = min(windows, self.manifest.moment_windows)
+        return replace(self, manifest=replace(self.manifest, windows=windows, moment_windows=moments))
 
     def write_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Store the rotary tables `[S, R]` of a window's positions, for fits of keys after the rotary embedding."""
@@ -225,7 +259,7 @@ def _read_stamp(file: Any) -> dict[str, Any]:
 
 
 def _manifest_difference(present: Manifest, wanted: Manifest) -> str:
-    for name in ("text", "token_digest", "seqlen", "seed", "model_dtype"):
+    for name in ("schema", "text", "token_digest", "seqlen", "seed", "model_dtype"):
         if getattr(present, name) != getattr(wanted, name):
             return f"{name} {getattr(present, name)!r} there, {getattr(wanted, name)!r} asked for"
     return f"model: {present.fingerprint.difference(wanted.fingerprint)}"

@@ -167,5 +167,5 @@ def bind(histograms: ChannelHistograms, chosen: NDArray[np.int64], scheme: Schem
         int(width): shared_codebook(*histograms.pooled(widths == width, scale, zero), int(width))
         for width in np.unique(widths)
     }
-    tables = (torch.from_numpy(np.ascontiguousarray(table)).float() for table in (scale, zero))
-    return MixedQuantizer(scheme, codebooks, torch.from_numpy(widths).to(torch.uint8), *tables)
+    tables = [torch.from_numpy(np.ascontiguousarray(table)).float() for table in (scale, zero)]
+    return MixedQuantizer(scheme, codebooks, torch.from_numpy(widths).to(torch.uint8), tables[0], tables[1])

@@ -2,7 +2,7 @@
 
 Tensors: `layers.{i}.key.{levels,boundaries,scale,zero}`, `layers.{i}.value.{levels,boundaries}` (scale and zero
 wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`; `thresholds` of
-a matrix; `rotation` of rotated head vectors. Metadata, one JSON object: schema version, the scheme, the layers that
+a matrix; `rotation` of rotated head vectors; `order` and `feedback` where errors are handed on. Metadata, one JSON object: schema version, the scheme, the layers that
 depart from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
 """
 
@@ -23,6 +23,7 @@ from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint, canonical_json
 from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
+from quant.feedback import Feedback
 from quant.grouped import GroupQuantizer
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -153,8 +154,10 @@ def _assemble(
 ) -> Quantizer:
     channels, axis = fingerprint.heads * fingerprint.head_dim, axis_of(scheme, kind)
     form = scheme.form(axis)
+    prefix = f"layers.{layer}.{kind}."
+    feedback = _assemble_feedback(prefix, tensors, fingerprint) if scheme.feedback else None
     if form == "allocated":
-        return _assemble_mixed(f"layers.{layer}.{kind}.", scheme, tensors, channels)
+        return _assemble_mixed(prefix, scheme, tensors, channels, feedback)
     shapes: dict[str, tuple[int, ...]] = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
     if form == "static":
         shapes |= {"scale": (channels,), "zero": (channels,)}
@@ -177,11 +180,26 @@ def _assemble(
     codebook = Codebook(tables.pop("levels"), tables.pop("boundaries"))
     if form == "grouped":
         return GroupQuantizer(scheme, codebook, axis)
-    classes = {"static": ChannelQuantizer, "token": TokenQuantizer, "rotated": RotatedQuantizer}
-    return classes[form](scheme, codebook, **tables)
+    if form == "rotated":
+        return RotatedQuantizer(scheme, codebook, **tables)
+    return (ChannelQuantizer if form == "static" else TokenQuantizer)(scheme, codebook, **tables, feedback=feedback)
 
 
-def _assemble_mixed(prefix: str, scheme: Scheme, tensors: dict[str, Tensor], channels: int) -> MixedQuantizer:
+def _assemble_feedback(prefix: str, tensors: dict[str, Tensor], fingerprint: Fingerprint) -> Feedback:
+    """Raises KeyError for a missing tensor, ValueError for one that does not fit."""
+    order, matrix = tensors[prefix + "order"], tensors[prefix + "feedback"]
+    heads, dim = fingerprint.heads, fingerprint.head_dim
+    if order.shape != (heads, dim) or order.dtype != torch.uint8 or matrix.dtype != torch.float16:
+        raise ValueError(f"{prefix}order is not {heads} x {dim} uint8, or {prefix}feedback not float16")
+    try:
+        return Feedback(order.long(), matrix)
+    except ValueError as error:
+        raise ValueError(f"{prefix}feedback: {error}") from error
+
+
+def _assemble_mixed(
+    prefix: str, scheme: Scheme, tensors: dict[str, Tensor], channels: int, feedback: Feedback | None
+) -> MixedQuantizer:
     """Raises KeyError for a missing tensor, ValueError for one that does not fit."""
     widths, scale, zero = (tensors[prefix + name] for name in ("widths", "scale", "zero"))
     codebooks = {}
@@ -192,4 +210,4 @@ def _assemble_mixed(prefix: str, scheme: Scheme, tensors: dict[str, Tensor], cha
     for name, table in (("widths", widths), ("scale", scale), ("zero", zero)):
         if table.shape != (channels,) or not table.isfinite().all():
             raise ValueError(f"{prefix}{name} is not {channels} finite numbers")
-    return MixedQuantizer(scheme, codebooks, widths, scale, zero)
+    return MixedQuantizer(scheme, codebooks, widths, scale, zero, feedback)

@@ -22,10 +22,11 @@ from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import Quantizers, axis_of
+from quant.compensate import ElementQuantizer, with_feedback
 from quant.options import add_scheme_arguments, scheme_from
 from quant.quantizer import Quantizer
 from quant.scheme import Scheme
-from quant.side import fit_side, read_side
+from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
 
 Layers = dict[int, dict[Kind, Quantizer]]
@@ -84,26 +85,35 @@ def _mapper(jobs: int) -> Iterator[Mapper]:
 
 
 def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quantizer]:
-    return {
-        kind: fit_side(read_side(records, scheme, layer, kind), scheme, axis_of(scheme, kind) == "channel")
-        for kind in KINDS
-    }
-
-
-def _histograms(records: Records, scheme: Scheme, layer: int) -> Iterator[ChannelHistograms]:
+    fitted = {}
     for kind in KINDS:
         side = read_side(records, scheme, layer, kind)
-        yield ChannelHistograms.of(side.activation, side.fisher)
+        quantizer = fit_side(side, scheme, axis_of(scheme, kind) == "channel")
+        fitted[kind] = _compensated(quantizer, records, side, layer, kind)
+    return fitted
 
 
 def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
-    return [price(histograms) for histograms in _histograms(records, scheme, layer)]
+    sides = (read_side(records, scheme, layer, kind) for kind in KINDS)
+    return [price(ChannelHistograms.of(side.activation, side.fisher)) for side in sides]
 
 
 def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> dict[Kind, Quantizer]:
     layer, chosen = work
-    both = zip(KINDS, _histograms(records, scheme, layer), chosen, strict=True)
-    return {kind: bind(histograms, choice, scheme) for kind, histograms, choice in both}
+    fitted = {}
+    for kind, choice in zip(KINDS, chosen, strict=True):
+        side = read_side(records, scheme, layer, kind)
+        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice, scheme)
+        fitted[kind] = _compensated(quantizer, records, side, layer, kind)
+    return fitted
+
+
+def _compensated(quantizer: Quantizer, records: Records, side: Side, layer: int, kind: Kind) -> Quantizer:
+    """The quantizer with feedback, if its scheme has it."""
+    if not quantizer.scheme.feedback:
+        return quantizer
+    assert isinstance(quantizer, ElementQuantizer)
+    return with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from quant.arithmetic import denormalise, normalise
 from quant.codebook import Codebook
-from quant.quantizer import Encoded, as_stored, denormalise, normalise, put_exact
+from quant.feedback import ChannelBooks, Feedback
+from quant.quantizer import Encoded, feedback_tables, kept_exactly, put_exact
 from quant.scheme import Scheme
 
 
@@ -26,6 +28,7 @@ class MixedQuantizer:
     widths: Tensor
     scale: Tensor
     zero: Tensor
+    feedback: Feedback | None = None
 
     @cached_property
     def channels(self) -> Mapping[int, Tensor]:
@@ -50,11 +53,30 @@ class MixedQuantizer:
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
-        normalised = normalise(x.float(), self.scale, self.zero)
+        return self.coded(x)[0]
+
+    def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
+        """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
+        x = x.float()
+        normalised = normalise(x, self.scale, self.zero)
         outliers = normalised.abs() > 1
+        if self.feedback is None:
+            codes, targets = self._encode(normalised), x
+        else:
+            codes, targets = self.feedback.encode(x, outliers, self.scale, self.zero, self._books)
+        return Encoded(codes, outliers, kept_exactly(targets, outliers)), targets
+
+    def _encode(self, normalised: Tensor) -> Tensor:
         sides = normalised.index_select(-1, self._by_width).split(self._counts, dim=-1)
         codes = [codebook.encode(side.contiguous()) for codebook, side in zip(self._codebooks, sides, strict=True)]
-        return Encoded(torch.cat(codes, dim=-1).index_select(-1, self._back), outliers, as_stored(x[outliers]))
+        return torch.cat(codes, dim=-1).index_select(-1, self._back)
+
+    @cached_property
+    def _books(self) -> ChannelBooks:
+        which = torch.zeros(len(self.widths), dtype=torch.int64, device=self.widths.device)
+        for number, channels in enumerate(self.channels.values()):
+            which[channels] = number
+        return ChannelBooks.of(self._codebooks, which)
 
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
@@ -72,12 +94,13 @@ class MixedQuantizer:
             self,
             codebooks={width: codebook.to(device) for width, codebook in self.codebooks.items()},
             **{name: getattr(self, name).to(device) for name in ("widths", "scale", "zero")},
+            feedback=self.feedback and self.feedback.to(device),
         )
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
-        tables = {"widths": self.widths, "scale": self.scale, "zero": self.zero}
+        tables = {"widths": self.widths, "scale": self.scale, "zero": self.zero, **feedback_tables(self.feedback)}
         for width, codebook in self.codebooks.items():
             tables |= {f"levels.{width}": codebook.levels, f"boundaries.{width}": codebook.boundaries}
         return tables

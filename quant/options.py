@@ -14,7 +14,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
         parser.add_argument(
             "--scheme",
             required=True,
-            help="{int|nf|nuq}BITS[-P%%], such as nuq3-1%%, or rdnuqBUDGET, such as rdnuq2.4, or "
+            help="{int|nf|nuq}BITS[-P%%][+fb], such as nuq3-1%%, or rdnuqBUDGET[+fb], such as rdnuq2.4, or "
             f"{{{'|'.join(PRESETS)}}}BITS",
         )
     parser.add_argument("--sink-tokens", type=non_negative_int, help="first tokens kept in fp16 (1)")
@@ -27,6 +27,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     parser.add_argument("--key-rope", choices=get_args(Rope), help="keys before or after the rotary embedding (pre)")
     parser.add_argument("--thresholds", choices=get_args(Thresholds), help="of outliers, per vector or layer (vector)")
     parser.add_argument("--outlier-cap", type=non_negative_int, help="most outliers per token, channel-wise axes")
+    parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, help="error feedback, as +fb (no)")
     parser.add_argument("--residual-tokens", type=non_negative_int, help="recent tokens kept exact (0)")
 
 
@@ -42,6 +43,7 @@ _OPTIONS = (
     "thresholds",
     "outlier_cap",
     "residual_tokens",
+    "feedback",
 )
 
 

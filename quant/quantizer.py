@@ -5,16 +5,21 @@ their range comes from: a `ChannelQuantizer` calibrated one range per channel (t
 `TokenQuantizer` takes one per token as it comes (the paper's values). With levels q on [-1, 1]:
 
     x^ = (x - z) / s        code = bucketize(x^)        x' = s * q[code] + z,  or x itself (fp16) for an outlier
+
+With `feedback` (quant/feedback.py) codes are those of targets: x, and the errors that channels before have handed on.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quant.arithmetic import as_stored, denormalise, normalise
 from quant.codebook import Codebook
+from quant.feedback import ChannelBooks, Feedback
 from quant.outliers import cap_outliers, extreme_elements, outliers_per_end
 from quant.scheme import Scheme
 
@@ -62,18 +67,35 @@ class ChannelQuantizer:
     codebook: Codebook
     scale: Tensor
     zero: Tensor
+    feedback: Feedback | None = None
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
-        normalised = normalise(x.float(), self.scale, self.zero)
-        codes = self.codebook.encode(normalised)
+        return self.coded(x)[0]
+
+    def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
+        """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
+        x = x.float()
+        normalised = normalise(x, self.scale, self.zero)
+        outliers = self._outliers(normalised)
+        if self.feedback is None:
+            codes, targets = self.codebook.encode(normalised), x
+        else:
+            codes, targets = self.feedback.encode(x, outliers, self.scale, self.zero, self._books)
+        return Encoded(codes, outliers, kept_exactly(targets, outliers)), targets
+
+    def _outliers(self, normalised: Tensor) -> Tensor | None:
         if not self.scheme.outliers:
-            return Encoded(codes, None, None)
+            return None
         distance = normalised.abs()
         outliers = distance > 1
-        if self.scheme.outlier_cap is not None:
-            outliers = cap_outliers(outliers, distance, self.scheme.outlier_cap)
-        return Encoded(codes, outliers, as_stored(x[outliers]))
+        if self.scheme.outlier_cap is None:
+            return outliers
+        return cap_outliers(outliers, distance, self.scheme.outlier_cap)
+
+    @cached_property
+    def _books(self) -> ChannelBooks:
+        return ChannelBooks.shared(self.codebook, len(self.scale))
 
     @property
     def channels(self) -> Mapping[int, slice | Tensor]:
@@ -90,12 +112,19 @@ class ChannelQuantizer:
 
     def to(self, device: torch.device | str) -> "ChannelQuantizer":
         """The same quantizer on a device."""
-        return replace(self, codebook=self.codebook.to(device), scale=self.scale.to(device), zero=self.zero.to(device))
+        return replace(
+            self,
+            codebook=self.codebook.to(device),
+            scale=self.scale.to(device),
+            zero=self.zero.to(device),
+            feedback=self.feedback and self.feedback.to(device),
+        )
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
-        return {**_codebook_tables(self.codebook), "scale": self.scale, "zero": self.zero}
+        ranges = {"scale": self.scale, "zero": self.zero}
+        return {**_codebook_tables(self.codebook), **ranges, **feedback_tables(self.feedback)}
 
 
 @dataclass(frozen=True)
@@ -108,14 +137,24 @@ class TokenQuantizer:
     scheme: Scheme
     codebook: Codebook
     thresholds: Tensor | None = None
+    feedback: Feedback | None = None
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
+        return self.coded(x)[0]
+
+    def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
+        """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
         x = x.float()
         outliers, scale, zero = token_range(x, self.scheme.outliers, self.thresholds)
         # the fp16 numbers as stored, so that encoding and decoding divide and multiply by the same
-        codes = self.codebook.encode(normalise(x, scale.float(), zero.float()))
-        return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
+        ranges = scale.float(), zero.float()
+        if self.feedback is None:
+            codes, targets = self.codebook.encode(normalise(x, *ranges)), x
+        else:
+            books = ChannelBooks.shared(self.codebook, x.shape[-1])
+            codes, targets = self.feedback.encode(x, outliers, *ranges, books)
+        return Encoded(codes, outliers, kept_exactly(targets, outliers), scale, zero), targets
 
     @property
     def channels(self) -> Mapping[int, slice | Tensor]:
@@ -134,14 +173,18 @@ class TokenQuantizer:
 
     def to(self, device: torch.device | str) -> "TokenQuantizer":
         """The same quantizer on a device."""
-        thresholds = None if self.thresholds is None else self.thresholds.to(device)
-        return replace(self, codebook=self.codebook.to(device), thresholds=thresholds)
+        return replace(
+            self,
+            codebook=self.codebook.to(device),
+            thresholds=None if self.thresholds is None else self.thresholds.to(device),
+            feedback=self.feedback and self.feedback.to(device),
+        )
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
         matrix = {} if self.thresholds is None else {"thresholds": self.thresholds}
-        return {**_codebook_tables(self.codebook), **matrix}
+        return {**_codebook_tables(self.codebook), **matrix, **feedback_tables(self.feedback)}
 
 
 def keeps_outliers(quantizer: Quantizer) -> bool:
@@ -154,22 +197,6 @@ def code_bits(quantizer: Quantizer, channels: int) -> int:
     return sum(
         width * (channels if isinstance(chosen, slice) else len(chosen)) for width, chosen in quantizer.channels.items()
     )
-
-
-def normalise(x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x^ = (x - z) / s (KVQuant, Eq. 2). Where s = 0, x = z maps to 0 and any other x far beyond the ends."""
-    return (x - zero) / scale.clamp(min=torch.finfo(torch.float32).tiny)
-
-
-def denormalise(levels: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """x' = s * q[code] + z, of levels that were looked up; inverse of `normalise`."""
-    return levels * scale + zero
-
-
-def as_stored(x: Tensor) -> Tensor:
-    """fp16, saturating: what exact elements, scales and sink tokens are stored as."""
-    limit = torch.finfo(torch.float16).max
-    return x.clamp(-limit, limit).half()
 
 
 def token_range(x: Tensor, share: float, thresholds: Tensor | None = None) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -190,6 +217,16 @@ def token_range(x: Tensor, share: float, thresholds: Tensor | None = None) -> tu
     nothing_left = high < low
     high, low = high.masked_fill(nothing_left, 0.0), low.masked_fill(nothing_left, 0.0)
     return outliers, as_stored((high - low) / 2), as_stored((high + low) / 2)
+
+
+def kept_exactly(targets: Tensor, outliers: Tensor | None) -> Tensor | None:
+    """What is stored of outliers, `[N]` fp16 in row-major order of their mask; None if there is none."""
+    return None if outliers is None else as_stored(targets[outliers])
+
+
+def feedback_tables(feedback: Feedback | None) -> dict[str, Tensor]:
+    """The tensors of a feedback, if there is one, by the name they have in the artefact."""
+    return {} if feedback is None else feedback.tables
 
 
 def put_exact(dense: Tensor, encoded: Encoded) -> Tensor:

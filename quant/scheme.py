@@ -2,7 +2,8 @@
 
 `{int|nf|nuq}{bits}` names the datatype, `-P%` the share of elements kept exactly (dense-and-sparse). Ours is
 `rdnuq{budget}`, such as `rdnuq2.4`: nuq whose bits and outliers are allocated channel by channel (`quant/allocate.py`)
-so that an element takes 2.4 bits on average, outliers included. The methods of others, `kivi2` or `flexgen4`, are
+so that an element takes 2.4 bits on average, outliers included. `+fb` behind any of these chooses codes with error
+feedback (`quant/feedback.py`). The methods of others, `kivi2` or `flexgen4`, are
 names for such fields too (`quant/presets.py`). A fitted quantizer (`quant/quantizer.py`) is what calibration made of
 a scheme; `quant/fit.py` is the only bridge.
 """
@@ -22,10 +23,13 @@ Range = Literal["offline", "online"]
 Thresholds = Literal["vector", "matrix"]
 Form = Literal["static", "token", "grouped", "allocated", "rotated"]
 
+_NAMED = ("datatype", "bits", "outliers", "feedback")  # the fields that a name gives
+_ELEMENTWISE = {"static", "token", "allocated"}  # forms whose codes are chosen element by element
+
 MAX_BITS = 8  # codes are bytes before they are packed
 MAX_OUTLIER_SHARE = 0.1
 
-_NAME = re.compile(r"(?P<datatype>[a-z]+)(?P<bits>\d+(?:\.\d+)?)(?:-(?P<percent>\d+(?:\.\d+)?)%)?")
+_NAME = re.compile(r"(?P<datatype>[a-z]+)(?P<bits>\d+(?:\.\d+)?)(?:-(?P<percent>\d+(?:\.\d+)?)%)?(?P<feedback>\+fb)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Scheme:
         thresholds: beyond which elements are outliers: one pair per channel or token, or one for a layer's matrix.
         outlier_cap: at most so many outliers per token on a channel-wise axis, None for no limit.
         residual_tokens: the most recent tokens stay exact until so many newer ones have come (KIVI).
+        feedback: errors are handed on within a head, by the Fisher matrix that the records hold (quant/feedback.py).
     """
 
     datatype: Datatype
@@ -63,6 +68,7 @@ class Scheme:
     thresholds: Thresholds = "vector"
     outlier_cap: int | None = None
     residual_tokens: int = 0
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -103,6 +109,12 @@ class Scheme:
             )
         if self.datatype == "lloyd" and (self.outliers or self.q_norm or self.group):
             raise UserError(f"scheme {self} scales whole head vectors: drop -P%, q_norm and group")
+        forms = {self.form(self.key_axis), self.form(self.value_axis)}
+        if self.feedback and (not forms <= _ELEMENTWISE or self.key_rope == "post"):
+            raise UserError(
+                f"scheme {self}: error feedback needs codes chosen element by element, and keys before RoPE; drop +fb, or group, "
+                "channel_range=online and key_rope=post"
+            )
         if self.residual_tokens and self.key_rope == "pre":
             raise UserError(
                 f"scheme residual_tokens {self.residual_tokens} keeps recent keys exact as attention sees them: "
@@ -130,18 +142,20 @@ class Scheme:
         match = _NAME.fullmatch(name)
         if match is None:
             raise UserError(
-                f"scheme {name!r} is not of the form {{int|nf|nuq}}BITS[-P%], such as nuq3-1% or int4, nor rdnuqBUDGET, "
-                f"such as rdnuq2.4, nor {{{'|'.join(PRESETS)}}}BITS"
+                f"scheme {name!r} is not of the form {{int|nf|nuq}}BITS[-P%][+fb], such as nuq3-1% or int4+fb, nor "
+                f"rdnuqBUDGET[+fb], such as rdnuq2.4, nor {{{'|'.join(PRESETS)}}}BITS"
             )
         content: dict[str, Any] = {"datatype": match["datatype"], "bits": float(match["bits"])}
         content |= PRESETS.get(match["datatype"], {})
         if match["percent"]:
             content["outliers"] = float(match["percent"]) / 100
+        if match["feedback"]:
+            content["feedback"] = True
         return cls(**content | options)
 
     def __str__(self) -> str:
         share = f"-{self.outliers * 100:g}%" if self.outliers else ""
-        return f"{self.datatype}{self.bits:g}{share}"
+        return f"{self.datatype}{self.bits:g}{share}{'+fb' if self.feedback else ''}"
 
     @property
     def allocated(self) -> bool:
@@ -175,9 +189,7 @@ class Scheme:
 
     def describe(self) -> str:
         """The name, then every field that departs from it: `nuq2-1% sink_tokens=5 q_norm=True`, `kivi2`."""
-        described = [
-            [str(self), *self._departures(Scheme(datatype=self.datatype, bits=self.bits, outliers=self.outliers))]
-        ]
+        described = [[str(self), *self._departures(Scheme(**{name: getattr(self, name) for name in _NAMED}))]]
         for name, preset in PRESETS.items():
             if preset["datatype"] == self.datatype:
                 departures = self._departures(Scheme.parse(f"{name}{self.bits:g}"))

@@ -1,0 +1,114 @@
+"""Fit error feedback: each head's order and matrix, and its codebooks once more, to what they will be asked for.
+
+A channel that is quantized early leaves its error to those behind it; what the loss still feels of it is its conditional
+Fisher information D_i, of A = U^-1 diag(D) U^-T. So codebooks are fitted to the targets that feedback makes of the
+calibration tokens, and an error's weight is the paper's (Eq. 7) times D_i / A_ii.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from quant.arithmetic import normalise
+from quant.codebook import Codebook, nuq_codebook
+from quant.feedback import Feedback
+from quant.kmeans import Histogram
+from quant.mixed import MixedQuantizer
+from quant.quantizer import ChannelQuantizer, TokenQuantizer
+from quant.side import Side, kmeans_weights, without
+
+ElementQuantizer = ChannelQuantizer | TokenQuantizer | MixedQuantizer
+
+DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
+_REACH = 1.5  # targets leave the calibrated range by as much as errors are handed on
+_BINS = 6144
+
+
+def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name: str) -> ElementQuantizer:
+    """The same quantizer with feedback, its codebooks fitted to the targets.
+
+    Args:
+        moment: E[g g^T] of every head, `[G, D, D]` float64.
+        name: of the layer and kind, for a warning.
+    """
+    feedback, left = fit_feedback(moment, _steps(quantizer, moment), name)
+    quantizer = replace(quantizer, feedback=feedback)
+    if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
+        return quantizer
+    return _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
+
+
+def fit_feedback(moment: Tensor, step: Tensor, name: str, damping: float = DAMPING) -> tuple[Feedback, Tensor]:
+    """(feedback, share of each channel's Fisher information that the channels behind it leave, `[C]` float32).
+
+    Channels come in the order of what an error of one `step` `[G, D]` costs. A moment that is not positive semi-definite is
+    damped until it is, which is said in a warning.
+    """
+    heads, dim, _ = moment.shape
+    order = (step.double().square() * moment.diagonal(dim1=1, dim2=2)).argsort(dim=1, descending=True, stable=True)
+    matrices, left = [], torch.ones(heads, dim, dtype=torch.float64)
+    for head in range(heads):
+        damped, lower = _factored(moment[head][order[head]][:, order[head]], damping, f"{name} head {head}")
+        inverse = lower.flip(0, 1)  # upper triangular R with A = R R^T, so that U = R^-1
+        upper = torch.linalg.solve_triangular(inverse, torch.eye(dim, dtype=torch.float64), upper=True)
+        matrices.append((upper * inverse.diagonal()[:, None]).triu(1))
+        left[head, order[head]] = inverse.diagonal().square() / damped.diagonal()
+    return Feedback(order, torch.stack(matrices).half()), left.flatten().float()
+
+
+def _factored(ordered: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
+    """(A = the moment and its damping, lower Cholesky factor of A with rows and columns reversed)."""
+    mean = ordered.diagonal().mean()
+    if not mean:  # no gradient ever came here: nothing to hand on
+        return torch.eye(len(ordered), dtype=torch.float64), torch.eye(len(ordered), dtype=torch.float64)
+    strength = damping
+    while True:
+        damped = ordered + strength * mean.abs() * torch.eye(len(ordered), dtype=torch.float64)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            break
+        strength *= 10
+    if strength > damping:
+        warnings.warn(
+            f"{name}: moments of gradients are not positive semi-definite; damped by {strength:g} of their mean instead of "
+            f"{damping:g}",
+            stacklevel=2,
+        )
+    return damped, lower
+
+
+def _steps(quantizer: ElementQuantizer, moment: Tensor) -> Tensor:
+    """How far apart levels lie, up to a factor that all channels share, `[G, D]`."""
+    if isinstance(quantizer, TokenQuantizer):
+        return torch.ones(moment.shape[:2])
+    step = quantizer.scale
+    if isinstance(quantizer, MixedQuantizer):
+        step = step * 0.5 ** quantizer.widths.float()
+    return step.view(moment.shape[:2])
+
+
+def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> list[Codebook]:
+    """A codebook for each width that occurs."""
+    widths = quantizer.channels
+    histograms = [Histogram.empty(-_REACH, _REACH, _BINS) for _ in widths]
+    for activation, fisher in side.chunks():
+        encoded, targets = quantizer.coded(activation)
+        if isinstance(quantizer, TokenQuantizer):
+            assert encoded.scale is not None and encoded.zero is not None
+            scale, zero = encoded.scale.float(), encoded.zero.float()
+        else:
+            scale, zero = quantizer.scale, quantizer.zero
+        points = normalise(targets, scale, zero).clamp_(-_REACH, _REACH)
+        weights = without(encoded.outliers, kmeans_weights(quantizer.scheme, fisher, scale) * left)
+        for chosen, histogram in zip(widths.values(), histograms, strict=True):
+            histogram.add(points[:, chosen].numpy().ravel(), weights[:, chosen].numpy().ravel())
+    return [nuq_codebook(histogram, 2**width) for width, histogram in zip(widths, histograms, strict=True)]
+
+
+def _with_codebooks(quantizer: ElementQuantizer, codebooks: Sequence[Codebook]) -> ElementQuantizer:
+    if isinstance(quantizer, MixedQuantizer):
+        return replace(quantizer, codebooks=dict(zip(quantizer.codebooks, codebooks, strict=True)))
+    return replace(quantizer, codebook=codebooks[0])
