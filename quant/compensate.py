@@ -2,11 +2,13 @@
 
 A channel that is quantized early leaves its error to those behind it; what the loss still feels of it is its conditional
 Fisher information D_i, of A = U^-1 diag(D) U^-T. So codebooks are fitted to the targets that feedback makes of the
-calibration tokens, and an error's weight is the paper's (Eq. 7) times D_i / A_ii.
+calibration tokens, and an error's weight is the paper's (Eq. 7) times D_i / A_ii. Where no element is kept exactly, the
+range of a calibrated channel need not hold every element either: scale and zero are then those of the least weighted error,
+in turns with the codebook.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,14 +19,16 @@ from quant.codebook import Codebook, nuq_codebook
 from quant.feedback import Feedback
 from quant.kmeans import Histogram
 from quant.mixed import MixedQuantizer
-from quant.quantizer import ChannelQuantizer, TokenQuantizer
+from quant.quantizer import ChannelQuantizer, Encoded, TokenQuantizer
 from quant.side import Side, kmeans_weights, without
 
 ElementQuantizer = ChannelQuantizer | TokenQuantizer | MixedQuantizer
 
 DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
-_REACH = 1.5  # targets leave the calibrated range by as much as errors are handed on
-_BINS = 6144
+_TOKENS = 8192  # of the calibration that targets are made of
+_ROUNDS = 3  # of ranges and codebook
+_REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
+_BINS = 8192
 
 
 def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name: str) -> ElementQuantizer:
@@ -38,7 +42,13 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     quantizer = replace(quantizer, feedback=feedback)
     if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
         return quantizer
-    return _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
+    side = side.thinned(_TOKENS)
+    if not isinstance(quantizer, ChannelQuantizer) or quantizer.scheme.outliers:
+        return _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
+    for _ in range(_ROUNDS):
+        quantizer = _with_ranges(quantizer, side, left)
+        quantizer = _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
+    return quantizer
 
 
 def fit_feedback(moment: Tensor, step: Tensor, name: str, damping: float = DAMPING) -> tuple[Feedback, Tensor]:
@@ -90,10 +100,10 @@ def _steps(quantizer: ElementQuantizer, moment: Tensor) -> Tensor:
     return step.view(moment.shape[:2])
 
 
-def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> list[Codebook]:
-    """A codebook for each width that occurs."""
-    widths = quantizer.channels
-    histograms = [Histogram.empty(-_REACH, _REACH, _BINS) for _ in widths]
+def _coded(
+    quantizer: ElementQuantizer, side: Side, left: Tensor
+) -> Iterator[tuple[Encoded, Tensor, Tensor, Tensor, Tensor]]:
+    """(encoded, targets, scale, zero, weight of a squared error of the normalised axis) of some tokens at a time."""
     for activation, fisher in side.chunks():
         encoded, targets = quantizer.coded(activation)
         if isinstance(quantizer, TokenQuantizer):
@@ -101,11 +111,38 @@ def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> li
             scale, zero = encoded.scale.float(), encoded.zero.float()
         else:
             scale, zero = quantizer.scale, quantizer.zero
-        points = normalise(targets, scale, zero).clamp_(-_REACH, _REACH)
         weights = without(encoded.outliers, kmeans_weights(quantizer.scheme, fisher, scale) * left)
+        yield encoded, targets, scale, zero, weights
+
+
+def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> list[Codebook]:
+    """A codebook for each width that occurs."""
+    widths = quantizer.channels
+    histograms = [Histogram.empty(-_REACH, _REACH, _BINS) for _ in widths]
+    for _, targets, scale, zero, weights in _coded(quantizer, side, left):
+        points = normalise(targets, scale, zero).clamp_(-_REACH, _REACH)
         for chosen, histogram in zip(widths.values(), histograms, strict=True):
             histogram.add(points[:, chosen].numpy().ravel(), weights[:, chosen].numpy().ravel())
     return [nuq_codebook(histogram, 2**width) for width, histogram in zip(widths, histograms, strict=True)]
+
+
+def _with_ranges(quantizer: ChannelQuantizer, side: Side, left: Tensor) -> ChannelQuantizer:
+    """Scale and zero of every channel as a weighted regression of its targets on the levels they are given."""
+    sums = torch.zeros(5, len(quantizer.scale), dtype=torch.float64)
+    for encoded, targets, _, _, weights in _coded(quantizer, side, left):
+        w, y, q = weights.double(), targets.double(), quantizer.codebook.decode(encoded.codes).double()
+        sums += torch.stack([w.sum(0), (w * q).sum(0), (w * q * q).sum(0), (w * y).sum(0), (w * y * q).sum(0)])
+    mass, level, square, target, product = sums
+    spread = mass * square - level * level
+    scale = (mass * product - level * target) / spread
+    zero = (target - scale * level) / mass
+    # a channel on one level, or without weight, tells nothing
+    told = (spread > 1e-9 * mass * square) & (mass > 0) & (scale > 0)
+    return replace(
+        quantizer,
+        scale=torch.where(told, scale.float(), quantizer.scale),
+        zero=torch.where(told, zero.float(), quantizer.zero),
+    )
 
 
 def _with_codebooks(quantizer: ElementQuantizer, codebooks: Sequence[Codebook]) -> ElementQuantizer:

@@ -115,6 +115,8 @@ class Scheme:
                 f"scheme {self}: error feedback needs codes chosen element by element, and keys before RoPE; drop +fb, or group, "
                 "channel_range=online and key_rope=post"
             )
+        if self.feedback and self.q_norm:
+            raise UserError(f"scheme {self}: error feedback fits its own levels; drop q_norm, or +fb")
         if self.residual_tokens and self.key_rope == "pre":
             raise UserError(
                 f"scheme residual_tokens {self.residual_tokens} keeps recent keys exact as attention sees them: "

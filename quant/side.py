@@ -53,6 +53,13 @@ class Side:
         for activation, fisher in zip(self.activation.split(tokens), self.fisher.split(tokens), strict=True):
             yield activation.float(), fisher.float()
 
+    def thinned(self, tokens: int) -> "Side":
+        """About so many tokens, evenly spaced, if there are more; each is then a sequence of its own."""
+        step = len(self.activation) // tokens
+        if step < 2:
+            return self
+        return replace(self, activation=self.activation[::step], fisher=self.fisher[::step], window=1)
+
 
 def read_side(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Side:
     """The calibration data of one layer's keys or values, on the side of the rotary embedding that the scheme wants.
