@@ -8,7 +8,7 @@ in turns with the codebook.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -27,6 +27,7 @@ ElementQuantizer = ChannelQuantizer | TokenQuantizer | MixedQuantizer
 DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
 _ROUNDS = 3  # of ranges and codebook
+_PRICING_FLOOR = 0.7
 _REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
 _BINS = 8192
 
@@ -43,12 +44,24 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
         return quantizer
     side = side.thinned(_TOKENS)
-    if not isinstance(quantizer, ChannelQuantizer) or quantizer.scheme.outliers:
-        return _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
-    for _ in range(_ROUNDS):
-        quantizer = _with_ranges(quantizer, side, left)
-        quantizer = _with_codebooks(quantizer, _fit_to_targets(quantizer, side, left))
-    return quantizer
+    if isinstance(quantizer, ChannelQuantizer) and not quantizer.scheme.outliers:
+        for _ in range(_ROUNDS):
+            quantizer = _with_ranges(quantizer, side, left)
+            quantizer = replace(quantizer, codebook=_fit_to_targets(quantizer, side, left)[0])
+        return quantizer
+    codebooks = _fit_to_targets(quantizer, side, left)
+    if isinstance(quantizer, MixedQuantizer):
+        return replace(quantizer, codebooks=dict(zip(quantizer.codebooks, codebooks, strict=True)))
+    return replace(quantizer, codebook=codebooks[0])
+
+
+def priced_share(moment: Tensor, deviation: Tensor) -> Tensor:
+    """What allocation multiplies a channel's Fisher information by, `[C]` float32, since feedback will leave less of it.
+
+    `deviation` `[C]` is that of its numbers. It is not believed below a floor: what 16 windows promise, others do not keep.
+    """
+    _, left = fit_feedback(moment, deviation.view(moment.shape[:2]), "")
+    return left.clamp(min=_PRICING_FLOOR)
 
 
 def fit_feedback(moment: Tensor, step: Tensor, name: str, damping: float = DAMPING) -> tuple[Feedback, Tensor]:
@@ -143,9 +156,3 @@ def _with_ranges(quantizer: ChannelQuantizer, side: Side, left: Tensor) -> Chann
         scale=torch.where(told, scale.float(), quantizer.scale),
         zero=torch.where(told, zero.float(), quantizer.zero),
     )
-
-
-def _with_codebooks(quantizer: ElementQuantizer, codebooks: Sequence[Codebook]) -> ElementQuantizer:
-    if isinstance(quantizer, MixedQuantizer):
-        return replace(quantizer, codebooks=dict(zip(quantizer.codebooks, codebooks, strict=True)))
-    return replace(quantizer, codebook=codebooks[0])

@@ -22,12 +22,14 @@ from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, with_feedback
+from quant.compensate import ElementQuantizer, priced_share, with_feedback
 from quant.options import add_scheme_arguments, scheme_from
 from quant.quantizer import Quantizer
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
+
+_DEVIATION_TOKENS = 8192
 
 Layers = dict[int, dict[Kind, Quantizer]]
 Mapper = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -94,8 +96,15 @@ def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quant
 
 
 def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
-    sides = (read_side(records, scheme, layer, kind) for kind in KINDS)
-    return [price(ChannelHistograms.of(side.activation, side.fisher)) for side in sides]
+    options = []
+    for kind in KINDS:
+        side = read_side(records, scheme, layer, kind)
+        fisher = side.fisher
+        if scheme.feedback:
+            deviation = side.thinned(_DEVIATION_TOKENS).activation.float().std(0, correction=0)
+            fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
+        options.append(price(ChannelHistograms.of(side.activation, fisher)))
+    return options
 
 
 def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> dict[Kind, Quantizer]:

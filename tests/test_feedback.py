@@ -1,0 +1,246 @@
+"""Error feedback: its arithmetic against a loop over single numbers, what it is for, and what is refused."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gradients.cli import UserError
+from gradients.fisher import record_window
+from gradients.models import KINDS, KVSite, kv_sites
+from gradients.records import Records
+from quant.artefact import Quantizers, load_quantizers
+from quant.codebook import int_codebook, nf_codebook
+from quant.compensate import fit_feedback
+from quant.feedback import ChannelBooks, Feedback
+from quant.fit import fit
+from quant.mixed import MixedQuantizer
+from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+from quant.scheme import Scheme
+
+HEADS, DIM = 2, 6
+SCHEMES = ["nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "int4+fb", "nf3-2%+fb"]
+
+
+def random_feedback(heads: int, dim: int, seed: int = 0) -> Feedback:
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.stack([torch.randperm(dim, generator=draw) for _ in range(heads)])
+    return Feedback(order, (torch.randn(heads, dim, dim, generator=draw) * 0.3).triu(1).half())
+
+
+def quantizer_of(form: str, heads: int, dim: int) -> Quantizer:
+    draw, channels, feedback = torch.Generator().manual_seed(1), heads * dim, random_feedback(heads, dim)
+    scale = torch.rand(channels, generator=draw) + 0.5
+    zero = torch.randn(channels, generator=draw) * 0.1
+    if form == "channel":
+        return ChannelQuantizer(Scheme.parse("nf3-2%+fb"), nf_codebook(8), scale, zero, feedback)
+    if form == "token":
+        return TokenQuantizer(Scheme.parse("int2-10%+fb"), int_codebook(4), None, feedback)
+    widths = torch.arange(channels) % 4
+    books = {width: int_codebook(2**width) for width in range(4)}
+    return MixedQuantizer(Scheme.parse("rdnuq2+fb"), books, widths.to(torch.uint8), scale, zero, feedback)
+
+
+def by_hand(quantizer: Quantizer, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """(codes, targets) `[T, C]`, number by number in float32."""
+    feedback, encoded = quantizer.feedback, replace(quantizer, feedback=None).encode(x)
+    heads, dim = feedback.order.shape
+    codes, targets = np.zeros(x.shape, np.uint8), x.numpy().copy()
+    for token in range(len(x)):
+        for head in range(heads):
+            order = (feedback.order[head] + head * dim).tolist()
+            for i, channel in enumerate(order):
+                if isinstance(quantizer, TokenQuantizer):
+                    s, z = encoded.scale[token].float().numpy()[0], encoded.zero[token].float().numpy()[0]
+                else:
+                    s, z = quantizer.scale[channel].numpy(), quantizer.zero[channel].numpy()
+                mixed = isinstance(quantizer, MixedQuantizer)
+                book = quantizer.codebooks[int(quantizer.widths[channel])] if mixed else quantizer.codebook
+                target = targets[token, channel]
+                code = int((book.boundaries.numpy() < (target - z) / s).sum())
+                value = book.levels.numpy()[code] * s + z
+                if encoded.outliers is not None and encoded.outliers[token, channel]:
+                    value = np.float32(np.float16(target))
+                codes[token, channel] = code
+                for j in range(i + 1, dim):
+                    product = np.float32(target - value) * np.float32(feedback.matrix[head, i, j])
+                    targets[token, order[j]] = np.float32(targets[token, order[j]] - product)
+    return codes, targets
+
+
+@pytest.mark.parametrize("form", ["channel", "token", "mixed"])
+def test_codes_and_targets_are_those_of_a_loop_over_single_numbers(form: str) -> None:
+    quantizer = quantizer_of(form, HEADS, DIM)
+    x = torch.randn(9, HEADS * DIM, generator=torch.Generator().manual_seed(2)) * 1.2
+    encoded, targets = quantizer.coded(x)
+    codes, by_number = by_hand(quantizer, x)
+    assert encoded.outliers.any()
+    np.testing.assert_array_equal(encoded.codes.numpy(), codes)
+    np.testing.assert_array_equal(targets.numpy(), by_number)
+    torch.testing.assert_close(encoded.exact, targets[encoded.outliers].half(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["channel", "token", "mixed"])
+def test_outliers_and_ranges_are_chosen_by_the_numbers_themselves(form: str) -> None:
+    quantizer = quantizer_of(form, HEADS, DIM)
+    x = torch.randn(50, HEADS * DIM, generator=torch.Generator().manual_seed(3))
+    plain, fed = replace(quantizer, feedback=None).encode(x), quantizer.encode(x)
+    assert torch.equal(plain.outliers, fed.outliers)
+    if form == "token":
+        assert torch.equal(plain.scale, fed.scale)
+        assert torch.equal(plain.zero, fed.zero)
+
+
+def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = quantizer_of("token", HEADS, DIM)
+    x = torch.randn(2, 5, HEADS * DIM, generator=torch.Generator().manual_seed(4))
+    whole, targets = quantizer.coded(x)
+    single = [quantizer.coded(x[:, [token]]) for token in range(5)]
+    assert torch.equal(torch.cat([encoded.codes for encoded, _ in single], 1), whole.codes)
+    monkeypatch.setattr("quant.feedback._TILE_ELEMENTS", {"cpu": 3 * HEADS * DIM})
+    tiled, tiled_targets = quantizer.coded(x)
+    assert torch.equal(tiled.codes, whole.codes)
+    assert torch.equal(tiled_targets, targets)
+    assert quantizer.encode(x[:, :0]).codes.shape == (2, 0, HEADS * DIM)
+
+
+def test_a_matrix_of_zeros_hands_nothing_on() -> None:
+    quantizer = quantizer_of("mixed", HEADS, DIM)
+    silent = Feedback(quantizer.feedback.order, torch.zeros(HEADS, DIM, DIM, dtype=torch.float16))
+    x = torch.randn(20, HEADS * DIM, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(
+        replace(quantizer, feedback=silent).encode(x).codes, replace(quantizer, feedback=None).encode(x).codes
+    )
+
+
+def test_channels_of_fewer_levels_are_padded() -> None:
+    books = ChannelBooks.of([int_codebook(1), int_codebook(4)], torch.tensor([1, 0]))
+    assert books.levels.tolist()[1] == [0.0, *[float("inf")] * 3]
+    assert books.boundaries.tolist()[1] == [float("inf")] * 3
+
+
+def correlated_moment(dim: int, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    root = torch.randn(1, dim, dim, generator=draw, dtype=torch.float64)
+    return root @ root.mT / dim + 0.05 * torch.eye(dim, dtype=torch.float64)
+
+
+def test_the_matrix_is_the_inverse_factor_of_the_damped_moment() -> None:
+    moment, damping = correlated_moment(8), 0.03
+    feedback, left = fit_feedback(moment, torch.ones(1, 8), "here", damping)
+    order = feedback.order[0]
+    damped = moment[0][order][:, order] + damping * moment[0].diagonal().mean() * torch.eye(8, dtype=torch.float64)
+    upper = feedback.matrix[0].double() + torch.eye(8, dtype=torch.float64)
+    # A = U^-1 D U^-T with D the diagonal that is left
+    diagonal = upper @ damped @ upper.T
+    torch.testing.assert_close(diagonal, diagonal.diagonal().diag(), rtol=0, atol=5e-3)
+    torch.testing.assert_close(left.double()[order], diagonal.diagonal() / damped.diagonal(), rtol=5e-3, atol=0)
+    costs = moment[0].diagonal()[order]
+    assert (costs.diff() <= 0).all()
+
+
+def test_handed_on_errors_cost_less_under_the_whole_matrix() -> None:
+    dim, draw = 16, torch.Generator().manual_seed(7)
+    moment = correlated_moment(dim)
+    feedback, left = fit_feedback(moment, torch.ones(1, dim), "here")
+    plain = ChannelQuantizer(Scheme.parse("int3"), int_codebook(8), torch.full((dim,), 3.0), torch.zeros(dim))
+    x = torch.randn(2000, dim, generator=draw)
+    costs = []
+    for quantizer in (plain, replace(plain, feedback=feedback)):
+        error = (quantizer.decode(quantizer.encode(x)) - x).double()
+        costs.append(float(torch.einsum("ti,ij,tj->t", error, moment[0], error).mean()))
+    assert costs[1] < 0.8 * costs[0]
+    assert float(left.min()) < 0.8
+
+
+def test_a_moment_that_is_not_positive_is_damped_further_and_said() -> None:
+    moment = correlated_moment(4)
+    moment[0, 0, 1] = moment[0, 1, 0] = 10 * moment[0].diagonal().max()
+    with pytest.warns(UserWarning, match="layer 3 key head 0: moments .* not positive semi-definite"):
+        feedback, left = fit_feedback(moment, torch.ones(1, 4), "layer 3 key")
+    assert feedback.matrix.isfinite().all()
+    assert left.isfinite().all()
+
+
+def test_a_head_without_gradients_hands_nothing_on() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feedback, left = fit_feedback(torch.zeros(1, 4, 4, dtype=torch.float64), torch.ones(1, 4), "here")
+    assert not feedback.matrix.any()
+    assert torch.equal(left, torch.ones(4))
+
+
+@pytest.mark.parametrize("fault", ["order", "lower", "nan"])
+def test_feedback_that_cannot_be_is_refused(fault: str) -> None:
+    feedback = random_feedback(HEADS, DIM)
+    order, matrix = feedback.order.clone(), feedback.matrix.clone()
+    if fault == "order":
+        order[1, 0] = order[1, 1]
+    else:
+        matrix[1, 2, 1 if fault == "lower" else 4] = 0.5 if fault == "lower" else torch.nan
+    with pytest.raises(ValueError, match="permutation" if fault == "order" else "strictly upper triangular"):
+        Feedback(order, matrix)
+
+
+def test_moments_are_the_products_of_the_gradients(model: PreTrainedModel, make_tokens: Callable[..., Tensor]) -> None:
+    tokens, gradients = make_tokens(12), {}
+
+    def keep(site: KVSite) -> Callable[..., Tensor]:
+        def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
+            output = output if output.requires_grad else output.requires_grad_()
+            output.register_hook(lambda gradient: gradients.__setitem__((site.layer, site.kind), site.read(gradient)[0]))
+            return output
+
+        return hook
+
+    handles = [site.module.register_forward_hook(keep(site)) for site in kv_sites(model)]
+    logits = model(input_ids=tokens[None], use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], tokens[1:]).backward()
+    for handle in handles:
+        handle.remove()
+    recorded = record_window(model, tokens)
+    for site in kv_sites(model):
+        by_head = gradients[site.layer, site.kind][1:].unflatten(-1, (site.heads, site.head_dim)).double()
+        expected = torch.einsum("tgi,tgj->gij", by_head, by_head)
+        moment = recorded[f"layers.{site.layer}.{site.kind}.moment"]
+        assert moment.dtype == torch.float32
+        torch.testing.assert_close(moment.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fitted_feedback_survives_the_artefact_and_costs_no_bits(
+    name: str, records: Records, llama: PreTrainedModel, make_tokens: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    quantizers = fit(records, Scheme.parse(name))
+    quantizers.save(tmp_path / "fb.safetensors")
+    loaded = load_quantizers(tmp_path / "fb.safetensors")
+    assert str(loaded.scheme) == name
+    x = torch.randn(30, 24, generator=torch.Generator().manual_seed(8))
+    for layer, sides in quantizers.layers.items():
+        for kind in KINDS:
+            one, other = sides[kind].encode(x), loaded.layers[layer][kind].encode(x)
+            assert torch.equal(one.codes, other.codes)
+            assert sides[kind].feedback.matrix.any()
+
+
+def test_records_without_moments_refuse_feedback_in_one_line(records: Records) -> None:
+    old = replace(records, manifest=replace(records.manifest, moment_windows=0))
+    with pytest.raises(UserError, match="hold no moments of gradients.*record again"):
+        fit(old, Scheme.parse("nuq3+fb"))
+    assert isinstance(fit(old, Scheme.parse("nuq3")), Quantizers)
+
+
+def test_q_norm_and_foreign_forms_refuse_feedback() -> None:
+    for name in ("kivi2+fb", "turbo3+fb", "flexgen4+fb", "datafree2+fb"):
+        with pytest.raises(UserError, match="error feedback needs codes chosen element by element"):
+            Scheme.parse(name)
+    with pytest.raises(UserError, match="keys before RoPE"):
+        Scheme.parse("nuq3+fb", key_rope="post")
+    with pytest.raises(UserError, match="drop q_norm"):
+        Scheme.parse("nuq2+fb", q_norm=True)
