@@ -23,11 +23,12 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from deployment.cache import PackedCache, PackedLayer
 from deployment.pages import one_page, pages_of
 from gradients.atomic import atomic_write
+from gradients.checked import bytes_checksum as checksum
+from gradients.checked import canonical_json
 from gradients.cli import UserError
-from gradients.fingerprint import Fingerprint, canonical_json
+from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, decoder, kv_shape
 from gradients.placement import module_device
-from gradients.records import checksum
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
 

@@ -18,8 +18,8 @@ from deployment.cache import PackedCache, PackedLayer
 from deployment.order import ChannelOrder, FragmentOrder
 from deployment.pages import one_page
 from deployment.saved import load_cache, quantizers_digest, save_cache
+from gradients.checked import canonical_json
 from gradients.cli import UserError
-from gradients.fingerprint import canonical_json
 from gradients.models import KINDS
 from quant.artefact import Quantizers, load_quantizers
 from quant.scheme import Scheme
