@@ -155,6 +155,11 @@ class CheckedFile:
             if name not in expected:
                 raise self.error(f"holds tensor {name}, which it should not")
 
+    def is_of(self, name: str, wanted: Expected) -> bool:
+        """Whether a tensor has this dtype and shape."""
+        header = self.file.get_slice(name)
+        return wanted.fits(tuple(header.get_shape()), _DTYPES.get(header.get_dtype()))
+
     def _require(self, name: str, wanted: Expected) -> None:
         header = self.file.get_slice(name)
         shape, dtype = tuple(header.get_shape()), header.get_dtype()

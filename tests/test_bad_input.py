@@ -21,6 +21,7 @@ from transformers import GPT2Config
 import gradients.__main__
 import quant.evaluate
 import quant.fit
+from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
 from gradients.records import Records
 from quant.artefact import Quantizers
@@ -269,6 +270,8 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         content = json.loads(file.metadata()["kvquant"])
     change(tensors, content)
+    content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+    content["digest"] = digest_of(content)
     save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
 
 
@@ -276,14 +279,16 @@ def test_quantizers_of_another_schema_or_without_a_layer(workspace: Workspace, r
     path = str(workspace.quantizers)
     rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=7))
     refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 2", "fit them again"])
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=1))
+    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=2))
     rewrite(workspace.quantizers, lambda tensors, _content: tensors.pop("layers.1.value.levels"))
     refuses(workspace.evaluate, fragments=[path, "layers.1.value.levels", "fit them again"])
 
 
 def test_missing_quantizers(workspace: Workspace, refuses: Callable[..., None]) -> None:
     missing = str(workspace.root / "none.safetensors")
-    refuses(workspace.evaluate, "--quantizers", missing, fragments=[missing, "fit them again with `python -m quant.fit`"])
+    refuses(
+        workspace.evaluate, "--quantizers", missing, fragments=[missing, "fit them again with `python -m quant.fit`"]
+    )
 
 
 class Payload:
