@@ -33,7 +33,7 @@ import torch
 
 from deployment.answer import Answer, Interruption
 from deployment.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn, typed_lines
-from deployment.saved import SavedCache, load_cache
+from deployment.saved import SavedCache, read_cache
 from deployment.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
@@ -165,11 +165,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     _check(arguments)
     require_one_process("deployment.generate")
     text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
+    saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
     loaded = load_model_from(arguments)
     quantizers.check_model(loaded.model.config)
-    saved = None
-    if arguments.load_cache is not None:
-        saved = load_cache(arguments.load_cache, quantizers, loaded.model.config)
+    if saved is not None:
+        saved.check_model(loaded.model)
     torch.manual_seed(arguments.seed)
     session = Session(loaded, quantizers, arguments.prefill_chunk, saved, graph=arguments.cuda_graph)
     answers = _answers(arguments, session, _dialogue(arguments, loaded, saved), text)

@@ -4,35 +4,50 @@ Tensors: `tokens` `[B, n]` and `lengths` `[B]`; per packed layer and kind `layer
 index,value,ends}`, as `layout.py` and `streams.py` name them, one page exactly as long as needed; for a sliding-window
 layer what it still holds, `layers.{i}.native.{key|value}`. Metadata, one JSON object: schema version, the model's
 fingerprint, the scheme and the digest of the quantizers, a checksum per tensor, a conversation's messages. Nothing is ever
-unpickled. As for quantizers, the weights themselves are not compared: a config and quantizers are.
+unpickled. A cache belongs to one model, its weights included, and to one set of quantizers.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from deployment.cache import PackedCache, PackedLayer
 from deployment.pages import one_page, pages_of
-from gradients.atomic import atomic_write
-from gradients.cli import UserError
-from gradients.fingerprint import Fingerprint, canonical_json
+from gradients.checked import (
+    Artefact,
+    CheckedFile,
+    Expected,
+    bytes_checksum,
+    canonical_json,
+    open_checked,
+    write_checked,
+)
+from gradients.cli import UserError, note
+from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, decoder, kv_shape
 from gradients.placement import module_device
-from gradients.records import checksum
+from gradients.weights import weights_digest
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
 
-SCHEMA = 1  # to be raised whenever order.py, streams.py or the meaning of any tensor here changes
+# to be raised whenever order.py, streams.py or the meaning of any tensor here changes; 1 had no digest and no weights
+SCHEMA = 2
+FILE = Artefact("cache", "kvquant_cache", SCHEMA, "read the text again with --save-cache")
 Messages = list[dict[str, str]]
+
+_PARTS = {
+    "words": Expected((-1, -1, -1), torch.int32),
+    "scales": Expected((-1, -1, 2), torch.float16),
+    "index": Expected((-1,), torch.int16),
+    "value": Expected((-1,), torch.float16),
+    "ends": Expected((-1, -1, -1), torch.int32),
+}
 
 
 def quantizers_digest(quantizers: Quantizers) -> str:
@@ -40,7 +55,7 @@ def quantizers_digest(quantizers: Quantizers) -> str:
     content = {
         f"layers.{layer}.{kind}": [
             quantizer.scheme.to_json(),
-            {name: checksum(table.cpu()) for name, table in quantizer.tables.items()},
+            {name: bytes_checksum(table.cpu()) for name, table in quantizer.tables.items()},
         ]
         for layer, sides in quantizers.layers.items()
         for kind, quantizer in sides.items()
@@ -52,7 +67,7 @@ def save_cache(
     path: str | Path,
     cache: PackedCache,
     quantizers: Quantizers,
-    config: PreTrainedConfig,
+    model: PreTrainedModel,
     tokens: Tensor,
     messages: Messages | None = None,
 ) -> None:
@@ -86,16 +101,14 @@ def save_cache(
             )
         tensors |= {f"layers.{number}.{name}": part.cpu().contiguous() for name, part in parts.items()}
     content = {
-        "schema": SCHEMA,
-        "fingerprint": Fingerprint.of(config).to_json(),
+        "fingerprint": Fingerprint.of(model.config).to_json(),
+        "weights": weights_digest(model),
         "scheme": quantizers.scheme.describe(),
         "quantizers": quantizers_digest(quantizers),
         "slots": cache.get_seq_length(),
         "messages": messages,
-        "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
     }
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"kvquant_cache": canonical_json(content)})
+    write_checked(path, FILE, content, tensors)
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,20 @@ class SavedCache:
     slots: int  # of the n tokens, how many are cached
     messages: Messages | None  # if the text is a conversation
     quantizers: Quantizers
+    fingerprint: Fingerprint
+    weights: str  # digest of the model's; empty where it is not known
     tensors: dict[str, Tensor]
     name: str
+
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raise `UserError` unless the cache was made with a model of this config and these weights."""
+        difference = self.fingerprint.difference(Fingerprint.of(model.config))
+        if not difference and self.weights and self.weights != (present := weights_digest(model)):
+            difference = f"other weights, digest {self.weights} against {present}"
+        if difference:
+            raise UserError(
+                f"cache {self.name!r} was made with another model: {difference}; give --model that one, or read again"
+            )
 
     @property
     def attention_mask(self) -> Tensor:
@@ -154,46 +179,79 @@ class SavedCache:
         layer.stored = torch.tensor(self.lengths, device=device)
 
 
-def load_cache(path: str | Path, quantizers: Quantizers, config: PreTrainedConfig) -> SavedCache:
-    """Read what `save_cache` wrote.
+def load_cache(path: str | Path, quantizers: Quantizers, model: PreTrainedModel) -> SavedCache:
+    """Read what `save_cache` wrote, for a model. Raises what `read_cache` and `SavedCache.check_model` do."""
+    saved = read_cache(path, quantizers)
+    saved.check_model(model)
+    return saved
 
-    Raises `UserError` when the file is missing, not safetensors, truncated, altered or of another schema, and when it
-    was made with another model or other quantizers.
+
+def read_cache(path: str | Path, quantizers: Quantizers) -> SavedCache:
+    """Read what `save_cache` wrote; `SavedCache.check_model` says whether a model may go on with it.
+
+    Raises `UserError` when the file is missing, not safetensors, truncated, altered or of another schema, when what it
+    says cannot be, and when it was made with other quantizers.
     """
-    name = repr(str(path))
-    remedy = "read the text again with --save-cache"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if "kvquant_cache" not in metadata:
-                raise UserError(f"cache {name} lacks our metadata: some other safetensors file; {remedy}")
-            content = json.loads(metadata["kvquant_cache"])
-            _check(name, content, quantizers, config)
-            tensors = {key: file.get_tensor(key) for key in content["checksums"]}
-        for key, tensor in tensors.items():
-            if checksum(tensor) != content["checksums"][key]:
-                raise UserError(f"cache {name}: tensor {key} was altered after it was written; {remedy}")
+    with open_checked(path, FILE) as file:
+        content = file.content
+        fingerprint = Fingerprint.from_json(content["fingerprint"])
+        weights = content["weights"] if file.has_digest else ""
+        if not isinstance(weights, str):
+            raise file.error(f"is damaged (weights {weights!r:.40} are no digest)")
+        _check_quantizers(str(path), content, quantizers)
+        tensors = _read_tensors(file, fingerprint)
         tokens, lengths = tensors.pop("tokens"), tensors.pop("lengths").tolist()
-        return SavedCache(tokens, lengths, content["slots"], content["messages"], quantizers, tensors, str(path))
-    except OSError as error:
-        raise UserError(f"cache {name} cannot be read ({error}); make it with --save-cache") from error
-    except SafetensorError as error:
-        raise UserError(f"cache {name} is not a complete safetensors file ({error}); {remedy}") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(f"cache {name} is damaged ({error!r}); {remedy}") from error
+        _check_sizes(file, tokens, lengths)
+        messages = content["messages"]
+        if messages is not None and not _are_messages(messages):
+            raise file.error(f"is damaged (messages {messages!r:.40} are no conversation)")
+    if not weights:
+        note(f"cache {str(path)!r} is of an older version, which did not say of which weights it is")
+    return SavedCache(tokens, lengths, content["slots"], messages, quantizers, fingerprint, weights, tensors, str(path))
 
 
-def _check(name: str, content: dict[str, Any], quantizers: Quantizers, config: PreTrainedConfig) -> None:
-    if content["schema"] != SCHEMA:
-        raise UserError(
-            f"cache {name} has schema {content['schema']}, this version reads {SCHEMA}; read the text again with --save-cache"
-        )
-    difference = Fingerprint.from_json(content["fingerprint"]).difference(Fingerprint.of(config))
-    if difference:
-        raise UserError(f"cache {name} was made with another model: {difference}; give --model that one, or read again")
+def _read_tensors(file: CheckedFile, fingerprint: Fingerprint) -> dict[str, Tensor]:
+    """All tensors of the file, each of the dtype and the number of dimensions that its name stands for."""
+    expected = {}
+    for name in file.names():
+        part = name.rpartition(".")[2]
+        if name in ("tokens", "lengths"):
+            expected[name] = Expected((-1, -1) if name == "tokens" else (-1,), torch.int64)
+        elif part in _PARTS and ".native." not in name:
+            expected[name] = _PARTS[part]
+        else:  # sinks are fp16, what a sliding window holds is of the model's dtype
+            dtypes = (
+                [torch.float16] if part == "sinks" else [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+            )
+            shapes = [Expected((-1, fingerprint.heads, -1, fingerprint.head_dim), dtype) for dtype in dtypes]
+            expected[name] = next((one for one in shapes if file.is_of(name, one)), shapes[0])
+    for needed in {"tokens", "lengths"} - expected.keys():
+        raise file.error(f"lacks tensor {needed}")
+    checksums = file.content["checksums"]
+    if set(checksums) != set(expected):
+        raise file.error(f"is damaged (its tensors are not those written: {sorted(set(checksums) ^ set(expected))[0]})")
+    return {name: file.read(name, wanted) for name, wanted in expected.items()}
+
+
+def _check_sizes(file: CheckedFile, tokens: Tensor, lengths: list[int]) -> None:
+    """Raise `UserError` when the numbers of rows, tokens and cached tokens contradict each other."""
+    slots = file.content["slots"]
+    if type(slots) is not int or not 0 < slots <= tokens.shape[1]:
+        raise file.error(f"is damaged (slots {slots!r:.40} of {tokens.shape[1]} tokens)")
+    if len(lengths) != len(tokens) or not lengths or max(lengths) > slots or min(lengths) < 0:
+        raise file.error(f"is damaged (rows of {lengths} tokens, of {slots} in {len(tokens)} rows)")
+
+
+def _are_messages(messages: object) -> bool:
+    return isinstance(messages, list) and all(
+        isinstance(message, dict) and all(isinstance(text, str) for text in message.values()) for message in messages
+    )
+
+
+def _check_quantizers(name: str, content: dict[str, Any], quantizers: Quantizers) -> None:
     digest = quantizers_digest(quantizers)
     if content["quantizers"] != digest:
         raise UserError(
-            f"cache {name} was packed with other quantizers, {content['scheme']} ({content['quantizers']}) and not "
+            f"cache {name!r} was packed with other quantizers, {content['scheme']} ({content['quantizers']}) and not "
             f"{quantizers.scheme.describe()} ({digest}); give --quantizers the file it was made with, or read the text again"
         )

@@ -160,4 +160,4 @@ class Session:
     def save(self, path: str | Path, messages: Messages | None = None) -> None:
         """Write text and cache to a file that `load_cache` reads."""
         tokens = torch.tensor([self.tokens])
-        save_cache(path, self.cache, self.quantizers, self.loaded.model.config, tokens, messages)
+        save_cache(path, self.cache, self.quantizers, self.loaded.model, tokens, messages)

@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         model=arguments.model,
         model_dtype=str(loaded.model.dtype).removeprefix("torch."),
         versions={package: version(package) for package in ("torch", "transformers")},
+        weights=loaded.weights,
     )
     corpus.calibration_windows(arguments.seqlen, 1, arguments.seed)  # a text too short fails before anything is written
     records = Records.create(arguments.output, manifest)

@@ -1,11 +1,14 @@
 """Write a file so that its final name only ever shows a complete one.
 
 The content goes to a temporary name in the same folder, is flushed to the disk, and is then renamed: a killed
-process or a full disk leaves the earlier file, or none.
+process or a full disk leaves the earlier file, or none. What a killed process left of a temporary file is removed when
+the same file is written again.
 """
 
 import errno
 import os
+import platform
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,10 +29,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises `UserError` when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    # several processes may write the same folder, hence the process id
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # several processes of several machines may write the same folder
+    temporary = path.with_name(f".{path.name}.{_machine()}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent, path.name)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -43,6 +47,30 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Delete temporary files of dead processes of this machine: those of the file `name`, or all in the folder."""
+    form = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.(?:{re.escape(_machine())}\.)?(\d+)\.tmp")
+    for entry in os.scandir(folder):
+        match = form.fullmatch(entry.name)
+        if match and not _is_alive(int(match[1])):
+            with suppress(OSError):
+                os.unlink(entry)
+
+
+def _machine() -> str:
+    return platform.node().split(".")[0][:40] or "localhost"
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _is_write_failure(error: Exception) -> bool:

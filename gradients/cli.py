@@ -49,6 +49,11 @@ def non_negative_int(text: str) -> int:
     return number
 
 
+def note(message: str) -> None:
+    """Say on stderr what is worth knowing and no error."""
+    print(f"note: {' '.join(message.split())}", file=sys.stderr)
+
+
 def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
     """Run `main` on the process's arguments, print its JSON line, and exit with 0, or 2 for bad input."""
     try:

@@ -1,12 +1,13 @@
 """What must agree between the model that was recorded, the one evaluated and the one deployed."""
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from gradients.checked import canonical_json
+from gradients.fields import from_fields
 from gradients.models import cached_layers, decoder_config, kv_shape
 
 # what decides a model's keys and values besides its weights; everything else in a config may differ
@@ -48,8 +49,8 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Fingerprint":
-        """Inverse of `to_json`."""
-        return cls(**{**content, "cached_layers": tuple(content["cached_layers"])})
+        """Inverse of `to_json`. Raises ValueError for other content."""
+        return from_fields(cls, content)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -62,8 +63,3 @@ class Fingerprint:
             if mine != theirs:
                 return f"{name} {mine!r} against {theirs!r}"
         return ""
-
-
-def canonical_json(content: Any) -> str:
-    """JSON with sorted keys and no spaces, fit for hashing."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)

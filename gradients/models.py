@@ -9,6 +9,7 @@ packed cache sees the same tensor. This is the only file that knows architecture
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from gradients.cli import UserError
 from gradients.placement import Placement, input_device
 from gradients.positions import extend_positions
+from gradients.weights import weights_digest
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -169,6 +171,11 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where inputs go; with a `device_map`, where the embedding computes."""
         return input_device(self.model)
+
+    @cached_property
+    def weights(self) -> str:
+        """Digest of the weights, by which models of one name and one config are told apart."""
+        return weights_digest(self.model)
 
 
 def load_model(

@@ -4,7 +4,7 @@
     records/window-00012.safetensors    layers.{i}.{key|value}.{activation|fisher}, each [S, C], and .moment [G, D, D]
 
 Activations are fp16, Fisher information is bf16 (squared gradients underflow in fp16), and the second moments of a head's
-gradients, summed over the window's tokens, are fp32. Windows beyond those of activations may hold moments only. Each window file is
+gradients, summed over the window's tokens, are fp32. Windows beyond those of activations hold moments only. Each file is
 written under a temporary name and renamed, and carries the manifest's digest and a checksum per tensor, so that
 a foreign, truncated or altered file is noticed when its tensor is read. Any process may write any window: no
 gather, no lock, and a rerun writes only what is missing.
@@ -12,6 +12,8 @@ gather, no lock, and a rerun writes only what is missing.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +24,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gradients.atomic import atomic_write
-from gradients.cli import UserError
-from gradients.fingerprint import Fingerprint, canonical_json
-from gradients.models import Kind
+from gradients.checked import (
+    Artefact,
+    CheckedFile,
+    Expected,
+    canonical_json,
+    digest_of,
+    open_checked,
+    parse_json,
+    write_checked,
+)
+from gradients.cli import UserError, note
+from gradients.fields import from_fields
+from gradients.fingerprint import Fingerprint
+from gradients.models import KINDS, Kind
 
-SCHEMA = 2
-_WITHOUT_MOMENTS = 1  # the schema before, which still opens
+SCHEMA = 2  # 1 knew neither weights nor bos, and had no digest of the manifest and of a window's dtypes and shapes; it had no moments either
 ROPE_FILE = "rope.safetensors"
 ACTIVATION_DTYPE = torch.float16
 FISHER_DTYPE = torch.bfloat16
 MOMENT_DTYPE = torch.float32
 What = Literal["activation", "fisher", "moment"]
+_SINCE_SCHEMA_2 = ("weights", "bos", "moment_windows")
+_MAX_WINDOWS = 100_000  # five digits in a file's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +63,15 @@ class Manifest:
     model: str = ""
     model_dtype: str = ""
     versions: dict[str, str] | None = None
+    weights: str = ""  # digest of the model's weights (weights.py); empty where it is not known
+    bos: bool = False  # whether every window begins with the tokenizer's <bos>
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.seqlen < 1 or not 1 <= self.windows <= _MAX_WINDOWS or not 0 <= self.moment_windows <= _MAX_WINDOWS:
+            raise ValueError(
+                f"{self.windows} windows of {self.seqlen} tokens, {self.moment_windows} of moments, are not possible"
+            )
 
     @property
     def digest(self) -> str:
@@ -61,18 +83,47 @@ class Manifest:
             self.seqlen,
             self.seed,
             self.model_dtype,
+            *([self.weights, self.bos] if self.schema > 1 else []),
         ]
         return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {**asdict(self), "fingerprint": self.fingerprint.to_json(), "digest": self.digest}
+        """A JSON-ready dictionary; `run` is what windows carry, `digest` covers everything."""
+        content = {**asdict(self), "fingerprint": self.fingerprint.to_json()}
+        if self.schema == 1:
+            return {name: value for name, value in content.items() if name not in _SINCE_SCHEMA_2} | {
+                "digest": self.digest
+            }
+        content["run"] = self.digest
+        return {**content, "digest": digest_of(content)}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
-        """Inverse of `to_json`; raises KeyError or TypeError for other content."""
-        fields = {name: value for name, value in content.items() if name != "digest"}
-        return cls(**{**fields, "fingerprint": Fingerprint.from_json(content["fingerprint"])})
+        """Inverse of `to_json`; raises ValueError for other content, and for content that was altered."""
+        old = content.get("schema") == 1
+        fields = {name: value for name, value in content.items() if name not in ("digest", "run")}
+        made = from_fields(cls, fields, _SINCE_SCHEMA_2 if old else ())
+        if content.get("digest" if old else "run") != made.digest or (
+            not old and content.get("digest") != digest_of(content)
+        ):
+            raise ValueError("it was altered after it was written")
+        return made
+
+    def window_tensors(self, window: int) -> dict[str, Expected]:
+        """The tensors of the file of window number `window`."""
+        heads, dim = self.fingerprint.heads, self.fingerprint.head_dim
+        kinds: dict[What, Expected] = {}
+        if window < self.windows:
+            kinds["activation"] = Expected((self.seqlen, heads * dim), ACTIVATION_DTYPE)
+            kinds["fisher"] = Expected((self.seqlen, heads * dim), FISHER_DTYPE)
+        if window < self.moment_windows:
+            kinds["moment"] = Expected((heads, dim, dim), MOMENT_DTYPE)
+        return {
+            f"layers.{layer}.{kind}.{what}": expected
+            for layer in self.fingerprint.cached_layers
+            for kind in KINDS
+            for what, expected in kinds.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -110,24 +161,27 @@ class Records:
         folder = Path(folder)
         path = folder / "manifest.json"
         try:
-            content = json.loads(path.read_text())
-            schema = content["schema"]
+            content = parse_json(path.read_text(encoding="utf-8"))
+            if "schema" not in content:
+                raise ValueError("field 'schema' is missing")
+            if content["schema"] not in (1, SCHEMA):
+                raise UserError(
+                    f"records {str(folder)!r} have schema {content['schema']!r:.40}, this version reads {SCHEMA}; record again"
+                )
+            manifest = Manifest.from_json(content)
         except OSError as error:
             raise UserError(
                 f"records {str(folder)!r}: no manifest.json ({error.strerror}); run `python -m gradients --output {folder}` first"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except ValueError as error:
             raise UserError(
                 f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
             ) from error
-        if schema not in (SCHEMA, _WITHOUT_MOMENTS):
-            raise UserError(f"records {str(folder)!r} have schema {schema}, this version reads {SCHEMA}; record again")
-        try:
-            return cls(folder, Manifest.from_json(content))
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
-            ) from error
+        if manifest.schema == 1:
+            note(f"records {str(folder)!r} are of an older version, which did not say of which weights they are")
+        return cls(folder, manifest)
 
     def path(self, window: int) -> Path:
         """The file of window number `window`."""
@@ -136,70 +190,66 @@ class Records:
     def is_complete(self, window: int) -> bool:
         """Whether the window's file is there, whole in length, of this manifest, and holds what it should."""
         try:
-            with safe_open(self.path(window), framework="pt") as file:
-                held = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118  (not a mapping)
-                return _read_stamp(file)["manifest"] == self.manifest.digest and (
-                    window >= self.manifest.windows or "activation" in held
-                )
-        except (OSError, SafetensorError, KeyError, ValueError):
+            with self._open(window) as file:
+                file.require(self.manifest.window_tensors(window))
+        except UserError:
             return False
+        return True
 
     def write(self, window: int, tensors: dict[str, Tensor]) -> None:
         """Store one window's tensors, `layers.{i}.{kind}.{activation|fisher|moment}`."""
-        checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
-        stamp = {"manifest": self.manifest.digest, "window": window, "checksums": checksums}
-        with atomic_write(self.path(window)) as path:
-            # one metadata key only: with several, their order in the file is not deterministic
-            save_file(tensors, path, metadata={"kvquant": canonical_json(stamp)})
+        stamp = {"manifest": self.manifest.digest, "window": window}
+        write_checked(self.path(window), _window_file(self.folder), stamp, tensors)
 
     def read(self, window: int, layer: int, kind: Kind) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[S, C]`, of one window, layer and kind.
 
         Raises `UserError` naming the file when it is missing, truncated, altered or of another run.
         """
-        activation, fisher = self._read(window, layer, kind, "activation", "fisher")
-        return activation, fisher
+        return self.read_tensor(window, layer, kind, "activation"), self.read_tensor(window, layer, kind, "fisher")
+
+    def read_tensor(self, window: int, layer: int, kind: Kind, what: What) -> Tensor:
+        """One tensor of a window, as `Manifest.window_tensors` has it. Raises what `read` does."""
+        name = f"layers.{layer}.{kind}.{what}"
+        with self._open(window) as file:
+            return file.read(name, self.manifest.window_tensors(window)[name])
 
     def read_moment(self, layer: int, kind: Kind) -> Tensor:
         """E[g g^T] of each head's gradients g over all windows that hold moments, `[G, D, D]` float64.
 
         Raises `UserError` when the records hold none, when a window's cannot be used, and when they are not finite.
         """
-        manifest = self.manifest
-        if not manifest.moment_windows:
+        windows = self.manifest.moment_windows
+        if not windows:
             raise UserError(
                 f"records {str(self.folder)!r} hold no moments of gradients, which error feedback (+fb) needs; "
                 "record again with this version, or drop +fb"
             )
-        total = sum(self._read(window, layer, kind, "moment")[0].double() for window in range(manifest.moment_windows))
-        assert isinstance(total, Tensor)
+        heads, dim = self.manifest.fingerprint.heads, self.manifest.fingerprint.head_dim
+        total = torch.zeros(heads, dim, dim, dtype=torch.float64)
+        for window in range(windows):
+            total += self.read_tensor(window, layer, kind, "moment")
         if not total.isfinite().all():
             head = int((~total.isfinite()).flatten(1).any(1).nonzero()[0])
             raise UserError(f"records: layer {layer} {kind} head {head} has moments that are not finite; record again")
-        return total / (manifest.moment_windows * (manifest.seqlen - 1))
+        return total / (windows * (self.manifest.seqlen - 1))
 
-    def _read(self, window: int, layer: int, kind: Kind, *what: What) -> list[Tensor]:
-        path = self.path(window)
-        names = [f"layers.{layer}.{kind}.{one}" for one in what]
-        remedy = f"delete it and run `python -m gradients --output {self.folder}` again"
-        try:
-            with safe_open(path, framework="pt") as file:
-                stamp = _read_stamp(file)
-                tensors = [file.get_tensor(name) for name in names]
-        except FileNotFoundError as error:
+    @contextmanager
+    def _open(self, window: int) -> Iterator[CheckedFile]:
+        """A window's file. Raises `UserError` when it is missing, damaged, or of another run or window."""
+        self._require_window(window)
+        with open_checked(self.path(window), _window_file(self.folder)) as file:
+            if (file.content["manifest"], file.content["window"]) != (self.manifest.digest, window):
+                raise file.error("belongs to another run or window")
+            if file.has_digest != (self.manifest.schema > 1):
+                raise file.error("is of another version than its manifest")
+            yield file
+
+    def _require_window(self, window: int) -> None:
+        if not self.path(window).exists():
             raise UserError(
-                f"records window {str(path)!r} is missing; run `python -m gradients` again to complete it"
-            ) from error
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"records window {str(path)!r} is truncated or damaged ({error}); {remedy}") from error
-        if stamp["manifest"] != self.manifest.digest or stamp["window"] != window:
-            raise UserError(f"records window {str(path)!r} belongs to another run or window; {remedy}")
-        for name, tensor in zip(names, tensors, strict=True):
-            if checksum(tensor) != stamp["checksums"].get(name):
-                raise UserError(
-                    f"records window {str(path)!r}: tensor {name} was altered after it was written; {remedy}"
-                )
-        return tensors
+                f"records window {str(self.path(window))!r} is missing; run `python -m gradients` again to complete it"
+            )
 
     def first(self, windows: int | None) -> "Records":
         """The same records as if only the first `windows` had been made (None: all).
@@ -225,9 +275,11 @@ class Records:
         """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing or damaged."""
         try:
             with safe_open(self.folder / ROPE_FILE, framework="pt") as file:
-                cos, sin = file.get_tensor("cos"), file.get_tensor("sin")
-            if cos.shape != sin.shape or len(cos) != self.manifest.seqlen:
-                raise ValueError(f"tables {tuple(cos.shape)} and {tuple(sin.shape)} for {self.manifest.seqlen} tokens")
+                cos, sin = (file.get_tensor(name) for name in ("cos", "sin"))
+            shape = (self.manifest.seqlen, cos.shape[-1] if cos.ndim else 0)
+            for table in (cos, sin):
+                if table.shape != shape or table.dtype != torch.float32 or not table.isfinite().all():
+                    raise ValueError(f"a table {tuple(table.shape)} {table.dtype} for {self.manifest.seqlen} tokens")
             return cos, sin
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(
@@ -237,6 +289,8 @@ class Records:
 
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[N, C]`: all windows without their first `skip_tokens` tokens."""
+        for window in range(self.manifest.windows):
+            self._require_window(window)  # before room is made for so many
         first = [part[skip_tokens:] for part in self.read(0, layer, kind)]
         # filled window by window: a list of them and its concatenation would take twice the memory
         both = [part.new_empty(self.manifest.windows, *part.shape) for part in first]
@@ -247,19 +301,20 @@ class Records:
         return both[0].flatten(0, 1), both[1].flatten(0, 1)
 
 
-def checksum(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes."""
-    raw = tensor.contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(raw.data, digest_size=16).hexdigest()
-
-
-def _read_stamp(file: Any) -> dict[str, Any]:
-    stamp = json.loads(file.metadata()["kvquant"])
-    return {key: stamp[key] for key in ("manifest", "window", "checksums")}
+def _window_file(folder: Path) -> Artefact:
+    return Artefact(
+        "records window", "kvquant", SCHEMA, f"delete it and run `python -m gradients --output {folder}` again"
+    )
 
 
 def _manifest_difference(present: Manifest, wanted: Manifest) -> str:
-    for name in ("schema", "text", "token_digest", "seqlen", "seed", "model_dtype"):
+    if present.schema != wanted.schema:
+        return f"it was recorded by an older version, schema {present.schema} and not {wanted.schema}"
+    for name in ("text", "token_digest", "seqlen", "seed", "model_dtype", "bos"):
         if getattr(present, name) != getattr(wanted, name):
             return f"{name} {getattr(present, name)!r} there, {getattr(wanted, name)!r} asked for"
-    return f"model: {present.fingerprint.difference(wanted.fingerprint)}"
+    if difference := present.fingerprint.difference(wanted.fingerprint):
+        return f"model: {difference}"
+    return (
+        f"other weights: digest {present.weights or 'unknown'} there, {wanted.weights or 'unknown'} of the model given"
+    )

@@ -6,21 +6,19 @@ a matrix; `rotation` of rotated head vectors; `order` and `feedback` where error
 depart from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
 """
 
-import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from gradients.atomic import atomic_write
-from gradients.cli import UserError
-from gradients.fingerprint import Fingerprint, canonical_json
+from gradients.checked import Artefact, CheckedFile, Expected, open_checked, write_checked
+from gradients.cli import UserError, note
+from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
 from quant.feedback import Feedback
@@ -28,9 +26,10 @@ from quant.grouped import GroupQuantizer
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.rotated import RotatedQuantizer
-from quant.scheme import Axis, Scheme
+from quant.scheme import MAX_BITS, Axis, Scheme
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no digest, and knew neither the weights nor bos
+FILE = Artefact("quantizers file", "kvquant", SCHEMA, "fit them again with `python -m quant.fit`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +40,8 @@ class Quantizers:
     fingerprint: Fingerprint
     records_digest: str
     layers: dict[int, dict[Kind, Quantizer]]
+    weights: str = ""  # digest of the weights that were recorded; empty where it is not known
+    bos: bool | None = None  # whether they were calibrated on windows that begin with <bos>; None where it is not known
 
     def check_model(self, config: PreTrainedConfig) -> None:
         """Raise `UserError` unless they were fitted for a model of this config."""
@@ -75,62 +76,48 @@ class Quantizers:
             if quantizer.scheme != self.scheme
         }
         content = {
-            "schema": SCHEMA,
             "scheme": self.scheme.to_json(),
             "layer_schemes": departures,
             "fingerprint": self.fingerprint.to_json(),
             "records": self.records_digest,
+            "weights": self.weights,
+            "bos": self.bos,
             "versions": {package: version(package) for package in ("torch", "transformers")},
         }
-        with atomic_write(path) as temporary:
-            save_file(tensors, temporary, metadata={"kvquant": canonical_json(content)})
+        write_checked(path, FILE, content, tensors)
 
 
 def load_quantizers(path: str | Path) -> Quantizers:
     """Read an artefact.
 
-    Raises `UserError` when it is missing, not safetensors (a pickle, say), damaged, of another schema, or when
-    layers or tensors are missing or do not fit its scheme.
+    Raises `UserError` when it is missing, not safetensors (a pickle, say), damaged, altered, of another schema, or when
+    layers or tensors are missing, too many, or do not fit its scheme.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except OSError as error:
-        raise UserError(
-            f"quantizers {str(path)!r} cannot be read ({error}); make them with `python -m quant.fit`"
-        ) from error
-    except SafetensorError as error:
-        raise UserError(
-            f"quantizers {str(path)!r} are not a complete safetensors file ({error}); pickles are never loaded: "
-            "make them with `python -m quant.fit`"
-        ) from error
-    if "kvquant" not in metadata:
-        raise UserError(
-            f"quantizers {str(path)!r} lack our metadata: some other safetensors file; use one that `python -m quant.fit` wrote"
+    with open_checked(path, FILE) as file:
+        content, old = file.content, not file.has_digest
+        scheme = Scheme.from_json(content["scheme"], old)
+        fingerprint = Fingerprint.from_json(content["fingerprint"])
+        places = [(layer, kind) for layer in fingerprint.cached_layers for kind in KINDS]
+        schemes = {place: _scheme_of(content, scheme, *place, old) for place in places}
+        tables = _read_tables(file, schemes, fingerprint)
+        layers: dict[int, dict[Kind, Quantizer]] = {layer: {} for layer in fingerprint.cached_layers}
+        for (layer, kind), own in schemes.items():
+            layers[layer][kind] = _assemble(own, axis_of(own, kind), tables[layer, kind])
+        weights, bos = ("", None) if old else (content["weights"], content["bos"])
+        if not isinstance(weights, str) or bos not in (None, False, True) or not isinstance(content["records"], str):
+            raise ValueError("fields weights, bos and records are not a text, a boolean and a text")
+    if old:
+        note(
+            f"quantizers file {str(path)!r} is of an older version: it has no digest, and does not say of which weights it is"
         )
-    try:
-        return _parse(path, json.loads(metadata["kvquant"]), tensors)
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"quantizers {str(path)!r} are damaged ({error!r}); fit them again") from error
-
-
-def _parse(path: str | Path, content: dict[str, Any], tensors: dict[str, Tensor]) -> Quantizers:
-    if content.get("schema") != SCHEMA:
-        raise UserError(
-            f"quantizers {str(path)!r} have schema {content.get('schema')}, this version reads {SCHEMA}; fit them again"
-        )
-    scheme, fingerprint = Scheme.from_json(content["scheme"]), Fingerprint.from_json(content["fingerprint"])
-    layers: dict[int, dict[Kind, Quantizer]] = {
-        layer: {
-            kind: _assemble(path, layer, kind, _scheme_of(content, scheme, layer, kind), tensors, fingerprint)
-            for kind in KINDS
-        }
-        for layer in fingerprint.cached_layers
-    }
-    return Quantizers(scheme=scheme, fingerprint=fingerprint, records_digest=content["records"], layers=layers)
+    return Quantizers(
+        scheme=scheme,
+        fingerprint=fingerprint,
+        records_digest=content["records"],
+        layers=layers,
+        weights=weights,
+        bos=bos,
+    )
 
 
 def axis_of(scheme: Scheme, kind: Kind) -> Axis:
@@ -138,9 +125,9 @@ def axis_of(scheme: Scheme, kind: Kind) -> Axis:
     return scheme.key_axis if kind == "key" else scheme.value_axis
 
 
-def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind) -> Scheme:
+def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind, old: bool) -> Scheme:
     departure = content["layer_schemes"].get(f"{layer}.{kind}")
-    scheme = Scheme.from_json(departure) if departure else default
+    scheme = Scheme.from_json(departure, old) if departure is not None else default
     for name in ("sink_tokens", "residual_tokens", "key_rope"):  # what is exact, and where, does not vary by layer
         if getattr(scheme, name) != getattr(default, name):
             raise ValueError(
@@ -149,65 +136,64 @@ def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind)
     return scheme
 
 
-def _assemble(
-    path: str | Path, layer: int, kind: Kind, scheme: Scheme, tensors: dict[str, Tensor], fingerprint: Fingerprint
-) -> Quantizer:
-    channels, axis = fingerprint.heads * fingerprint.head_dim, axis_of(scheme, kind)
-    form = scheme.form(axis)
-    prefix = f"layers.{layer}.{kind}."
-    feedback = _assemble_feedback(prefix, tensors, fingerprint) if scheme.feedback else None
-    if form == "allocated":
-        return _assemble_mixed(prefix, scheme, tensors, channels, feedback)
-    shapes: dict[str, tuple[int, ...]] = {"levels": (scheme.levels,), "boundaries": (scheme.levels - 1,)}
-    if form == "static":
-        shapes |= {"scale": (channels,), "zero": (channels,)}
-    if form == "rotated":
-        shapes["rotation"] = (fingerprint.head_dim, fingerprint.head_dim)
-    if form == "token" and scheme.thresholds == "matrix":
-        shapes["thresholds"] = (2,)
+def expected_tables(scheme: Scheme, kind: Kind, heads: int, dim: int, widths: Iterable[int]) -> dict[str, Expected]:
+    """The tensors of a layer's keys or values, of G `heads` of D = `dim` channels; `widths` are those rdnuq has chosen."""
+    form, channel = scheme.form(axis_of(scheme, kind)), Expected((heads * dim,), torch.float32)
+    codebooks = {f".{width}": 2**width for width in widths} if form == "allocated" else {"": scheme.levels}
     tables = {}
-    for name, shape in shapes.items():
-        full = f"layers.{layer}.{kind}.{name}"
-        if full not in tensors:
-            raise UserError(f"quantizers {str(path)!r} lack tensor {full}; fit them again")
-        table = tensors[full]
-        if tuple(table.shape) != shape or table.dtype != torch.float32 or not table.isfinite().all():
-            raise UserError(
-                f"quantizers {str(path)!r}: tensor {full} is {tuple(table.shape)} {table.dtype}, expected finite {shape} "
-                "float32; fit them again"
-            )
-        tables[name] = table
+    for suffix, levels in codebooks.items():
+        tables[f"levels{suffix}"] = Expected((levels,), torch.float32)
+        tables[f"boundaries{suffix}"] = Expected((levels - 1,), torch.float32)
+    if form in ("static", "allocated"):
+        tables |= {"scale": channel, "zero": channel}
+    if form == "allocated":
+        tables["widths"] = Expected((heads * dim,), torch.uint8)
+    if form == "rotated":
+        tables["rotation"] = Expected((dim, dim), torch.float32)
+    if form == "token" and scheme.thresholds == "matrix":
+        tables["thresholds"] = Expected((2,), torch.float32)
+    if scheme.feedback:
+        tables["order"] = Expected((heads, dim), torch.uint8)
+        tables["feedback"] = Expected((heads, dim, dim), torch.float16)
+    return tables
+
+
+def _read_tables(
+    file: CheckedFile, schemes: dict[tuple[int, Kind], Scheme], fingerprint: Fingerprint
+) -> dict[tuple[int, Kind], dict[str, Tensor]]:
+    """Every table by layer and kind. Raises `UserError` for others than the schemes need, and for numbers not finite."""
+    expected: dict[str, Expected] = {}
+    named: dict[tuple[int, Kind], list[str]] = {}
+    for (layer, kind), scheme in schemes.items():
+        prefix, widths = f"layers.{layer}.{kind}.", []
+        if scheme.allocated:
+            channels = Expected((fingerprint.heads * fingerprint.head_dim,), torch.uint8)
+            widths = sorted(set(file.read(f"{prefix}widths", channels).tolist()))
+        if widths and widths[-1] > MAX_BITS:
+            raise file.error(f"has a channel of {widths[-1]} bits in {prefix}widths, more than {MAX_BITS}")
+        tables = expected_tables(scheme, kind, fingerprint.heads, fingerprint.head_dim, widths)
+        named[layer, kind] = list(tables)
+        expected |= {prefix + name: table for name, table in tables.items()}
+    file.require(expected)
+    read = {name: file.read(name, wanted) for name, wanted in expected.items()}
+    for name, table in read.items():
+        if not table.isfinite().all():
+            raise file.error(f"has tensor {name} with numbers that are not finite")
+    return {
+        place: {name: read[f"layers.{place[0]}.{place[1]}.{name}"] for name in names} for place, names in named.items()
+    }
+
+
+def _assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantizer:
+    form = scheme.form(axis)
+    feedback = Feedback(tables.pop("order").long(), tables.pop("feedback")) if scheme.feedback else None
+    if form == "allocated":
+        widths = sorted(set(tables["widths"].tolist()))
+        codebooks = {width: Codebook(tables[f"levels.{width}"], tables[f"boundaries.{width}"]) for width in widths}
+        return MixedQuantizer(scheme, codebooks, tables["widths"], tables["scale"], tables["zero"], feedback)
     codebook = Codebook(tables.pop("levels"), tables.pop("boundaries"))
     if form == "grouped":
         return GroupQuantizer(scheme, codebook, axis)
     if form == "rotated":
         return RotatedQuantizer(scheme, codebook, **tables)
     return (ChannelQuantizer if form == "static" else TokenQuantizer)(scheme, codebook, **tables, feedback=feedback)
-
-
-def _assemble_feedback(prefix: str, tensors: dict[str, Tensor], fingerprint: Fingerprint) -> Feedback:
-    """Raises KeyError for a missing tensor, ValueError for one that does not fit."""
-    order, matrix = tensors[prefix + "order"], tensors[prefix + "feedback"]
-    heads, dim = fingerprint.heads, fingerprint.head_dim
-    if order.shape != (heads, dim) or order.dtype != torch.uint8 or matrix.dtype != torch.float16:
-        raise ValueError(f"{prefix}order is not {heads} x {dim} uint8, or {prefix}feedback not float16")
-    try:
-        return Feedback(order.long(), matrix)
-    except ValueError as error:
-        raise ValueError(f"{prefix}feedback: {error}") from error
-
-
-def _assemble_mixed(
-    prefix: str, scheme: Scheme, tensors: dict[str, Tensor], channels: int, feedback: Feedback | None
-) -> MixedQuantizer:
-    """Raises KeyError for a missing tensor, ValueError for one that does not fit."""
-    widths, scale, zero = (tensors[prefix + name] for name in ("widths", "scale", "zero"))
-    codebooks = {}
-    for width in sorted(set(widths.tolist())):
-        codebooks[width] = Codebook(tensors[f"{prefix}levels.{width}"], tensors[f"{prefix}boundaries.{width}"])
-        if len(codebooks[width].levels) != 2**width:
-            raise ValueError(f"{prefix}levels.{width} has {len(codebooks[width].levels)} levels")
-    for name, table in (("widths", widths), ("scale", scale), ("zero", zero)):
-        if table.shape != (channels,) or not table.isfinite().all():
-            raise ValueError(f"{prefix}{name} is not {channels} finite numbers")
-    return MixedQuantizer(scheme, codebooks, widths, scale, zero, feedback)

@@ -44,6 +44,8 @@ def fit(records: Records, scheme: Scheme, jobs: int = 1) -> Quantizers:
         fingerprint=records.manifest.fingerprint,
         records_digest=records.manifest.digest,
         layers=fitted,
+        weights=records.manifest.weights,
+        bos=records.manifest.bos if records.manifest.schema > 1 else None,
     )
 
 

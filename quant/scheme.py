@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from gradients.cli import UserError
+from gradients.fields import from_fields
 from quant.presets import PRESETS
 
 Datatype = Literal["int", "nf", "nuq", "rdnuq", "lloyd"]
@@ -211,17 +212,20 @@ class Scheme:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Scheme":
-        """Inverse of `to_json`. Raises `UserError` for a field this version does not know."""
-        unknown = set(content) - {field.name for field in fields(cls)}
-        if unknown:
-            raise UserError(f"scheme field {sorted(unknown)[0]!r} is unknown to this version; update it, or fit again")
-        return cls(**content)
+    def from_json(cls, content: object, old: bool = False) -> "Scheme":
+        """Inverse of `to_json`: every field is there and none is unknown; `old` files lack those that came later.
+
+        Raises ValueError for other content, `UserError` for a scheme that cannot be.
+        """
+        return from_fields(cls, content, _LATER_FIELDS if old else ())
 
     def with_changes(self, **changes: Any) -> "Scheme":
         """A copy with some fields replaced, for layers that depart from the rest."""
         return replace(self, **changes)
 
+
+# of files without a digest; what they lack of these was the default
+_LATER_FIELDS = ("channel_range", "group", "thresholds", "residual_tokens", "feedback")
 
 _CHOICES = {
     "datatype": Datatype,

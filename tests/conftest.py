@@ -246,6 +246,7 @@ def record_model(
                 token_digest="none",
                 seqlen=CALIBRATION_TOKENS,
                 windows=1,
+                moment_windows=1,
                 seed=17,
             )
             created = Records.create(tmp_path_factory.mktemp("calibration"), manifest)
@@ -337,7 +338,9 @@ def make_records(records: Records) -> Callable[..., Records]:
 
     def make(folder: Path, windows: list[dict[tuple[int, Kind], tuple[Tensor, Tensor]]]) -> Records:
         seqlen = len(next(iter(windows[0].values()))[0])
-        created = Records.create(folder, replace(records.manifest, windows=len(windows), seqlen=seqlen))
+        created = Records.create(
+            folder, replace(records.manifest, windows=len(windows), moment_windows=0, seqlen=seqlen)
+        )
         for number, window in enumerate(windows):
             tensors = {}
             for layer in records.manifest.fingerprint.cached_layers:

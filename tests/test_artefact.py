@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import quant.artefact
+import gradients.checked
+from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
 from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
@@ -53,13 +54,23 @@ def assert_same(one: Quantizers, other: Quantizers) -> None:
 
 
 def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
-    """Copy an artefact with `change` applied to its tensors and metadata."""
+    """Copy an artefact with `change` applied to its tensors and metadata, and the digest that belongs to it."""
     with safe_open(source, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         content = json.loads(file.metadata()["kvquant"])
     change(tensors, content)
+    if content.get("digest"):
+        content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+        content["digest"] = digest_of(content)
     save_file(tensors, target, metadata={"kvquant": json.dumps(content)})
     return target
+
+
+def as_schema_1(_tensors: object, content: dict[str, Any]) -> None:
+    """What the metadata were before there were digests."""
+    content["schema"] = 1
+    for name in ("digest", "checksums", "weights", "bos"):
+        del content[name]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
@@ -125,18 +136,19 @@ def test_tables_of_another_shape_are_refused(
     )
     with pytest.raises(UserError) as caught:
         load_quantizers(path)
-    assert f"tensor {name} is {shape}" in str(caught.value) and "fit them again" in str(caught.value)
+    assert f"tensor {name} of shape {shape}" in str(caught.value) and "fit them again" in str(caught.value)
     path = rewrite(tmp_path / "good.safetensors", path, lambda t, _m: t.pop(name))
-    with pytest.raises(UserError, match=f"lack tensor {name}; fit them again"):
+    with pytest.raises(UserError, match=f"lacks tensor {name}; fit them again"):
         load_quantizers(path)
 
 
 def test_a_file_written_before_these_fields_loads(
     quantizers: Quantizers, quantizers_file: Path, tmp_path: Path
 ) -> None:
-    """As files were before there were groups, ranges, thresholds and windows to choose."""
+    """As files were before there were groups, ranges, thresholds and windows to choose, and digests."""
 
     def without(_tensors: object, content: dict[str, Any]) -> None:
+        as_schema_1(_tensors, content)
         for field in ("channel_range", "group", "thresholds", "residual_tokens"):
             del content["scheme"][field]
 
@@ -174,7 +186,7 @@ def test_the_file_is_named_tensors_and_one_json_object(quantizers: Quantizers, q
         f"layers.{i}.value.{name}" for i in (0, 1) for name in value
     }
     content = json.loads(metadata["kvquant"])
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["scheme"] == quantizers.scheme.to_json()
     assert content["records"] == quantizers.records_digest
     assert content["fingerprint"]["architecture"] == "llama"
@@ -234,7 +246,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model.safetensors' lack our metadata"):
+    with pytest.raises(UserError, match=r"model.safetensors' lacks our metadata"):
         load_quantizers(tmp_path / "model.safetensors")
 
 
@@ -244,20 +256,26 @@ def _spoil(tensors: dict[str, torch.Tensor], name: str, index: int, value: float
 
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
-    "other schema": (lambda _t, m: m.update(schema=99), "schema 99, this version reads 1; fit them again"),
-    "no schema": (lambda _t, m: m.pop("schema"), "schema None"),
-    "missing tensor": (lambda t, _m: t.pop("layers.1.key.zero"), "lack tensor layers.1.key.zero; fit them again"),
+    "other schema": (lambda _t, m: m.update(schema=99), "schema 99, this version reads 2; fit them again"),
+    "no schema": (lambda _t, m: m.pop("schema"), "was altered"),
+    "missing tensor": (lambda t, _m: t.pop("layers.1.key.zero"), "lacks tensor layers.1.key.zero; fit them again"),
     "missing layer": (
         lambda t, _m: [t.pop(n) for n in list(t) if n.startswith("layers.1.")],
-        "lack tensor layers.1.key",
+        "lacks tensor layers.1.key",
     ),
-    "wrong shape": (lambda t, _m: t.update({"layers.0.key.scale": torch.ones(7)}), "layers.0.key.scale is (7,)"),
-    "wrong dtype": (lambda t, _m: t.update({"layers.0.key.scale": torch.ones(24).half()}), "torch.float16"),
+    "wrong shape": (lambda t, _m: t.update({"layers.0.key.scale": torch.ones(7)}), "layers.0.key.scale of shape (7,)"),
+    "wrong dtype": (
+        lambda t, _m: t.update({"layers.0.key.scale": torch.ones(24).half()}),
+        "dtype float16, expected (24,) float32",
+    ),
     "NaN": (lambda t, _m: _spoil(t, "layers.0.key.zero", 3, float("nan")), "layers.0.key.zero"),
-    "other bits": (lambda _t, m: m["scheme"].update(bits=2), "levels is (8,)"),
+    "other bits": (lambda _t, m: m["scheme"].update(bits=2), "levels of shape (8,)"),
     "unknown field": (lambda _t, m: m["scheme"].update(rotation="hadamard"), "'rotation' is unknown"),
     "levels not ascending": (lambda t, _m: _spoil(t, "layers.0.value.levels", 0, 9.0), "q.safetensors"),
     "no scheme": (lambda _t, m: m.pop("scheme"), "q.safetensors"),
+    "a table too many": (lambda t, _m: t.update({"layers.0.value.scale": torch.ones(24)}), "which it should not"),
+    "a field left out": (lambda _t, m: m["scheme"].pop("outliers"), "field 'outliers' is missing"),
+    "a field of another type": (lambda _t, m: m["scheme"].update(sink_tokens="1"), "field 'sink_tokens' is '1'"),
     "fingerprint of another form": (lambda _t, m: m.update(fingerprint={"layers": 2}), "q.safetensors"),
 }
 
@@ -269,6 +287,66 @@ def test_a_file_of_another_form_is_refused(damage: str, quantizers_file: Path, t
     with pytest.raises(UserError) as caught:
         load_quantizers(path)
     assert fragment in str(caught.value)
+
+
+SILENT: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
+    "a flipped bit": lambda t, _m: t["layers.0.key.levels"].view(torch.int32)[3].bitwise_xor_(1),
+    "exchanged layers": lambda t, _m: t.update(
+        {f"layers.{i}.key.scale": t[f"layers.{1 - i}.key.scale"].clone() for i in (0, 1)}
+    ),
+    "other sink tokens": lambda _t, m: m["scheme"].update(sink_tokens=5),
+    "Q-Norm": lambda _t, m: m["scheme"].update(q_norm=True),
+    "no outliers": lambda _t, m: m["scheme"].update(outliers=0.0),
+    "other weights": lambda _t, m: m.update(weights="0" * 16),
+    "no digest": lambda _t, m: m.pop("digest"),
+}
+
+
+@pytest.mark.parametrize("change", SILENT)
+def test_what_was_altered_is_refused_though_it_could_be_used(
+    change: str, quantizers_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "q.safetensors"
+    with safe_open(quantizers_file, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        content = json.loads(file.metadata()["kvquant"])
+    SILENT[change](tensors, content)
+    save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
+    with pytest.raises(UserError, match=r"q.safetensors' was altered after it was written.*; fit them again"):
+        load_quantizers(path)
+
+
+def test_a_file_without_a_digest_loads_with_a_note(
+    quantizers: Quantizers, quantizers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", as_schema_1))
+    assert_same(loaded, quantizers)
+    assert (loaded.weights, loaded.bos) == ("", None)
+    assert "q.safetensors' is of an older version" in capsys.readouterr().err
+    load_quantizers(quantizers_file)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "content", ['{"scheme":' + "[" * 100_000, "[" * 100_000 + "]" * 100_000], ids=["in a field", "alone"]
+)
+def test_json_nested_deeply_is_one_line(content: str, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "q.safetensors", metadata={"kvquant": content})
+    with pytest.raises(UserError, match="q.safetensors' is damaged"):
+        load_quantizers(tmp_path / "q.safetensors")
+
+
+def test_rdnuq_tables_of_another_dtype_are_refused(records: Records, tmp_path: Path) -> None:
+    fit(records, Scheme.parse("rdnuq2.4")).save(tmp_path / "good.safetensors")
+    for name, dtype in (("scale", torch.float16), ("widths", torch.uint32), ("widths", torch.float32)):
+        full = f"layers.0.key.{name}"
+        path = rewrite(
+            tmp_path / "good.safetensors",
+            tmp_path / "q.safetensors",
+            lambda t, _m, full=full, dtype=dtype: t.update({full: t[full].to(dtype)}),
+        )
+        with pytest.raises(UserError, match=rf"has tensor {full} of shape \(24,\) and dtype"):
+            load_quantizers(path)
 
 
 def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
@@ -335,7 +413,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(
         Path(target).write_bytes(b"half an artef")
         raise failure
 
-    monkeypatch.setattr(quant.artefact, "save_file", half)
+    monkeypatch.setattr(gradients.checked, "save_file", half)
     with pytest.raises(raised):
         quantizers.save(path)
     assert snapshot(tmp_path) == before

@@ -21,6 +21,7 @@ from transformers import GPT2Config
 import gradients.__main__
 import quant.evaluate
 import quant.fit
+from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
 from gradients.records import Records
 from quant.artefact import Quantizers
@@ -244,7 +245,7 @@ def test_damaged_windows(workspace: Workspace, refuses: Callable[..., None]) -> 
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     remedy = f"delete it and run `python -m gradients --output {workspace.records}` again"
-    refuses(workspace.fit, fragments=[str(path), "truncated or damaged", remedy])
+    refuses(workspace.fit, fragments=[str(path), "not a complete safetensors file", remedy])
     path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 0xFF]) + whole[-99:])
     refuses(workspace.fit, fragments=[str(path), "was altered after it was written", remedy])
     path.unlink()
@@ -269,21 +270,25 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         content = json.loads(file.metadata()["kvquant"])
     change(tensors, content)
+    content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+    content["digest"] = digest_of(content)
     save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
 
 
 def test_quantizers_of_another_schema_or_without_a_layer(workspace: Workspace, refuses: Callable[..., None]) -> None:
     path = str(workspace.quantizers)
     rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=7))
-    refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 1", "fit them again"])
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=1))
+    refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 2", "fit them again"])
+    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=2))
     rewrite(workspace.quantizers, lambda tensors, _content: tensors.pop("layers.1.value.levels"))
     refuses(workspace.evaluate, fragments=[path, "layers.1.value.levels", "fit them again"])
 
 
 def test_missing_quantizers(workspace: Workspace, refuses: Callable[..., None]) -> None:
     missing = str(workspace.root / "none.safetensors")
-    refuses(workspace.evaluate, "--quantizers", missing, fragments=[missing, "make them with `python -m quant.fit`"])
+    refuses(
+        workspace.evaluate, "--quantizers", missing, fragments=[missing, "fit them again with `python -m quant.fit`"]
+    )
 
 
 class Payload:
@@ -300,7 +305,7 @@ def test_pickled_quantizers(workspace: Workspace, refuses: Callable[..., None], 
     witness = tmp_path_factory.mktemp("witness") / "unpickled"
     path = workspace.root / "quantizers.pickle"
     path.write_bytes(pickle.dumps({"model.layers.0.self_attn.k_proj": Payload(witness)}))
-    fragments = [str(path), "pickles are never loaded", "make them with `python -m quant.fit`"]
+    fragments = [str(path), "pickles are never loaded", "fit them again with `python -m quant.fit`"]
     refuses(workspace.evaluate, "--quantizers", str(path), fragments=fragments)
     assert not witness.exists()
 
@@ -338,8 +343,7 @@ def test_full_disk(
         Path(path).write_bytes(b"as much as fits")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gradients.records.save_file", full)
-    monkeypatch.setattr("quant.artefact.save_file", full)
+    monkeypatch.setattr("gradients.checked.save_file", full)
     if stage == "record":
         (workspace.records / "window-00001.safetensors").unlink()
         command, options = workspace.record, ["--output", str(workspace.records), "--windows", "4"]

@@ -154,7 +154,7 @@ def test_an_unbroken_run_and_one_in_two_parts_store_the_same_bits(
     unbroken.read(tokens)
     unbroken.save(tmp_path / "cache")
     unbroken.answer(tokens, 40)
-    saved = load_cache(tmp_path / "cache", quantizers, talker.model.config)
+    saved = load_cache(tmp_path / "cache", quantizers, talker.model)
     continued = Session(talker, quantizers, prefill_chunk=32, saved=saved, quiet=True)
     continued.open(capacity=200)
     assert continued.tokens == tokens and continued.cache.get_seq_length() == 149

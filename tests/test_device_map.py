@@ -115,10 +115,10 @@ def test_a_saved_cache_returns_to_where_its_layers_compute(
     tokens, cache = make_tokens(1, 40), PackedCache(quantizers, llama.config)
     with torch.inference_mode(), packed_attention(llama):
         llama(input_ids=tokens, past_key_values=cache)
-    save_cache(tmp_path / "cache", cache, quantizers, llama.config, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, llama, tokens)
     logits = []
     for model in (sharded.model, llama):
-        restored = load_cache(tmp_path / "cache", quantizers, model.config).restore(model)
+        restored = load_cache(tmp_path / "cache", quantizers, model).restore(model)
         with torch.inference_mode(), packed_attention(model):
             logits.append(model(input_ids=tokens[:, :1], past_key_values=restored).logits)
     # weights fetched from a file are aligned otherwise, and a product with one row then adds up in another order

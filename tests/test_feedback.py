@@ -194,7 +194,9 @@ def test_moments_are_the_products_of_the_gradients(model: PreTrainedModel, make_
     def keep(site: KVSite) -> Callable[..., Tensor]:
         def hook(_module: object, _inputs: object, output: Tensor) -> Tensor:
             output = output if output.requires_grad else output.requires_grad_()
-            output.register_hook(lambda gradient: gradients.__setitem__((site.layer, site.kind), site.read(gradient)[0]))
+            output.register_hook(
+                lambda gradient: gradients.__setitem__((site.layer, site.kind), site.read(gradient)[0])
+            )
             return output
 
         return hook

@@ -17,9 +17,9 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-import gradients.records
+import gradients.checked
 from gradients.__main__ import main
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
@@ -49,7 +49,7 @@ def test_the_files_hold_what_the_design_says(records: Records) -> None:
     names = {path.name for path in records.folder.iterdir()}
     assert names == {"manifest.json", "rope.safetensors"} | {f"window-{number:05d}.safetensors" for number in range(4)}
     manifest = json.loads((records.folder / "manifest.json").read_text())
-    assert (manifest["schema"], manifest["windows"], manifest["seqlen"], manifest["seed"]) == (1, 4, 65, 0)
+    assert (manifest["schema"], manifest["windows"], manifest["seqlen"], manifest["seed"]) == (2, 4, 65, 0)
     assert (manifest["model_dtype"], manifest["fingerprint"]["architecture"]) == ("float32", "llama")
     assert set(manifest["versions"]) >= {"torch", "transformers"}
     with safe_open(records.path(0), framework="pt") as file:
@@ -65,7 +65,7 @@ def test_the_files_hold_what_the_design_says(records: Records) -> None:
 def test_manifest_json_round_trip(records: Records) -> None:
     content = json.loads(json.dumps(records.manifest.to_json()))
     assert Manifest.from_json(content) == records.manifest
-    assert content["digest"] == records.manifest.digest
+    assert content["run"] == records.manifest.digest
 
 
 def test_digest_is_of_what_decides_a_windows_content(records: Records) -> None:
@@ -77,6 +77,8 @@ def test_digest_is_of_what_decides_a_windows_content(records: Records) -> None:
         {"seqlen": 64},
         {"token_digest": "0"},
         {"model_dtype": "float16"},
+        {"weights": "0"},
+        {"bos": True},
         {"fingerprint": other},
     ):
         assert replace(manifest, **change).digest != manifest.digest, change
@@ -258,7 +260,7 @@ def test_a_truncated_window_is_noticed(keep: int, folder: Path, records: Records
     assert [opened.is_complete(window) for window in range(4)] == [True, True, True, False]
     with pytest.raises(UserError) as caught:
         opened.read(3, 0, "key")
-    assert "window-00003.safetensors' is truncated or damaged" in str(caught.value)
+    assert "window-00003.safetensors' is not a complete safetensors file" in str(caught.value)
     assert f"delete it and run `python -m gradients --output {folder}` again" in str(caught.value)
 
 
@@ -273,7 +275,9 @@ def test_one_flipped_bit_is_noticed(what: str, kind: str, layer: int, folder: Pa
     start, end = json.loads(content[8 : 8 + header])[name]["data_offsets"]
     content[8 + header + (start + end) // 2] ^= 1
     opened.path(1).write_bytes(content)
-    with pytest.raises(UserError, match=rf"window-00001.safetensors': tensor {name} was altered .*delete it and run"):
+    with pytest.raises(
+        UserError, match=rf"window-00001.safetensors' was altered .*tensor {name} is another; delete it and run"
+    ):
         opened.read_layer(layer, kind)
     other = "value" if kind == "key" else "key"
     opened.read_layer(layer, other)
@@ -302,7 +306,9 @@ def test_a_window_of_another_run_is_noticed(folder: Path) -> None:
         ("{}", "is damaged"),
         ('{"schema": 1}', "is damaged"),
         ('{"schema": 1, "fingerprint": {"layers": 2}}', "is damaged"),
-        ('{"schema": 2}', "have schema 2, this version reads 1; record again"),
+        ('{"schema": 2}', "is damaged"),
+        ('{"schema": 3}', "have schema 3, this version reads 2; record again"),
+        ("[" * 100_000, "is damaged"),
     ],
 )
 def test_a_manifest_of_another_form_is_refused(content: str, fragment: str, folder: Path) -> None:
@@ -322,7 +328,7 @@ def test_a_full_disk_loses_nothing(
     record_arguments: list[str], records: Records, snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The third window does not fit; after making room, the same command completes the folder."""
-    saved = gradients.records.save_file
+    saved = gradients.checked.save_file
 
     def full_at_third(tensors: Any, path: Path, **options: Any) -> None:
         if "00002" in str(path):
@@ -332,7 +338,7 @@ def test_a_full_disk_loses_nothing(
 
     arguments = [*record_arguments, "--output", str(tmp_path / "records")]
     with monkeypatch.context() as patched:
-        patched.setattr(gradients.records, "save_file", full_at_third)
+        patched.setattr(gradients.checked, "save_file", full_at_third)
         with pytest.raises(UserError, match=r"cannot write .*window-00002.safetensors: .*No space left"):
             main(arguments)
     complete = snapshot(records.folder)
@@ -342,6 +348,105 @@ def test_a_full_disk_loses_nothing(
     }
     assert main(arguments)["recorded_now"] == 2
     assert snapshot(tmp_path / "records") == complete
+
+
+def as_schema_1(folder: Path) -> None:
+    """Make a folder what the version before digests would have left."""
+    opened = Records.open(folder)
+    old = replace(opened.manifest, schema=1, weights="", bos=False)
+    (folder / "manifest.json").write_text(json.dumps(old.to_json()))
+    for window in range(opened.manifest.windows):
+        tensors = load_file(opened.path(window))
+        sums = {name: gradients.checked.bytes_checksum(tensor) for name, tensor in tensors.items()}
+        stamp = {"manifest": old.digest, "window": window, "checksums": sums}
+        save_file(tensors, opened.path(window), metadata={"kvquant": json.dumps(stamp)})
+
+
+def test_a_folder_without_digests_is_read_with_a_note_and_not_mixed(
+    folder: Path, records: Records, record_arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_schema_1(folder)
+    assert not {"weights", "bos", "run"} & set(json.loads((folder / "manifest.json").read_text()))
+    capsys.readouterr()
+    old = Records.open(folder)
+    assert "are of an older version" in capsys.readouterr().err
+    assert all(old.is_complete(window) for window in range(4))
+    for mine, other in zip(old.read_layer(1, "key"), records.read_layer(1, "key"), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(UserError, match="recorded by an older version, schema 1 and not 2"):
+        main([*record_arguments, "--output", str(folder)])
+
+
+def test_a_folder_of_other_weights_is_refused(folder: Path, records: Records, snapshot: Snapshot) -> None:
+    before = snapshot(folder)
+    assert len(records.manifest.weights) == 16
+    with pytest.raises(UserError, match=f"other weights: digest {records.manifest.weights} there, 0123 of the model"):
+        Records.create(folder, replace(records.manifest, weights="0123"))
+    assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"windows": "4"},
+        {"windows": 3},
+        {"windows": 10**9},
+        {"text": "another.txt"},
+        {"model": "another"},
+        {"versions": {"torch": "1.0"}},
+        {"weights": "0" * 16},
+        {"bos": True},
+    ],
+    ids=str,
+)
+def test_an_altered_manifest_is_refused(change: dict[str, Any], folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="manifest.json' is damaged"):
+        Records.open(folder)
+
+
+def test_windows_of_an_old_manifest_are_not_made_room_for_before_they_are_there(folder: Path) -> None:
+    as_schema_1(folder)
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": 99_999}))
+    with pytest.raises(UserError, match="window-00004.safetensors' is missing"):
+        Records.open(folder).read_layer(0, "key")
+    for windows in ("4", 10**9, 0, True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": windows}))
+        with pytest.raises(UserError, match="manifest.json' is damaged"):
+            Records.open(folder)
+
+
+@pytest.mark.parametrize("change", ["dtypes", "shapes", "no metadata", "no checksums", "names"])
+def test_a_window_with_another_header_is_refused_and_recorded_again(
+    change: str, folder: Path, record_arguments: list[str], snapshot: Snapshot
+) -> None:
+    before, path = snapshot(folder), folder / "window-00001.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    if change == "dtypes":  # both are of two bytes
+        header |= {name: entry | {"dtype": "F16"} for name, entry in header.items() if name.endswith("fisher")}
+    elif change == "shapes":
+        header |= {name: entry | {"shape": [24, 65]} for name, entry in header.items() if name != "__metadata__"}
+    elif change == "names":
+        one, other = "layers.0.key.fisher", "layers.1.key.fisher"
+        header[one], header[other] = header[other], header[one]
+    elif change == "no metadata":
+        del header["__metadata__"]
+    else:
+        header["__metadata__"]["kvquant"] = "{}"
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + content[8 + size :])
+    with pytest.raises(UserError, match="window-00001.safetensors' .*delete it and run"):
+        Records.open(folder).read(1, 0, "key")
+    again = main([*record_arguments, "--output", str(folder)])
+    if change == "names":  # known only once the bytes are read
+        path.unlink()
+        again = main([*record_arguments, "--output", str(folder)])
+    assert again["recorded_now"] == 1
+    assert snapshot(folder) == before
 
 
 def test_growing_is_recorded_before_the_windows_are(folder: Path, records: Records) -> None:

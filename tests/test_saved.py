@@ -18,8 +18,8 @@ from deployment.cache import PackedCache, PackedLayer
 from deployment.order import ChannelOrder, FragmentOrder
 from deployment.pages import one_page
 from deployment.saved import load_cache, quantizers_digest, save_cache
+from gradients.checked import bytes_checksum, canonical_json, checksum, digest_of
 from gradients.cli import UserError
-from gradients.fingerprint import canonical_json
 from gradients.models import KINDS
 from quant.artefact import Quantizers, load_quantizers
 from quant.scheme import Scheme
@@ -92,9 +92,9 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(
     fill(model, cache, tokens, padding=70)
     layer = cache.layers[0]
     assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "rd" in scheme else FragmentOrder)
-    save_cache(tmp_path / "cache", cache, quantizers, model.config, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, model, tokens)
 
-    saved = load_cache(tmp_path / "cache", quantizers, model.config)
+    saved = load_cache(tmp_path / "cache", quantizers, model)
     assert torch.equal(saved.tokens, tokens) and saved.lengths == [60, 130] and saved.messages is None
     assert saved.attention_mask.sum(-1).tolist() == [60, 130] and saved.attention_mask[0, 69:71].tolist() == [0, 1]
     restored = saved.restore(model)
@@ -127,12 +127,12 @@ def test_many_pages_and_kernels_room_become_one_page_without_room(
     assert len(pages) > 3
     for page in pages:
         page.outliers = page.outliers.with_room(7)
-    save_cache(tmp_path / "cache", cache, quantizers, llama.config, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, llama, tokens)
     held = load_file(tmp_path / "cache")
     page = straight.layers[0].packed["key"].pages[0]
     assert held["layers.0.key.words"].shape == page.words.shape
     assert held["layers.0.key.index"].shape == page.outliers.index.shape
-    restored = load_cache(tmp_path / "cache", quantizers, llama.config).restore(llama, capacity=500)
+    restored = load_cache(tmp_path / "cache", quantizers, llama).restore(llama, capacity=500)
     assert_same(cache, restored)
     assert len(restored.layers[0].packed["key"].pages) == 1 and restored.get_max_length() == 500
     pairs = zip(restored.layers[0].tensors(), straight.layers[0].tensors(), strict=True)
@@ -150,8 +150,8 @@ def test_few_tokens(
     quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
     cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
     fill(llama, cache, text)
-    save_cache(tmp_path / "cache", cache, quantizers, llama.config, text)
-    restored = load_cache(tmp_path / "cache", quantizers, llama.config).restore(llama)
+    save_cache(tmp_path / "cache", cache, quantizers, llama, text)
+    restored = load_cache(tmp_path / "cache", quantizers, llama).restore(llama)
     assert_same(cache, restored)
     more = make_tokens(1, 20, seed=2)
     fill(llama, cache, more)
@@ -169,8 +169,8 @@ def test_sliding_windows_are_saved_as_they_are(
     quantizers, tokens = fit_model(model, Scheme.parse("nuq3-5%")), make_tokens(1, 60)
     cache = PackedCache(quantizers, model.config)
     fill(model, cache, tokens)
-    save_cache(tmp_path / "cache", cache, quantizers, model.config, tokens)
-    restored = load_cache(tmp_path / "cache", quantizers, model.config).restore(model)
+    save_cache(tmp_path / "cache", cache, quantizers, model, tokens)
+    restored = load_cache(tmp_path / "cache", quantizers, model).restore(model)
     assert_same(cache, restored)
     more = make_tokens(1, 9, seed=2)
     with packed_attention(model):
@@ -189,8 +189,8 @@ def test_kernels_go_on_with_a_loaded_cache(
     quantizers, tokens = fit_model(wide, Scheme.parse("nuq3-5%")), make_tokens(1, 128)
     cache, more = PackedCache(quantizers, wide.config), make_tokens(1, 4, seed=2)
     fill(wide, cache, tokens)
-    save_cache(tmp_path / "cache", cache, quantizers, wide.config, tokens)
-    saved = load_cache(tmp_path / "cache", quantizers, wide.config)
+    save_cache(tmp_path / "cache", cache, quantizers, wide, tokens)
+    saved = load_cache(tmp_path / "cache", quantizers, wide)
     logits = {}
     for backend in ("torch", "triton"):  # the second token begins the third block
         restored = saved.restore(wide, capacity)
@@ -207,15 +207,18 @@ def saved_file(
 ) -> Path:
     cache, tokens = PackedCache(quantizers, llama.config), make_tokens(1, 80)
     fill(llama, cache, tokens)
-    save_cache(tmp_path / "cache", cache, quantizers, llama.config, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, llama, tokens)
     return tmp_path / "cache"
 
 
-def rewrite(path: Path, change: Callable[[dict, dict[str, Tensor]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict, dict[str, Tensor]], object], sealed: bool = False) -> None:
     with safe_open(path, framework="pt") as file:
         content = json.loads(file.metadata()["kvquant_cache"])
     tensors = load_file(path)
     change(content, tensors)
+    if sealed:
+        content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
+        content["digest"] = digest_of(content)
     save_file(tensors, path, metadata={"kvquant_cache": canonical_json(content)})
 
 
@@ -230,13 +233,13 @@ def flip(_content: dict, tensors: dict[str, Tensor]) -> None:
         (lambda path: path.write_bytes(path.read_bytes()[:-40]), "not a complete safetensors file"),
         (lambda path: path.write_bytes(b"\x80\x04K\x01."), "not a complete safetensors file"),
         (lambda path: save_file({"x": torch.ones(1)}, path), "lacks our metadata"),
-        (lambda path: rewrite(path, flip), "tensor layers.1.value.words was altered"),
+        (lambda path: rewrite(path, flip), "was altered.*tensor layers.1.value.words is another"),
         (
             lambda path: rewrite(path, lambda content, _: content.update(schema=99)),
-            "has schema 99, this version reads 1",
+            "has schema 99, this version reads 2",
         ),
-        (lambda path: rewrite(path, lambda content, _: content.pop("slots")), "is damaged"),
-        (lambda path: rewrite(path, lambda _, tensors: tensors.pop("layers.0.key.ends")), "not a complete|damaged"),
+        (lambda path: rewrite(path, lambda content, _: content.pop("slots")), "was altered"),
+        (lambda path: rewrite(path, lambda _, tensors: tensors.pop("layers.0.key.ends")), "layers.0.key.ends"),
     ],
     ids=["missing", "truncated", "pickle", "foreign", "altered", "schema", "metadata", "tensor missing"],
 )
@@ -245,12 +248,71 @@ def test_a_file_that_is_not_whole_is_refused(
 ) -> None:
     damage(saved_file)
     with pytest.raises(UserError, match=message) as error:
-        load_cache(saved_file, quantizers, llama.config)
+        load_cache(saved_file, quantizers, llama)
     assert repr(str(saved_file)) in str(error.value) and "--save-cache" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content, _: content.update(slots=0), "slots 0 of 80"),
+        (lambda content, _: content.update(slots=10**9), "slots 1000000000 of 80"),
+        (lambda content, _: content.update(slots=True), "slots True"),
+        (lambda content, _: content.update(slots=79), "rows of"),
+        (lambda content, _: content.update(messages="hello"), "messages 'hello'"),
+        (lambda content, _: content.update(messages=[{"role": 1}]), "messages"),
+        (lambda content, _: content.update(weights=None), "weights None"),
+        (lambda _, t: t.update({"layers.0.key.words": t["layers.0.key.words"].float()}), "dtype float32"),
+        (lambda _, t: t.update({"layers.0.key.words": t["layers.0.key.words"].to(torch.uint32)}), "dtype U32"),
+        (lambda _, t: t.update({"layers.0.key.sinks": t["layers.0.key.sinks"].float()}), "dtype float32"),
+        (lambda _, t: t.pop("lengths"), "lacks tensor lengths"),
+    ],
+)
+def test_what_cannot_be_is_refused_though_the_digest_is_right(
+    change: Callable[[dict, dict[str, Tensor]], object],
+    message: str,
+    saved_file: Path,
+    quantizers: Quantizers,
+    llama: PreTrainedModel,
+) -> None:
+    rewrite(saved_file, change, sealed=True)
+    with pytest.raises(UserError, match=message):
+        load_cache(saved_file, quantizers, llama)
+
+
+def test_a_cache_of_other_weights_is_refused(
+    saved_file: Path, quantizers: Quantizers, make_model: Callable[[str], PreTrainedModel]
+) -> None:
+    other = make_model("llama")
+    assert load_cache(saved_file, quantizers, other).slots == 80
+    with torch.no_grad():
+        other.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.1)
+    with pytest.raises(UserError, match="made with another model: other weights, digest .* give --model that one"):
+        load_cache(saved_file, quantizers, other)
+
+
+def test_a_cache_without_a_digest_loads_with_a_note(
+    saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = load_cache(saved_file, quantizers, llama)
+    assert capsys.readouterr().err == ""
+
+    def as_schema_1(content: dict, tensors: dict[str, Tensor]) -> None:
+        content |= {"schema": 1, "checksums": {name: bytes_checksum(tensor) for name, tensor in tensors.items()}}
+        for name in ("digest", "weights"):
+            del content[name]
+
+    rewrite(saved_file, as_schema_1)
+    loaded = load_cache(saved_file, quantizers, llama)
+    assert "is of an older version" in capsys.readouterr().err
+    assert_same(loaded.restore(llama), expected.restore(llama))
+    rewrite(saved_file, flip)
+    with pytest.raises(UserError, match="tensor layers.1.value.words is another"):
+        load_cache(saved_file, quantizers, llama)
+
+
 def test_tensors_that_do_not_fit_are_refused(saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel) -> None:
-    saved = load_cache(saved_file, quantizers, llama.config)
+    saved = load_cache(saved_file, quantizers, llama)
     for name, tensor in (("layers.1.key.words", torch.zeros(1, 2, 3)), ("layers.1.key.ends", torch.zeros(1, 2, 5))):
         with pytest.raises(UserError, match="layer 1 is damaged"):
             replace(saved, tensors=saved.tensors | {name: tensor.int()}).restore(llama)
@@ -266,12 +328,12 @@ def test_other_quantizers_and_models_are_refused(
 ) -> None:
     for other in (fit_model(llama, Scheme.parse("nuq4-1%")), fit_model(llama, Scheme.parse("nuq3-1%"))):
         with pytest.raises(UserError, match=r"other quantizers, nuq3-1% \(.*give --quantizers the file"):
-            load_cache(saved_file, other, llama.config)
+            load_cache(saved_file, other, llama)
     with pytest.raises(UserError, match="another model: architecture"):
-        load_cache(saved_file, quantizers, make_model("qwen2").config)
+        load_cache(saved_file, quantizers, make_model("qwen2"))
     again = load_quantizers(quantizers_file)  # the same numbers by another way
     assert quantizers_digest(again) == quantizers_digest(quantizers)
-    assert load_cache(saved_file, again, llama.config).slots == 80
+    assert load_cache(saved_file, again, llama).slots == 80
 
 
 def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(
@@ -279,11 +341,11 @@ def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(
 ) -> None:
     tokens = make_tokens(1, 8)
     with pytest.raises(UserError, match="is empty"):
-        save_cache(tmp_path / "cache", PackedCache(quantizers, llama.config), quantizers, llama.config, tokens)
+        save_cache(tmp_path / "cache", PackedCache(quantizers, llama.config), quantizers, llama, tokens)
     native = PackedCache(None, llama.config)
     fill(llama, native, tokens)
     with pytest.raises(UserError, match="layer 0 is a DynamicLayer"):
-        save_cache(tmp_path / "cache", native, quantizers, llama.config, tokens)
+        save_cache(tmp_path / "cache", native, quantizers, llama, tokens)
     assert not (tmp_path / "cache").exists()
 
 

@@ -190,12 +190,41 @@ def test_schemes_written_before_these_fields_still_load() -> None:
         '{"bits":3.0,"datatype":"nuq","key_axis":"channel","key_rope":"pre","outlier_cap":null,"outliers":0.01,'
         '"q_norm":false,"sink_tokens":5,"value_axis":"token","weights":"fisher*s^2"}'
     )
-    assert Scheme.from_json(json.loads(old)) == Scheme.parse("nuq3-1%", sink_tokens=5)
+    assert Scheme.from_json(json.loads(old), old=True) == Scheme.parse("nuq3-1%", sink_tokens=5)
 
 
 def test_refuses_unknown_json_fields() -> None:
-    with pytest.raises(UserError, match="'rotation' is unknown"):
+    with pytest.raises(ValueError, match="'rotation' is unknown"):
         Scheme.from_json(Scheme.parse("nuq3").to_json() | {"rotation": "hadamard"})
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_requires_every_json_field(old: bool) -> None:
+    content = Scheme.parse("nuq3-1%", sink_tokens=5).to_json()
+    for name in content:
+        rest = {field: value for field, value in content.items() if field != name}
+        if old and name in ("channel_range", "group", "thresholds", "residual_tokens"):
+            continue
+        with pytest.raises(ValueError, match=f"field '{name}' is missing"):
+            Scheme.from_json(rest, old)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": "3"},
+        {"bits": True},
+        {"sink_tokens": 1.5},
+        {"q_norm": 1},
+        {"q_norm": None},
+        {"group": [1]},
+        {"weights": 2},
+    ],
+    ids=str,
+)
+def test_requires_json_fields_of_their_type(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"field '{next(iter(change))}' is "):
+        Scheme.from_json(Scheme.parse("nuq3").to_json() | change)
 
 
 def test_is_frozen() -> None:
