@@ -63,7 +63,9 @@ def test_activations_are_the_sites_in_fp16(
     with captured_sites(model) as seen:
         model(input_ids=tokens[None], use_cache=False)
     recorded = record_window(model, tokens)
-    assert set(recorded) == {f"layers.{i}.{kind}.{what}" for i, kind in seen for what in ("activation", "fisher")}
+    assert set(recorded) == {
+        f"layers.{i}.{kind}.{what}" for i, kind in seen for what in ("activation", "fisher", "moment")
+    }
     for (layer, kind), x in seen.items():
         activation = recorded[f"layers.{layer}.{kind}.activation"]
         fisher = recorded[f"layers.{layer}.{kind}.fisher"]
@@ -118,7 +120,7 @@ def test_checkpointing_does_checkpoint(llama: PreTrainedModel, make_tokens: Make
 @pytest.mark.parametrize("tokens", [2, 3, 257])
 def test_windows_of_any_length(tokens: int, llama: PreTrainedModel, make_tokens: MakeTokens) -> None:
     recorded = record_window(llama, make_tokens(tokens))
-    assert {tuple(tensor.shape) for tensor in recorded.values()} == {(tokens, 24)}
+    assert {tuple(tensor.shape) for tensor in recorded.values()} == {(tokens, 24), (2, 12, 12)}
     # the last token predicts nothing that counts
     assert all(not tensor[-1].any() for name, tensor in recorded.items() if name.endswith("fisher"))
 

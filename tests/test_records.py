@@ -55,11 +55,15 @@ def test_the_files_hold_what_the_design_says(records: Records) -> None:
     with safe_open(records.path(0), framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     assert set(tensors) == {
-        f"layers.{layer}.{kind}.{what}" for layer in (0, 1) for kind in KINDS for what in ("activation", "fisher")
+        f"layers.{layer}.{kind}.{what}"
+        for layer in (0, 1)
+        for kind in KINDS
+        for what in ("activation", "fisher", "moment")
     }
+    kinds = {"activation": ((65, 24), torch.float16), "fisher": ((65, 24), torch.bfloat16)}
+    kinds["moment"] = ((2, 12, 12), torch.float32)
     for name, tensor in tensors.items():
-        assert tensor.shape == (65, 24)
-        assert tensor.dtype == (torch.float16 if name.endswith("activation") else torch.bfloat16)
+        assert (tensor.shape, tensor.dtype) == kinds[name.rpartition(".")[2]]
 
 
 def test_manifest_json_round_trip(records: Records) -> None:
@@ -353,10 +357,11 @@ def test_a_full_disk_loses_nothing(
 def as_schema_1(folder: Path) -> None:
     """Make a folder what the version before digests would have left."""
     opened = Records.open(folder)
-    old = replace(opened.manifest, schema=1, weights="", bos=False)
+    old = replace(opened.manifest, schema=1, weights="", bos=False, moment_windows=0)
     (folder / "manifest.json").write_text(json.dumps(old.to_json()))
     for window in range(opened.manifest.windows):
-        tensors = load_file(opened.path(window))
+        stored = load_file(opened.path(window))
+        tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("moment")}
         sums = {name: gradients.checked.bytes_checksum(tensor) for name, tensor in tensors.items()}
         stamp = {"manifest": old.digest, "window": window, "checksums": sums}
         save_file(tensors, opened.path(window), metadata={"kvquant": json.dumps(stamp)})
@@ -366,7 +371,7 @@ def test_a_folder_without_digests_is_read_with_a_note_and_not_mixed(
     folder: Path, records: Records, record_arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     as_schema_1(folder)
-    assert not {"weights", "bos", "run"} & set(json.loads((folder / "manifest.json").read_text()))
+    assert not {"weights", "bos", "run", "moment_windows"} & set(json.loads((folder / "manifest.json").read_text()))
     capsys.readouterr()
     old = Records.open(folder)
     assert "are of an older version" in capsys.readouterr().err
@@ -463,3 +468,24 @@ def test_fingerprints_ignore_weights_and_see_rope(make_model: Callable[[str], An
     other.rope_parameters = dict(other.rope_parameters) | {"rope_theta": 500000.0}
     assert "rope" in Fingerprint.of(one).difference(Fingerprint.of(other))
     assert Fingerprint.of(one).difference(Fingerprint.of(one)) == ""
+
+
+def test_windows_of_moments_only_are_recorded_again_when_their_activations_are_wanted(
+    record_arguments: list[str], records: Records, tmp_path: Path
+) -> None:
+    output = ["--output", str(tmp_path / "moments")]
+    fewer = [*record_arguments, *output, "--windows", "2", "--moment-windows", "4"]
+    assert main(fewer)["recorded_now"] == 4
+    opened = Records.open(tmp_path / "moments")
+    assert (opened.manifest.windows, opened.manifest.moment_windows) == (2, 4)
+    torch.testing.assert_close(opened.read_moment(1, "value"), records.read_moment(1, "value"))
+    assert opened.path(3).stat().st_size < opened.path(1).stat().st_size / 2
+    assert main([*record_arguments, *output])["recorded_now"] == 2
+    assert torch.equal(Records.open(tmp_path / "moments").read_layer(0, "key")[0], records.read_layer(0, "key")[0])
+
+
+def test_fewer_windows_have_fewer_moments(records: Records) -> None:
+    two = records.first(2)
+    by_hand = sum(two.read_tensor(window, 0, "key", "moment").double() for window in range(2)) / (2 * 64)
+    torch.testing.assert_close(two.read_moment(0, "key"), by_hand)
+    assert not torch.allclose(two.read_moment(0, "key"), records.read_moment(0, "key"))
