@@ -82,12 +82,15 @@ def attention(
     context: Context | None = getattr(module, CONTEXT, None)
     if context is None:
         raise RuntimeError(f"{OUTSIDE}, and the block to last as long as the model runs")
-    refuse_unknown(kwargs | {"is_causal=False": is_causal is False})
+    refuse_unknown(kwargs)
+    if is_causal is False:
+        refuse_unknown({"is_causal=False": True})
     rope = context.rope
     layer: PackedLayer | None = getattr(key, "packed_layer", None)
     if layer is None:
         return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids)
-    refuse_unknown({"sliding_window": sliding_window, "dropout": dropout or None})
+    if sliding_window is not None or dropout:
+        refuse_unknown({"sliding_window": sliding_window, "dropout": dropout or None})
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return step(layer, rope, context.backend, query, key, value, attention_mask, scaling, position_ids), None
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from deployment import layout
 from deployment.checked import Checked
 from deployment.devices import is_capturing
-from deployment.kept import kept
+from deployment.kept import ungraphed, writable
 from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
@@ -80,8 +80,8 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self._handed_on = False
         self.checked = Checked()  # shared with the other layers of a cache
         self.leads = True  # whether this is their first
+        self._read_only = True  # whether a tensor may be one of inference mode, which cannot be written outside of it
 
-    @kept
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values `[B, G, S, D]`, on their device."""
         self.device = key_states.device
@@ -121,7 +121,21 @@ class PackedLayer(Numbered, CacheLayerMixin):
             how = f"batch_repeat_interleave({rows // held})" if many else "batch_select_indices(rows)"
             raise UserError(f"the cache holds {held} rows of text, the batch has {rows}; call cache.{how} first")
         self._check_capacity(key.shape[2])
+        if torch.is_inference_mode_enabled():
+            self._read_only = True
+        elif self._read_only:
+            self._leave_inference_mode()
         self._handed_on = True
+
+    def _leave_inference_mode(self) -> None:
+        """Let what was made in `torch.inference_mode()` be written outside of it."""
+        self.sinks = {kind: writable(sinks) for kind, sinks in self.sinks.items()}
+        self.stored = writable(self.stored)
+        for packed in self.packed.values():
+            for page in packed.pages:
+                page.words = writable(page.words)
+                page.scales = None if page.scales is None else writable(page.scales)
+        self._read_only = False
 
     def _check_capacity(self, new: int) -> None:
         if self.capacity is not None and self.slots + new > self.capacity:
@@ -130,7 +144,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
                 "shorten it or give a larger capacity"
             )
 
-    @kept
+    @ungraphed
     def append(self, key: Tensor, value: Tensor, padding: Sequence[int]) -> None:
         """Store a chunk `[B, G, S, D]` of which row b's first `padding[b]` tokens are left padding."""
         self._handed_on = False
@@ -173,7 +187,6 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
         self.slots += new
 
-    @kept
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more per row, so that a captured graph of the kernels can store them, and no more.
 
@@ -183,7 +196,6 @@ class PackedLayer(Numbered, CacheLayerMixin):
             packed.make_room(*self._stretch(tokens), tokens, self.overflow)
             packed.fix()
 
-    @kept
     def recount(self) -> None:
         """Take over what the device has counted; waits for it. Raises RuntimeError if tokens or outliers found no room."""
         lengths = self.stored.tolist()
@@ -252,8 +264,8 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.stored = self.stored[:0]
         self.sinks, self.packed = {}, {}
         self.is_initialized = self._handed_on = False
+        self._read_only = True
 
-    @kept
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row. Raises ValueError for a positive number."""
         if tokens_to_remove > 0:
@@ -263,7 +275,6 @@ class PackedLayer(Numbered, CacheLayerMixin):
         slots = max(0, self.slots + tokens_to_remove)
         self.put_back(slots, [max(0, length + tokens_to_remove) for length in self.lengths])
 
-    @kept
     def put_back(self, slots: int, lengths: list[int]) -> None:
         """Hold only the first `lengths[b]` tokens of row b, of `slots` seen. Whatever came after them may be half stored."""
         if lengths is self.lengths and not self._handed_on:
@@ -271,12 +282,11 @@ class PackedLayer(Numbered, CacheLayerMixin):
         if not lengths:
             self.reset()
             return
-        self.slots, self.lengths, self._handed_on = slots, lengths, False
+        self.slots, self.lengths, self._handed_on, self._read_only = slots, lengths, False, True
         self.stored = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         for packed in self.packed.values():
             packed.truncate([length - self.sink_tokens for length in self.lengths])
 
-    @kept
     def select(self, sequences: Tensor) -> None:
         """Keep the given rows, in this order, repeats allowed."""
         if not self.is_initialized:
@@ -285,7 +295,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sinks = {kind: sinks[sequences] for kind, sinks in self.sinks.items()}
         for packed in self.packed.values():
             packed.select(sequences)
-        self.lengths = [self.lengths[row] for row in sequences.tolist()]
+        self.lengths, self._read_only = [self.lengths[row] for row in sequences.tolist()], True
         self.stored = self.stored[sequences]
         self.no_padding = torch.zeros_like(self.stored)
         if self.leads:

@@ -64,7 +64,7 @@ class Checked:
 
         Args:
             layer: as it is before the chunk is stored.
-            mask: `[B or 1, 1, 1, T + S]` bool, False for padding; None if nothing is hidden.
+            mask: `[B or 1, 1, 1, T + S]` bool or integer, 0 for padding; None if nothing is hidden.
             positions: `[B or 1, S]` int64; None if nobody said.
             absolute: whether positions matter themselves, and not only their differences.
 
@@ -111,7 +111,7 @@ class Checked:
         return padding
 
     def _is_expected(self, mask: Tensor, hidden: list[int]) -> Tensor:
-        """Whether `[B or 1, T]` hides the first tokens of each row, so many; a scalar on the device."""
+        """Whether `[B or 1, T]`, 0 or 1, hides the first tokens of each row, so many; a scalar on the device."""
         if not any(hidden):
             return mask.all()
         tokens = mask.shape[1]
@@ -172,7 +172,7 @@ def settle_all() -> None:
 
 
 def _check_form(mask: Tensor, rows: int, tokens: int) -> None:
-    if mask.shape[2] != 1 or mask.dtype != torch.bool:
+    if mask.shape[2] != 1 or mask.is_floating_point():
         raise ValueError(_OTHER)
     if mask.shape[0] not in (1, rows) or mask.shape[-1] != tokens:
         raise ValueError(
@@ -183,7 +183,7 @@ def _check_form(mask: Tensor, rows: int, tokens: int) -> None:
 
 def _read_padding(mask: Tensor, layer: Counts, new: int) -> list[int]:
     """How many of a chunk's tokens are padding; waits for the device."""
-    visible = mask[:, 0, 0].expand(len(layer.lengths), -1)
+    visible = mask[:, 0, 0].expand(len(layer.lengths), -1).bool()
     holes = (visible.int().diff(dim=-1) < 0).sum(-1)
     padding: Sequence[int]
     padding, hidden = torch.stack([(~visible).sum(-1), holes]).tolist()

@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from deployment.cache import PackedCache, PackedLayer
-from deployment.kept import kept
 from deployment.kernels.dispatch import runs_kernels
 from deployment.layout import Page
 from deployment.synthetic import Shape, synthetic_quantizers
@@ -57,7 +56,6 @@ def filled_cache(
     return cache
 
 
-@kept
 def fill(layer: PackedLayer, heads: int, head_dim: int, tokens: int, device: torch.device, batch: int = 1) -> None:
     """Append `tokens` random tokens to an empty layer, and leave no more room for outliers than need be."""
     generator, padding = torch.Generator(device).manual_seed(0), [0] * batch
@@ -80,7 +78,6 @@ def fill(layer: PackedLayer, heads: int, head_dim: int, tokens: int, device: tor
                 page.room = None
 
 
-@kept
 def copy_filling(source: PackedLayer, layer: PackedLayer) -> None:
     """Let an empty layer hold what another one does, in memory of its own."""
     device, (batch, heads, _, head_dim) = source.device, source.sinks["key"].shape

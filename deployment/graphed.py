@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deployment.cache import PackedCache, PackedLayer
 from deployment.devices import current
+from deployment.kept import kept
 from deployment.kernels.dispatch import Backend, runs_kernels
 from deployment.rope import Rope
 from gradients.cli import UserError
@@ -162,7 +163,7 @@ class Steps:
             return None
         assert self._replay is not None
         first = self._layers[0]
-        seen = None if mask is None else mask[:, None, None].bool()
+        seen = None if mask is None else mask[:, None, None]
         first.checked.padding(first, seen, positions, 1)
         self._ids.copy_(ids)
         self._replay()
@@ -201,7 +202,7 @@ class Steps:
 
     def _record(self, ids: Tensor) -> bool:
         counts = [(list(layer.lengths), layer.slots) for layer in self._layers]
-        self._ids, self._replay = ids.clone(), None
+        self._ids, self._replay = kept(ids.clone)(), None
         try:
             with current(ids.device):
                 self._replay, self._logits = self._recorder(self._run)

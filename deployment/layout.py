@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from deployment.bits import places_of
-from deployment.kept import kept
 from deployment.order import FragmentOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
 from deployment.streams import FEW, OutlierStreams, index_span
@@ -102,7 +101,6 @@ class PackedTensor:
             least = 0 if exactly else max(PAGE_BLOCKS, self.tokens_reserved // BLOCK_TOKENS // _GROWTH)
             self.pages.append(self._new_page(max(missing, least)))
 
-    @kept
     def _new_page(self, blocks: int) -> Page:
         scales = outliers = None
         if isinstance(self.quantizer, TokenQuantizer):

@@ -21,7 +21,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from deployment.cache import PackedCache, PackedLayer
-from deployment.kept import kept
 from deployment.pages import one_page, pages_of
 from gradients.atomic import atomic_write
 from gradients.cli import UserError
@@ -117,7 +116,6 @@ class SavedCache:
         padding = self.slots - torch.tensor(self.lengths)
         return (torch.arange(self.tokens.shape[1]) >= padding[:, None]).long()
 
-    @kept
     def restore(self, model: PreTrainedModel, capacity: int | None = None, exact_chunk: bool = True) -> PackedCache:
         """The cache, on the devices of the model's layers; the arguments are those of `PackedCache`.
 

@@ -20,7 +20,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from deployment.kept import kept
 from gradients.cli import UserError
 from quant.storage import BLOCK_TOKENS
 
@@ -100,7 +99,6 @@ class OutlierStreams:
         place = torch.arange(len(lists), device=lists.device) + shift
         return lists, self.index[place].long() & 0xFFFF, self.value[place]
 
-    @kept
     def rebuilt(self, lists: Tensor, index: Tensor, value: Tensor, room: int | None = None) -> "OutlierStreams":
         """The same page with other outliers, sorted by list and index; `room` free places after every stream."""
         batch, heads, blocks = self.ends.shape
@@ -127,7 +125,6 @@ class OutlierStreams:
         keys, order = keys.sort()
         return self.rebuilt(keys >> 16, keys & 0xFFFF, torch.cat([held_value, value])[order])
 
-    @kept
     def with_few(self, added: list[tuple[int, int, int]], value: Tensor) -> "OutlierStreams":
         """The same page with a few more outliers of later tokens than their lists hold, and no room; nothing is sorted.
 
@@ -153,7 +150,6 @@ class OutlierStreams:
         """The same outliers with `room` free places after every stream."""
         return self.rebuilt(*self.entries(), room)
 
-    @kept
     def moved(self, places: Tensor) -> "OutlierStreams":
         """The same outliers with `places` for each stream, `[B * G]` int64 on the host; the device is not waited for.
 
@@ -180,7 +176,6 @@ class OutlierStreams:
         by_head = before.starts.shape
         return OutlierStreams(index, value, before.ends + shift.view(*by_head, 1), starts.view(by_head))
 
-    @kept
     def with_starts(self) -> "OutlierStreams":
         """The same outliers with `starts`, which the kernels read."""
         if self.starts is None and not len(self.index):  # known without asking the device
