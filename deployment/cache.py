@@ -33,6 +33,7 @@ from quant.quantizer import Encoded, Quantizer, as_stored
 from quant.storage import BLOCK_TOKENS, FP16_BITS, StoredSize
 
 OUTSIDE = "a PackedCache needs the model to run within `with packed_attention(model):`"
+_NEVER_STORED = "tokens of this cache were announced and never stored: a forward was interrupted, or ran outside of packed_attention"
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         Raises RuntimeError if nobody stored the one before, `UserError` for a batch of another size.
         """
         if self._handed_on:
-            raise RuntimeError(OUTSIDE)
+            raise RuntimeError(_NEVER_STORED)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
         if key.shape[0] != len(self.lengths):
@@ -126,6 +127,10 @@ class PackedLayer(Numbered, CacheLayerMixin):
         elif self._read_only:
             self._leave_inference_mode()
         self._handed_on = True
+
+    def withdraw(self) -> None:
+        """Nothing of the chunk that was announced will be stored."""
+        self._handed_on = False
 
     def _leave_inference_mode(self) -> None:
         """Let what was made in `torch.inference_mode()` be written outside of it."""

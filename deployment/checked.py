@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from deployment.devices import is_capturing
+from deployment.streams import sent
 
 _ASKED = 16  # steps after which the device's answer is asked for
 _LEFT = "a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks"
@@ -116,7 +117,7 @@ class Checked:
             return mask.all()
         tokens = mask.shape[1]
         if self._mask is None or self._mask[0] != hidden or self._mask[1].shape[1] < tokens:
-            pads = torch.tensor(hidden, device=mask.device)
+            pads = sent(torch.tensor(hidden), mask.device)
             self._mask = hidden, torch.arange(2 * tokens, device=mask.device) >= pads[:, None]
         return (mask == self._mask[1][:, :tokens]).all()
 

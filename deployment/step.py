@@ -38,7 +38,11 @@ def attend_step(
 
     Returns `[B, S, H, D]` in the query's dtype. Raises ValueError for other masks and positions (checked.py).
     """
-    padding = layer.checked.padding(layer, mask, positions, query.shape[2], rope.length_dependent)
+    try:
+        padding = layer.checked.padding(layer, mask, positions, query.shape[2], rope.length_dependent)
+    except (ValueError, RuntimeError):
+        layer.withdraw()
+        raise
     if query.dtype != torch.float64 and runs_kernels(backend, layer, query.device):
         with current(query.device):
             return attend_and_store(layer, rope, query, key, value, padding, scaling)

@@ -182,6 +182,35 @@ def test_a_device_that_is_not_waited_for_is_asked_at_the_end(
         llama(ids, past_key_values=cache)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="what waits for a GPU")
+@pytest.mark.parametrize("pads", [0, 7])
+def test_on_a_gpu_a_step_never_waits_and_what_was_wrong_is_said(
+    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., Tensor], pads: int
+) -> None:
+    model, ids = make_model("llama").cuda(), make_tokens(2, TOKENS).cuda()
+    cache, mask = PackedCache(quantizers, model.config, capacity=200), torch.ones(2, 200, dtype=torch.int64).cuda()
+    mask[0, :pads] = 0
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def step(end: int, **other: Any) -> None:
+        given = {"attention_mask": mask[:, :end], "position_ids": counted[:, end - 1 : end]} | other
+        model(ids[:, :1], past_key_values=cache, **given)
+
+    with pytest.raises(ValueError, match="a step over a packed cache was wrong"):  # noqa: SIM117
+        with torch.no_grad(), packed_attention(model):
+            model(ids, attention_mask=mask[:, :TOKENS], position_ids=counted[:, :TOKENS], past_key_values=cache)
+            for end in range(TOKENS + 1, TOKENS + 4):
+                step(end)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step(TOKENS + 4)
+                step(TOKENS + 5, position_ids=counted[:, :1])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
 def test_recorded_steps_are_checked_too(
     llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,3 +294,17 @@ def test_what_a_packed_layer_does_not_have_it_says(llama: PreTrainedModel, exact
     ):
         with pytest.raises(NotImplementedError, match="packed"):
             ask()
+
+
+def test_a_compiled_model_is_checked_too(
+    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor]
+) -> None:
+    """A compiler sees neither hooks on forwards nor into the step; the step itself looks."""
+    ids, forward = make_tokens(1, TOKENS), torch.compile(llama, backend="eager", fullgraph=True)
+    cache = PackedCache(exact, llama.config)
+    with torch.inference_mode(), packed_attention(llama):
+        forward(ids[:, :-1], past_key_values=cache)
+        with pytest.raises(ValueError, match="hides other tokens"):
+            forward(ids[:, -1:], past_key_values=cache, attention_mask=hole("2d"))
+        with pytest.raises(ValueError, match="position_ids do not count"):
+            forward(ids[:, -1:], past_key_values=cache, position_ids=torch.tensor([[7]]))
