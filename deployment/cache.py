@@ -120,7 +120,8 @@ class PackedLayer(Numbered, CacheLayerMixin):
             held, rows = len(self.lengths), key.shape[0]
             many = rows % held == 0
             how = f"batch_repeat_interleave({rows // held})" if many else "batch_select_indices(rows)"
-            raise UserError(f"the cache holds {held} rows of text, the batch has {rows}; call cache.{how} first")
+            text = "1 row" if held == 1 else f"{held} rows"
+            raise UserError(f"the cache holds {text}, the batch has {rows}; call cache.{how} first")
         self._check_capacity(key.shape[2])
         if torch.is_inference_mode_enabled():
             self._read_only = True

@@ -60,16 +60,15 @@ def evaluate_packed(
     takes its share of the batches and all return the whole result, to the last bit that of one.
     """
     seqlen, parts, started = windows.shape[1], windows.split(batch), time.perf_counter()
-    rows = torch.zeros(
-        len(parts), 5, dtype=torch.float64
-    )  # of every batch: nats, bytes, bytes in fp16, packed bits and elements
+    # of every batch: nats, bytes, bytes in fp16, packed bits and elements
+    rows = torch.zeros(len(parts), 5, dtype=torch.float64)
     quiet = not process_state().is_main_process
     for number in tqdm(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
         cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
         nll = packed_nll(model, parts[number], cache, chunk)
         size = cache.packed_size()
-        sums = [nll, cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements]
-        rows[number] = torch.tensor(sums, dtype=torch.float64)
+        row = [nll, cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements]
+        rows[number] = torch.tensor(row, dtype=torch.float64)
     sums = [sum(column) for column in zip(*gathered(rows).tolist(), strict=True)]
     nll, nbytes, fp16_nbytes = sums[0], int(sums[1]), int(sums[2])
     tokens = len(windows) * (seqlen - 1)
@@ -80,10 +79,9 @@ def evaluate_packed(
         "scheme": quantizers.scheme.describe(),
         "prefill_chunk": chunk,
         "exact_chunk": exact_chunk,
-        "bits_per_element": sums[3] / sums[4],  # of the quantized layers, as in quant.evaluate
-        "cache_bits_per_element": FP16_BITS
-        * nbytes
-        / fp16_nbytes,  # of all layers, sliding windows in full precision too
+        # of the quantized layers, as in quant.evaluate; and of all, sliding windows in the model's precision
+        "bits_per_element": sums[3] / sums[4],
+        "cache_bits_per_element": FP16_BITS * nbytes / fp16_nbytes,
         "cache_bytes": nbytes // len(windows),
         "fp16_bytes": fp16_nbytes // len(windows),
         "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),

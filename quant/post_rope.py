@@ -66,6 +66,8 @@ def attention(
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     stored_key, stored_value = layer.change("key", key), layer.change("value", value)
+    if layer.scheme.residual_tokens and attention_mask is not None:
+        raise ValueError("a residual window is simulated for causal attention without padding; drop attention_mask")
     if not layer.scheme.residual_tokens:
         return sdpa_attention_forward(module, query, stored_key, stored_value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
