@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from gradients.cli import UserError
 from gradients.models import KVSite, kv_sites
 from gradients.placement import input_device
-from gradients.precision import widened
 from gradients.records import ACTIVATION_DTYPE, FISHER_DTYPE
 
 # lifts fp16 gradients out of the subnormals; a power of two, so dividing it out again is exact
@@ -50,7 +49,7 @@ def record_window(model: PreTrainedModel, tokens: Tensor, checkpointing: bool = 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Mean cross entropy in nats of predicting `tokens[:, 1:]` from `logits[:, :-1]`; logits `[B, S, V]`."""
-    predictions = widened(logits[:, :-1].flatten(0, 1))
+    predictions = logits[:, :-1].flatten(0, 1).float()
     return torch.nn.functional.cross_entropy(predictions, tokens[:, 1:].flatten().to(predictions.device))
 
 
