@@ -11,6 +11,7 @@ so rows of a left-padded batch have lengths of their own. Sliding-window layers 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from deployment import layout
+from deployment.checked import Checked
 from deployment.devices import is_capturing
+from deployment.kept import ungraphed, writable
 from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
@@ -27,7 +30,10 @@ from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
 from quant.artefact import Quantizers
 from quant.quantizer import Encoded, Quantizer, as_stored
-from quant.storage import BLOCK_TOKENS, FP16_BITS
+from quant.storage import BLOCK_TOKENS, FP16_BITS, StoredSize
+
+OUTSIDE = "a PackedCache needs the model to run within `with packed_attention(model):`"
+_NEVER_STORED = "tokens of this cache were announced and never stored: a forward was interrupted, or ran outside of packed_attention"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ class PackedLayer(Numbered, CacheLayerMixin):
         exact_chunk: bool = True,
         fragments: bool = True,
     ) -> None:
-        super().__init__()
+        # nothing of the base class, which would say that there are `keys`, and that they are None
+        self.is_initialized = False
         self.quantizers: dict[Kind, Quantizer] = {"key": key, "value": value}
         self.sink_tokens = sink_tokens
         self.capacity = capacity
@@ -72,6 +79,9 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
         self.packed: dict[Kind, PackedTensor] = {}
         self._handed_on = False
+        self.checked = Checked()  # shared with the other layers of a cache
+        self.leads = True  # whether this is their first
+        self._read_only = True  # whether a tensor may be one of inference mode, which cannot be written outside of it
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for keys and values `[B, G, S, D]`, on their device."""
@@ -98,13 +108,40 @@ class PackedLayer(Numbered, CacheLayerMixin):
         return key_states, value_states
 
     def expect(self, key: Tensor, value: Tensor) -> None:
-        """Get ready to store a chunk. Raises RuntimeError if nobody stored the one before."""
+        """Get ready to store a chunk.
+
+        Raises RuntimeError if nobody stored the one before, `UserError` for a batch of another size.
+        """
         if self._handed_on:
-            raise RuntimeError("a PackedCache needs the model to run within `with packed_attention(model):`")
+            raise RuntimeError(_NEVER_STORED)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
+        if key.shape[0] != len(self.lengths):
+            held, rows = len(self.lengths), key.shape[0]
+            many = rows % held == 0
+            how = f"batch_repeat_interleave({rows // held})" if many else "batch_select_indices(rows)"
+            text = "1 row" if held == 1 else f"{held} rows"
+            raise UserError(f"the cache holds {text}, the batch has {rows}; call cache.{how} first")
         self._check_capacity(key.shape[2])
+        if torch.is_inference_mode_enabled():
+            self._read_only = True
+        elif self._read_only:
+            self._leave_inference_mode()
         self._handed_on = True
+
+    def withdraw(self) -> None:
+        """Nothing of the chunk that was announced will be stored."""
+        self._handed_on = False
+
+    def _leave_inference_mode(self) -> None:
+        """Let what was made in `torch.inference_mode()` be written outside of it."""
+        self.sinks = {kind: writable(sinks) for kind, sinks in self.sinks.items()}
+        self.stored = writable(self.stored)
+        for packed in self.packed.values():
+            for page in packed.pages:
+                page.words = writable(page.words)
+                page.scales = None if page.scales is None else writable(page.scales)
+        self._read_only = False
 
     def _check_capacity(self, new: int) -> None:
         if self.capacity is not None and self.slots + new > self.capacity:
@@ -113,6 +150,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
                 "shorten it or give a larger capacity"
             )
 
+    @ungraphed
     def append(self, key: Tensor, value: Tensor, padding: Sequence[int]) -> None:
         """Store a chunk `[B, G, S, D]` of which row b's first `padding[b]` tokens are left padding."""
         self._handed_on = False
@@ -232,6 +270,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.stored = self.stored[:0]
         self.sinks, self.packed = {}, {}
         self.is_initialized = self._handed_on = False
+        self._read_only = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row. Raises ValueError for a positive number."""
@@ -239,8 +278,17 @@ class PackedLayer(Numbered, CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        self.slots = max(0, self.slots + tokens_to_remove)
-        self.lengths = [max(0, length + tokens_to_remove) for length in self.lengths]
+        slots = max(0, self.slots + tokens_to_remove)
+        self.put_back(slots, [max(0, length + tokens_to_remove) for length in self.lengths])
+
+    def put_back(self, slots: int, lengths: list[int]) -> None:
+        """Hold only the first `lengths[b]` tokens of row b, of `slots` seen. Whatever came after them may be half stored."""
+        if lengths is self.lengths and not self._handed_on:
+            return  # nothing has come since
+        if not lengths:
+            self.reset()
+            return
+        self.slots, self.lengths, self._handed_on, self._read_only = slots, lengths, False, True
         self.stored = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
         for packed in self.packed.values():
             packed.truncate([length - self.sink_tokens for length in self.lengths])
@@ -253,9 +301,11 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sinks = {kind: sinks[sequences] for kind, sinks in self.sinks.items()}
         for packed in self.packed.values():
             packed.select(sequences)
-        self.lengths = [self.lengths[row] for row in sequences.tolist()]
+        self.lengths, self._read_only = [self.lengths[row] for row in sequences.tolist()], True
         self.stored = self.stored[sequences]
         self.no_padding = torch.zeros_like(self.stored)
+        if self.leads:
+            self.checked.select(sequences)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row b continues row `beam_idx[b]`."""
@@ -268,6 +318,21 @@ class PackedLayer(Numbered, CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that an index or a mask selects."""
         self.select(torch.arange(len(self.lengths), device=indices.device)[indices])
+
+    @property
+    def keys(self) -> Tensor:
+        """What a layer of transformers has. Raises NotImplementedError, as all of the following do."""
+        raise NotImplementedError("a packed layer has no keys or values to hand out; stretches() dequantizes them")
+
+    values = keys
+
+    def offload(self) -> None:
+        """See `keys`."""
+        raise NotImplementedError("a packed layer stays on its device; save_cache (deployment/saved.py) stores a cache")
+
+    def prefetch(self) -> None:
+        """See `keys`."""
+        self.offload()
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held for cached tokens."""
@@ -304,7 +369,24 @@ class PackedCache(Cache):
                 layers[layer] = PackedLayer(
                     sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk, whole_heads
                 )
+        packed = [layer for layer in layers if isinstance(layer, PackedLayer)]
+        for layer in packed:
+            layer.checked, layer.leads = packed[0].checked, layer is packed[0]
+        self.in_forward = False  # whether a model within `packed_attention` is running over it
         super().__init__(layers=layers)
+
+    @property
+    def max_batch_size(self) -> int:
+        """Raises NotImplementedError."""
+        raise NotImplementedError("a packed cache is for no fixed number of rows; they may be added and dropped")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Hand a layer's new tokens on. Raises RuntimeError outside of `packed_attention`."""
+        if not torch.compiler.is_compiling() and not self.in_forward:
+            raise RuntimeError(OUTSIDE)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor held for cached tokens, native layers included."""
@@ -322,11 +404,15 @@ class PackedCache(Cache):
 
     def fp16_nbytes(self) -> int:
         """Bytes the same tokens would take in fp16; padding, which a stock cache stores too, is not counted."""
-        total = 0
+        native = [layer for layer in self.layers if not isinstance(layer, PackedLayer) and layer.is_initialized]
+        elements = sum(layer.keys.numel() + layer.values.numel() for layer in native)
+        return (elements + self.packed_size().elements) * FP16_BITS // 8
+
+    def packed_size(self) -> StoredSize:
+        """What the packed layers alone take: the size that a scheme decides, and a simulation reports."""
+        bits = elements = 0
         for layer in self.layers:
             if isinstance(layer, PackedLayer) and layer.is_initialized:
-                channels = layer.packed["key"].heads * layer.packed["key"].head_dim
-                total += 2 * sum(layer.lengths) * channels * FP16_BITS // 8
-            elif layer.is_initialized:
-                total += (layer.keys.numel() + layer.values.numel()) * FP16_BITS // 8
-        return total
+                bits += 8 * sum(tensor.nbytes for tensor in layer.tensors())
+                elements += 2 * sum(layer.lengths) * layer.packed["key"].heads * layer.packed["key"].head_dim
+        return StoredSize(bits, elements)

@@ -4,6 +4,7 @@ A `Dialogue` says which token ids the text consists of after the user has said s
 has not read yet. `Chat` renders the conversation with the tokenizer's chat template, `PlainText` appends what was typed.
 """
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from deployment.answer import Answer, Interruption
 from deployment.saved import Messages
 from deployment.session import Session
-from gradients.cli import UserError
+from gradients.cli import UserError, require_text
 from gradients.models import LoadedModel
 
 COMMANDS = "/exit ends, /reset forgets everything said, /save FILE stores the cache"
@@ -109,6 +110,8 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 def typed_lines() -> Iterator[str]:
     """Lines of stdin without their ends; asks for them where someone sits at a terminal."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next awaited
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -133,6 +136,7 @@ def converse(
         if line.strip() == "/exit":
             break
         try:
+            require_text(line, "the line")
             if line.startswith("/"):
                 _obey(line, session, dialogue)
             elif line.strip() or dialogue.messages is None:

@@ -26,9 +26,11 @@ from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
 from gradients.placement import input_device
+from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_windows
+from quant.storage import FP16_BITS
 
 
 @torch.inference_mode()
@@ -43,7 +45,7 @@ def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chun
         for start in range(0, tokens.shape[1], chunk):
             logits = model(input_ids=tokens[:, start : start + chunk], past_key_values=cache).logits
             targets = tokens[:, start + 1 : start + 1 + chunk].to(logits.device)
-            predictions = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            predictions = widened(logits[:, : targets.shape[1]].flatten(0, 1))
             total += float(torch.nn.functional.cross_entropy(predictions, targets.flatten(), reduction="sum"))
             require_finite(logits, model, tokens[:, : start + chunk])
     return total
@@ -58,12 +60,15 @@ def evaluate_packed(
     takes its share of the batches and all return the whole result, to the last bit that of one.
     """
     seqlen, parts, started = windows.shape[1], windows.split(batch), time.perf_counter()
-    rows = torch.zeros(len(parts), 3, dtype=torch.float64)  # nats, bytes, bytes in fp16 of every batch
+    # of every batch: nats, bytes, bytes in fp16, packed bits and elements
+    rows = torch.zeros(len(parts), 5, dtype=torch.float64)
     quiet = not process_state().is_main_process
     for number in tqdm(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
         cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
         nll = packed_nll(model, parts[number], cache, chunk)
-        rows[number] = torch.tensor([nll, cache.nbytes(), cache.fp16_nbytes()], dtype=torch.float64)
+        size = cache.packed_size()
+        row = [nll, cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements]
+        rows[number] = torch.tensor(row, dtype=torch.float64)
     sums = [sum(column) for column in zip(*gathered(rows).tolist(), strict=True)]
     nll, nbytes, fp16_nbytes = sums[0], int(sums[1]), int(sums[2])
     tokens = len(windows) * (seqlen - 1)
@@ -74,7 +79,9 @@ def evaluate_packed(
         "scheme": quantizers.scheme.describe(),
         "prefill_chunk": chunk,
         "exact_chunk": exact_chunk,
-        "bits_per_element": 16 * nbytes / fp16_nbytes,
+        # of the quantized layers, as in quant.evaluate; and of all, sliding windows in the model's precision
+        "bits_per_element": sums[3] / sums[4],
+        "cache_bits_per_element": FP16_BITS * nbytes / fp16_nbytes,
         "cache_bytes": nbytes // len(windows),
         "fp16_bytes": fp16_nbytes // len(windows),
         "tokens_per_second": round(tokens / (time.perf_counter() - started), 1),
@@ -110,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "prefill_chunk",
         "exact_chunk",
         "bits_per_element",
+        "cache_bits_per_element",
         "perplexity",
         "nll",
         "cache_bytes",

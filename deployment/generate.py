@@ -36,17 +36,28 @@ from deployment.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn,
 from deployment.saved import SavedCache, read_cache
 from deployment.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
-from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
+from gradients.cli import (
+    UserError,
+    command_parser,
+    format_table,
+    non_negative_int,
+    positive_int,
+    require_text,
+    run_command,
+)
 from gradients.models import LoadedModel
 from gradients.processes import require_one_process
 from quant.artefact import load_quantizers
+from quant.storage import FP16_BITS
 
 
 def _prompt(arguments: argparse.Namespace) -> str | None:
-    prompt = arguments.prompt
+    prompt = None if arguments.prompt is None else require_text(arguments.prompt, "--prompt")
+    if arguments.system is not None:
+        require_text(arguments.system, "--system")
     if arguments.prompt_file is not None:
         try:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"prompt file {arguments.prompt_file!r} cannot be read ({error}); give a UTF-8 text file"
@@ -116,7 +127,7 @@ def _answers(arguments: argparse.Namespace, session: Session, dialogue: Dialogue
 
 def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
     """The command's JSON: the cache at the end, all turns together, and the last answer."""
-    nbytes, fp16_nbytes = session.cache.nbytes(), session.cache.fp16_nbytes()
+    nbytes, fp16_nbytes, packed = session.cache.nbytes(), session.cache.fp16_nbytes(), session.cache.packed_size()
     decoding = sum(answer.decode_seconds for answer in answers)
     steps = sum(max(0, answer.new_tokens - 1) for answer in answers)
     return {
@@ -129,6 +140,8 @@ def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
         "cache_bytes": nbytes,
         "fp16_bytes": fp16_nbytes,
         "ratio": round(fp16_nbytes / nbytes, 3) if nbytes else None,
+        "bits_per_element": round(packed.bits_per_element, 3) if packed.elements else None,  # of the quantized layers
+        "cache_bits_per_element": round(FP16_BITS * nbytes / fp16_nbytes, 3) if fp16_nbytes else None,  # of all layers
         "open_seconds": round(session.open_seconds, 3),
         "prefill_seconds": round(session.read_seconds + sum(answer.prefill_seconds for answer in answers), 3),
         "tokens_per_second": round(steps / decoding, 2) if decoding else 0.0,
@@ -174,7 +187,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     session = Session(loaded, quantizers, arguments.prefill_chunk, saved, graph=arguments.cuda_graph)
     answers = _answers(arguments, session, _dialogue(arguments, loaded, saved), text)
     result = _summary(session, answers)
-    shown = ("scheme", "tokens", "cache_bytes", "fp16_bytes", "ratio", "tokens_per_second")
+    shown = (
+        "scheme",
+        "tokens",
+        "cache_bytes",
+        "fp16_bytes",
+        "ratio",
+        "bits_per_element",
+        "cache_bits_per_element",
+        "tokens_per_second",
+    )
     print("\n" + format_table([{name: result[name] for name in shown}]))
     return result
 

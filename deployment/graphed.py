@@ -12,8 +12,8 @@ chunk of the prompt, another cache) runs as it is. A step goes through three sta
                and a new recording if that moved anything
 
 Whatever else happens to the cache in between (a crop, a chunk, another batch) shows in its counts or tensors, and the
-graph is made anew. Attention masks are left out: a single token of a sequence that holds others is never padding
-(step.py).
+graph is made anew. Masks and positions are not part of a recording: that they ask for nothing else is checked before
+every step (checked.py), which does not wait for the device either.
 
 On other devices than CUDA, and for models whose step depends on more than the recorded tensors, everything runs as it
 is, and a warning says why.
@@ -32,6 +32,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from deployment.cache import PackedCache, PackedLayer
 from deployment.devices import current
+from deployment.kept import kept
 from deployment.kernels.dispatch import Backend, runs_kernels
 from deployment.rope import Rope
 from gradients.cli import UserError
@@ -39,7 +40,15 @@ from gradients.models import decoder
 from gradients.placement import input_device
 
 _STEPS = 256  # tokens that a recording has room for: outliers get it for the worst case, 16 KiB a token, side and layer of 7B
-_MORE_THAN_LOGITS = ("output_attentions", "output_hidden_states", "labels", "inputs_embeds")
+_KNOWN = {
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+}
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
@@ -71,11 +80,13 @@ def graphed(
         backend: as given to `packed_attention`.
         recorder: what records a step.
 
-    Raises `UserError` for `steps` below 1.
+    Raises `UserError` for `steps` below 1, and within another such block of the model, which might end before this one.
     """
     if steps < 1:
         raise UserError(f"steps={steps} of a recording is not positive; give at least 1")
     before = model.__dict__.get("forward")  # of a hook's; usually the class's
+    if hasattr(before, "recorded_steps"):
+        raise UserError("the model's decode steps are recorded already; leave that block before entering this one")
     replayed = Steps(model, cache, steps, backend, recorder)
     model.forward = replayed.forward  # type: ignore[method-assign]
     try:
@@ -105,6 +116,7 @@ class Steps:
         def forward(*arguments: Any, **options: Any) -> Any:
             return self._forward(*arguments, **options)
 
+        forward.recorded_steps = self  # type: ignore[attr-defined]
         self.forward = forward
         self._layers = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
         self._warm = False
@@ -117,7 +129,7 @@ class Steps:
         logits = None
         ids = options.get("input_ids", arguments[0] if arguments else None)
         if ids is not None and self._is_step(ids, len(arguments), options):
-            logits = self._step(ids)
+            logits = self._step(ids, options.get("attention_mask"), options.get("position_ids"))
         elif options.get("past_key_values") is self.cache:
             self.settle()
         if logits is None:
@@ -128,10 +140,16 @@ class Steps:
         """Whether these are the arguments of a step of sequences all of which hold tokens: none can be padding."""
         if arguments > 1 or ids.shape[1] != 1 or options.get("past_key_values") is not self.cache:
             return False
+        mask = options.get("attention_mask")
+        if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
+            return False
+        if options.get("use_cache") is False or options.get("return_dict") is False:
+            return False
+        asked = {name for name, value in options.items() if value is not None and value is not False}
         holding = all(len(layer.lengths) == len(ids) and all(layer.lengths) for layer in self._layers)
-        return holding and not any(options.get(name) for name in _MORE_THAN_LOGITS)
+        return holding and asked <= _KNOWN
 
-    def _step(self, ids: Tensor) -> Tensor | None:
+    def _step(self, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Logits `[B, 1, V]` of the next token, or None if they must come from the forward itself."""
         if not self._warm:
             self._warm = True
@@ -144,6 +162,9 @@ class Steps:
         if self._left == 0 and not self._prepare(ids):
             return None
         assert self._replay is not None
+        first = self._layers[0]
+        seen = None if mask is None else mask[:, None, None]
+        first.checked.padding(first, seen, positions, 1)
         self._ids.copy_(ids)
         self._replay()
         self.replays += 1
@@ -181,7 +202,7 @@ class Steps:
 
     def _record(self, ids: Tensor) -> bool:
         counts = [(list(layer.lengths), layer.slots) for layer in self._layers]
-        self._ids, self._replay = ids.clone(), None
+        self._ids, self._replay = kept(ids.clone)(), None
         try:
             with current(ids.device):
                 self._replay, self._logits = self._recorder(self._run)
@@ -193,7 +214,8 @@ class Steps:
         return self._replay is not None
 
     def _run(self) -> Tensor:
-        output = self._original(input_ids=self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with self._layers[0].checked.trusting():
+            output = self._original(input_ids=self._ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits
 
     def _recount(self) -> None:

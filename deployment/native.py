@@ -103,7 +103,7 @@ def attend(
 
 def takes(layer: PackedLayer, query: Tensor) -> bool:
     """Whether attention of queries `[B, H, S, D]` over a layer runs natively."""
-    if query.device.type != "cpu" or os.environ.get(VARIABLE) != "1":
+    if query.device.type != "cpu" or query.dtype == torch.float64 or os.environ.get(VARIABLE) != "1":
         return False
     sides = layer.packed.values()
     if query.shape[1] // layer.packed["key"].heads * query.shape[2] > _MOST_QUERIES:

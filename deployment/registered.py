@@ -1,6 +1,6 @@
 """The attention step as one registered operator, so that `torch.compile` takes it into its graph without looking inside.
 
-    torch.ops.kvquant.attend_step(query, key, value, mask, effects, layer, rope, backend, scaling)
+    torch.ops.kvquant.attend_step(query, key, value, mask, effects, layer, rope, backend, scaling, positions)
 
 What happens inside, growing pages and counting tokens, is no business of a compiler, but that something happens is: the
 operator declares to write to `effects` of the layer (see `numbered.py`). It is marked unsafe for the CUDA graphs that a
@@ -29,12 +29,13 @@ def step(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """`attend_step`, through the operator while a compiler looks on."""
     if not torch.compiler.is_compiling():
-        return attend_step(layer, rope, backend, query, key, value, mask, scaling)
+        return attend_step(layer, rope, backend, query, key, value, mask, scaling, positions)
     state = layer.effects, layer.number, rope.number
-    return registered_step(query, key, value, mask, *state, backend or "", scaling)
+    return registered_step(query, key, value, mask, *state, backend or "", scaling, positions)
 
 
 @torch.library.custom_op("kvquant::attend_step", mutates_args=("effects",), tags=(torch.Tag.cudagraph_unsafe,))
@@ -48,11 +49,12 @@ def registered_step(
     rope: int,
     backend: str,
     scaling: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """`attend_step` of the layer and the rotary embedding of these numbers; `backend` "" leaves the choice open."""
     cache_layer, chosen = find(layer, "cache"), cast(Backend, backend) if backend else None
     cache_layer.expect(key, value)
-    return attend_step(cache_layer, find(rope, "model"), chosen, query, key, value, mask, scaling)
+    return attend_step(cache_layer, find(rope, "model"), chosen, query, key, value, mask, scaling, positions)
 
 
 @registered_step.register_fake

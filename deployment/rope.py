@@ -5,8 +5,10 @@ the model's own rotary module uses now (default, linear, dynamic, yarn, longrope
 their frequencies with the length of the sequence are told the current length with every call.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from deployment.kept import kept
 from deployment.numbered import Numbered
 from gradients.models import decoder_config
 from quant.storage import BLOCK_TOKENS
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 _MEMO_TABLES = 32  # tables of one stretch each: 32K positions, 16 MB at a head dimension of 64
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+_asking = threading.RLock()  # modules and memories are shared by threads that run one model
 
 
 @dataclass
@@ -42,9 +46,12 @@ class Rope(Numbered):
     @property
     def length_dependent(self) -> bool:
         """Whether frequencies depend on the length of the sequence."""
-        rope_type = self.module.rope_type
-        name = rope_type if isinstance(rope_type, str) else rope_type[self.layer_type]
-        return name.startswith(_LENGTH_DEPENDENT)
+        return self._type.startswith(_LENGTH_DEPENDENT)
+
+    @property
+    def _type(self) -> str:
+        rope_type: Any = self.module.rope_type
+        return rope_type if isinstance(rope_type, str) else rope_type[self.layer_type]
 
     def tables(self, positions: Tensor, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(cos, sin) `[B, S, R]` of positions `[B, S]` in a sequence that has `length` tokens by now.
@@ -56,27 +63,34 @@ class Rope(Numbered):
         # `x` tells the module nothing but device and dtype
         x = torch.empty(0, device=positions.device, dtype=dtype)
         kind = {} if self.layer_type is None else {"layer_type": self.layer_type}
-        cos, sin = self.module.forward(x, torch.cat([positions, last], dim=1), **kind)
+        with _asking if self.length_dependent else nullcontext():
+            if self._type.startswith("dynamic"):  # it remembers the longest text; a short one makes it forget
+                self.module.forward(x, torch.zeros_like(last), **kind)
+            cos, sin = self.module.forward(x, torch.cat([positions, last], dim=1), **kind)
         # with a `device_map` the module answers from its own device, wherever it is asked from
         return cos[:, :tokens].to(positions.device), sin[:, :tokens].to(positions.device)
 
     def frequencies(self, length: int, device: torch.device) -> tuple[Tensor, float]:
         """(radians per token `[R/2]`, factor on cos and sin) in a sequence that has `length` tokens by now."""
-        if self.length_dependent:  # calling it makes the module set them
-            self.tables(torch.zeros(1, 1, dtype=torch.int64, device=device), length)
         prefix = "" if self.layer_type is None else f"{self.layer_type}_"
-        frequencies = getattr(self.module, f"{prefix}inv_freq")
-        return frequencies.to(device), float(getattr(self.module, f"{prefix}attention_scaling"))
+        with _asking:
+            if self.length_dependent:  # calling it makes the module set them
+                self.tables(torch.zeros(1, 1, dtype=torch.int64, device=device), length)
+            frequencies = getattr(self.module, f"{prefix}inv_freq")
+            # a module may set new ones in place
+            frequencies = frequencies.to(device, copy=self.length_dependent)
+            return frequencies, float(getattr(self.module, f"{prefix}attention_scaling"))
 
     def for_kernels(self, length: int, head_dim: int, device: torch.device) -> "Rotary":
         """The embedding as the kernels read it, remembered from layer to layer, on each of the layers' devices."""
         from deployment.kernels.phase import Rotary
 
         key, current = (head_dim, device), length if self.length_dependent else None
-        if key not in self._rotary or self._rotary[key][0] != current:
+        held = self._rotary.get(key)
+        if held is None or held[0] != current:
             frequencies, scaling = self.frequencies(length, device)
-            self._rotary[key] = current, Rotary.of(frequencies.float(), head_dim, scaling)
-        return self._rotary[key][1]
+            held = self._rotary[key] = current, Rotary.of(frequencies.float(), head_dim, scaling)
+        return held[1]
 
     def range_tables(self, start: int, end: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
         """(cos, sin) `[1, n, R]` float32 of the positions of a stretch, remembered from layer to layer and step to step."""
@@ -89,9 +103,10 @@ class Rope(Numbered):
     ) -> tuple[Tensor, ...]:
         """(cos, sin) `[B, S, R]` float32 of a chunk's positions, negative for padding; remembered for the next layer only."""
         key = (positions, length, device)
-        if self._chunk is None or self._chunk[0] != key:
-            self._chunk = key, self.tables(torch.tensor(positions, device=device).clamp(min=0), length)
-        return self._chunk[1]
+        held = self._chunk
+        if held is None or held[0] != key:
+            held = self._chunk = key, kept(self.tables)(torch.tensor(positions, device=device).clamp(min=0), length)
+        return held[1]
 
     def block_tables(self, start: int, blocks: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
         """Rotation by angle addition: within a block (cos, sin) `[R/2, 64]`, and where blocks begin (cos, sin) `[blocks, R/2]`.
@@ -113,12 +128,14 @@ class Rope(Numbered):
         self, which: Hashable, length: int, device: torch.device, make: Callable[[], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         key = (which, device, length if self.length_dependent else None)
-        if key not in self._memo:
-            self._memo[key] = make()
+        with _asking:
+            held = self._memo.pop(key, None)
+            if held is None:
+                held = kept(make)()
+            self._memo[key] = held  # at the end: the first one was not used for longest
             if len(self._memo) > _MEMO_TABLES:
                 self._memo.popitem(last=False)
-        self._memo.move_to_end(key)
-        return self._memo[key]
+        return held
 
 
 def rotates_whole_heads(config: PreTrainedConfig) -> bool:

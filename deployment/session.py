@@ -24,6 +24,7 @@ from deployment.graphed import graphed
 from deployment.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
 from gradients.models import LoadedModel, decoder_config
+from gradients.positions import usable_positions
 from quant.artefact import Quantizers
 
 
@@ -80,7 +81,7 @@ class Session:
     def check_room(self, prompt_tokens: int, max_new_tokens: int) -> None:
         """Raise `UserError` for a request beyond the capacity or the model's positions."""
         needed = prompt_tokens + max_new_tokens
-        positions = decoder_config(self.loaded.model.config).max_position_embeddings
+        positions = usable_positions(decoder_config(self.loaded.model.config))
         for limit, name in ((positions, "the model's positions"), (self.capacity or needed, "the --capacity")):
             if needed > limit:
                 raise UserError(

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from deployment.layout import STRETCH_BLOCKS
 from gradients.cli import UserError
-from gradients.models import KINDS, SITES, Kind, cached_layers, decoder, decoder_config, kv_shape
+from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
 from quant.artefact import axis_of
 from quant.outliers import outliers_per_end
 from quant.scheme import Scheme
@@ -72,9 +72,7 @@ def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
             f"model_type {text_config.model_type!r} of {name!r} is not supported (supported: {', '.join(SITES)})"
         )
     if full_attention:
-        text_config.sliding_window = None
-        if getattr(text_config, "layer_types", None) is not None:
-            text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
+        attend_fully(text_config)
     return config
 
 

@@ -1,9 +1,4 @@
-"""One step of attention over a packed layer: what of the chunk is padding, then attend and store, with kernels or torch.
-
-Rows of a batch are padded on the left, so a row's padding ends with its first token. Chunks of several tokens have their mask
-checked, which waits for the device once. A single token of rows that all hold tokens cannot be padding, whatever the mask
-says, and nobody looks: a decode step never waits for the device.
-"""
+"""One step of attention over a packed layer: what of the chunk is padding (checked.py), then attend and store, with kernels or torch."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -18,6 +13,7 @@ from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.rope import Rope
 from gradients.models import KINDS
+from gradients.precision import widened
 from gradients.rope import rotate
 
 
@@ -30,6 +26,7 @@ def attend_step(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Attend over past and chunk, and store the chunk.
 
@@ -37,43 +34,26 @@ def attend_step(
         query: `[B, H, S, D]`, pre-RoPE; key, value `[B, G, S, D]`, of the chunk.
         mask: `[B or 1, 1, 1, T + S]` bool, False for padding on the left; None if there is none.
         scaling: factor on the scores.
+        positions: `[B or 1, S]` int64, what the model counts the chunk's tokens as; None if nobody said.
 
-    Returns `[B, S, H, D]` in the query's dtype. Raises ValueError for other masks.
+    Returns `[B, S, H, D]` in the query's dtype. Raises ValueError for other masks and positions (checked.py).
     """
-    padding = chunk_padding(mask, layer, query.shape[2])
-    if runs_kernels(backend, layer, query.device):
+    try:
+        padding = layer.checked.padding(layer, mask, positions, query.shape[2], rope.length_dependent)
+    except (ValueError, RuntimeError):
+        layer.withdraw()
+        raise
+    if query.dtype != torch.float64 and runs_kernels(backend, layer, query.device):
         with current(query.device):
             return attend_and_store(layer, rope, query, key, value, padding, scaling)
     output = _with_torch(layer, rope, query, key, value, padding, scaling)
     return output.transpose(1, 2).to(query.dtype).contiguous()
 
 
-def chunk_padding(mask: Tensor | None, layer: PackedLayer, new: int) -> list[int]:
-    """How many of the chunk's `new` tokens are left padding, for each row. Raises ValueError for other masks."""
-    batch = len(layer.lengths)
-    if mask is None:
-        return [0] * batch
-    if mask.shape[2] != 1:
-        raise ValueError(
-            "a packed cache takes causal attention with left padding, no other mask (packed sequences, say)"
-        )
-    if new == 1 and all(layer.lengths):
-        return [0] * batch
-    visible = mask[:, 0, 0].expand(batch, -1)
-    holes = (visible.int().diff(dim=-1) < 0).sum(-1)
-    padding, hidden = torch.stack([(~visible).sum(-1), holes]).tolist()
-    past = [layer.slots - length for length in layer.lengths]
-    if any(hidden) or [min(pads, layer.slots) for pads in padding] != past:
-        raise ValueError(
-            "a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks"
-        )
-    return [min(max(pads - layer.slots, 0), new) for pads in padding]
-
-
 def _with_torch(
     layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
 ) -> Tensor:
-    """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` float32."""
+    """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` in float32, or float64 for such a query."""
     if not layer.exact_chunk:
         before = list(layer.lengths)
         layer.append(key, value, padding)
@@ -94,9 +74,10 @@ def attend_with_torch(
 ) -> Tensor:
     """Attend over what is stored, and over the keys and values of the chunk if they are given.
 
-    `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` float32.
+    `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` in float32, or float64 for such a query.
     """
     new, device = query.shape[2], query.device
+    query = widened(query)
     # of every token of the chunk; negative for padding
     places = tuple(
         tuple(-1 if token < pad else stored + token - pad for token in range(new))
@@ -106,27 +87,29 @@ def attend_with_torch(
     tables = rope.chunk_tables(places, length, device)
     positions, exact = torch.tensor(places, device=device), None
     if chunk is None:
-        rotated = rotate(query.float(), *tables)
+        rotated = rotate(query, *tables)
     else:
-        both = rotate(torch.cat([query.float(), chunk[0].float()], dim=1), *tables)
+        both = rotate(torch.cat([query, chunk[0].to(query.dtype)], dim=1), *tables)
         rotated, key = both.split([query.shape[1], chunk[0].shape[1]], dim=1)
         visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
-        exact = Segment(key, chunk[1].float(), visible)
+        exact = Segment(key, chunk[1].to(query.dtype), visible)
     if native.takes(layer, query):
         few = _few_segment(layer, rope, exact, positions, length)
         limits = [[min(stored, place + 1) for place in row] for stored, row in zip(layer.lengths, places, strict=True)]
         return native.attend(layer, rope, rotated * scaling, few, limits, length)
     # chained, not listed: a list would hold the whole past dequantized
-    segments = chain(_stored_segments(layer, rope, positions, length), [] if exact is None else [exact])
+    segments = chain(_stored_segments(layer, rope, positions, length, query.dtype), [] if exact is None else [exact])
     return attend_torch(rotated, segments, scaling)
 
 
-def _stored_segments(layer: PackedLayer, rope: Rope, positions: Tensor, length: int) -> Iterator[Segment]:
+def _stored_segments(
+    layer: PackedLayer, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype
+) -> Iterator[Segment]:
     """What the layer stores, a stretch at a time, rotated; a query at position p sees the tokens up to p."""
     for stretch in layer.stretches():
         tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
         visible = _visible(layer, stretch.start, stretch.end, positions)
-        yield Segment(rotate(stretch.key, *tables), stretch.value, visible)
+        yield Segment(rotate(stretch.key.to(dtype), *tables), stretch.value.to(dtype), visible)
 
 
 def _visible(layer: PackedLayer, start: int, end: int, positions: Tensor) -> Tensor | None:

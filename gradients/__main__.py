@@ -9,6 +9,7 @@ An interrupted run continues where it stopped. The folder is all that `python -m
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -19,8 +20,9 @@ from tqdm import tqdm
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
-from gradients.models import LoadedModel, decoder_config, kv_sites, load_model
+from gradients.models import LoadedModel, decoder_config, holds_gguf, kv_sites, load_model
 from gradients.placement import STRATEGIES
+from gradients.positions import usable_positions
 from gradients.processes import own_share, process_state
 from gradients.records import Manifest, Records
 from gradients.rope import rope_tables
@@ -52,6 +54,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
     """The model that `add_model_arguments` describes."""
+    if holds_gguf(arguments.model) and process_state().is_main_process:
+        print(
+            f"note: {arguments.model} holds GGUF weights, which are dequantized every time they are loaded; "
+            f"`python -m scripts.convert_gguf {arguments.model} FOLDER` does it once",
+            file=sys.stderr,
+        )
     return load_model(
         arguments.model,
         arguments.dtype,
@@ -64,7 +72,7 @@ def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
 
 def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
     """Raise `UserError` when a window would exceed the positions the model was made for."""
-    positions = decoder_config(loaded.model.config).max_position_embeddings
+    positions = usable_positions(decoder_config(loaded.model.config))
     if seqlen > positions:
         raise UserError(f"--seqlen {seqlen} exceeds the {positions} positions of model {loaded.name!r}; lower it")
     if seqlen < 2:

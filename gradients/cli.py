@@ -7,6 +7,7 @@ and keeps its traceback.
 """
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -54,8 +55,24 @@ def note(message: str) -> None:
     print(f"note: {' '.join(message.split())}", file=sys.stderr)
 
 
+def require_text(text: str, name: str) -> str:
+    """`text` as it was given. Raises `UserError` if this process took its bytes for another encoding than they are in."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        encoding = sys.getfilesystemencoding()
+        raise UserError(
+            f"{name} is no text in the encoding of this process, {encoding}; set PYTHONUTF8=1, or a UTF-8 locale"
+        )
+    return text
+
+
 def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
-    """Run `main` on the process's arguments, print its JSON line, and exit with 0, or 2 for bad input."""
+    """Run `main` on the process's arguments, print its JSON line, and exit with 0, or 2 for bad input.
+
+    Characters that the terminal or pipe cannot show are printed as `?`, and do not end the command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         summary = main(None)
     except (UserError, NotImplementedError) as error:

@@ -6,6 +6,7 @@ packed cache sees the same tensor. This is the only file that knows architecture
 `model_type` and a row to `SITES`.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,22 @@ def cached_layers(config: PreTrainedConfig) -> list[int]:
     return full
 
 
+def attend_fully(config: PreTrainedConfig) -> None:
+    """Let every sliding-window layer of a text decoder attend to the whole past, before the model is built.
+
+    Raises `UserError` where sliding layers have a rotary embedding of their own, which would change with them (Gemma 3).
+    """
+    kinds = [name for name, kind in (config.rope_parameters or {}).items() if isinstance(kind, dict)]
+    if kinds:
+        raise UserError(
+            f"--full-attention: the model has a rotary embedding for each type of layer ({', '.join(kinds)}), so a "
+            "sliding layer that attends fully is another layer; leave it out, the layers that slide stay small anyway"
+        )
+    config.sliding_window = None
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = ["full_attention"] * config.num_hidden_layers
+
+
 def kv_sites(model: PreTrainedModel) -> list[KVSite]:
     """Key and value sites of every fully cached layer, in order of layers, key before value.
 
@@ -195,6 +212,7 @@ def load_model(
     `device_map`: instead of a device one of accelerate's strategies, or a JSON file of modules and devices (placement.py).
     Raises `UserError` for a missing model or dtype, `NotImplementedError` for an unsupported architecture.
     """
+    _refuse_adapter(name)
     source = _resolve_source(name)
     config = _load_or_explain(AutoConfig, name, source)
     text_config = decoder_config(config)
@@ -204,9 +222,7 @@ def load_model(
             f"gradients/models.py (supported: {', '.join(SITES)})"
         )
     if full_attention:
-        text_config.sliding_window = None
-        if getattr(text_config, "layer_types", None) is not None:
-            text_config.layer_types = ["full_attention"] * text_config.num_hidden_layers
+        attend_fully(text_config)
     cached_layers(text_config)  # fail before the weights are read
     if max_positions is not None:
         extend_positions(text_config, max_positions)
@@ -231,6 +247,26 @@ def _resolve_dtype(dtype: str, on_cpu: bool) -> torch.dtype | str:
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise UserError(f"dtype {dtype!r} is not a floating-point dtype; use auto, float32, bfloat16 or float16")
     return resolved
+
+
+def holds_gguf(name: str) -> bool:
+    """Whether a model is a file of GGUF weights, or a folder of them, which are dequantized every time they are loaded."""
+    return "gguf_file" in _resolve_source(name)
+
+
+def _refuse_adapter(name: str) -> None:
+    """Raise `UserError` for the folder of a LoRA adapter, which is no model by itself."""
+    path = Path(name) / "adapter_config.json"
+    if not path.is_file() or (Path(name) / "config.json").exists():
+        return
+    try:
+        base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, UnicodeDecodeError, ValueError, AttributeError):
+        base = None
+    raise UserError(
+        f"model folder {name!r} holds an adapter of {base or 'another model'}: merge it first "
+        "(merge_and_unload() of peft, then save_pretrained), and give the folder of the whole"
+    )
 
 
 def _resolve_source(name: str) -> dict[str, str]:

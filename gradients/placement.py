@@ -52,7 +52,7 @@ class Placement:
 def read_device_map(path: str) -> dict[str, int | str]:
     """The map in a JSON file. Raises `UserError` when it is none, or names a device that is not there."""
     try:
-        places = json.loads(Path(path).read_text(encoding="utf-8"))
+        places = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
             f"--device-map {path!r} cannot be read ({error}); use {', '.join(STRATEGIES)}, or a JSON file"

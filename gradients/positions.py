@@ -1,4 +1,4 @@
-"""More positions than a model was made for: linear scaling of the rotary embedding.
+"""How many positions a model has, and more than it was made for: linear scaling of the rotary embedding.
 
 A model trained on P positions reads N > P of them when position p is rotated as p * P / N was (position interpolation):
 every angle stays within what training has seen. It changes keys and values, so recording, fitting, evaluation and
@@ -8,6 +8,19 @@ deployment must all be told the same N; the scaling is part of the model's finge
 from transformers import PreTrainedConfig
 
 from gradients.cli import UserError
+
+
+def usable_positions(config: PreTrainedConfig) -> int:
+    """Positions of a text decoder: those its config names, or those its YaRN scaling makes of the original ones.
+
+    Qwen's model cards have YaRN added to a config whose `max_position_embeddings` stays as it is.
+    """
+    held = config.max_position_embeddings
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+    if any(kind.get("rope_type") != "yarn" or not kind.get("factor") for kind in kinds):
+        return held
+    return max(held, *(int(kind["factor"] * kind["original_max_position_embeddings"]) for kind in kinds))
 
 
 def extend_positions(config: PreTrainedConfig, positions: int) -> None:

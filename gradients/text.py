@@ -105,7 +105,7 @@ def load_text(text: str, split: Split) -> str:
                 f"text part {start:g}-{end:g} of {path!r} is not within 0-100; use FILE:START-END in percent"
             )
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
             f"text {path!r} cannot be read ({error.strerror}); give a UTF-8 text file or one of {', '.join(_NAMED)}"

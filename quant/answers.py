@@ -28,6 +28,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from gradients.finite import require_finite
 from gradients.placement import input_device
+from gradients.precision import widened
 from quant.artefact import Quantizers
 from quant.prompts import Sample
 from quant.simulate import simulated
@@ -47,7 +48,7 @@ class Reply:
     def of(cls, logits: Tensor, answer: Tensor, size: StoredSize, greedy: Tensor | None = None) -> "Reply":
         """Score an `answer` `[A]` by the logits `[A, V]` that precede its tokens."""
         answer = answer.to(logits.device)
-        nll = torch.nn.functional.cross_entropy(logits.float(), answer, reduction="sum")
+        nll = torch.nn.functional.cross_entropy(widened(logits), answer, reduction="sum")
         said = {} if greedy is None else {"greedy": greedy.cpu()}
         return cls(bool((logits.argmax(-1) == answer).all()), float(nll), size, **said)
 

@@ -26,6 +26,7 @@ from gradients.cli import UserError, command_parser, format_table, positive_int,
 from gradients.finite import require_finite
 from gradients.models import LoadedModel
 from gradients.placement import input_device
+from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
@@ -69,19 +70,24 @@ def compare_logits(logits: Tensor, baseline: Tensor, targets: Tensor) -> Totals:
     """
     totals = Totals()
     for rows in torch.arange(len(targets), device=logits.device).split(_LOGIT_ROWS):
-        log_p = logits[rows].float().log_softmax(-1)
-        log_q = baseline[rows].float().log_softmax(-1)
+        log_p = widened(logits[rows]).log_softmax(-1)
+        log_q = widened(baseline[rows]).log_softmax(-1)
         wanted = targets[rows, None]
         totals += Totals(
             tokens=len(rows),
-            nll=-float(log_p.gather(1, wanted).double().sum()),
-            baseline_nll=-float(log_q.gather(1, wanted).double().sum()),
-            kl=float(torch.linalg.vecdot(log_q.exp(), log_q - log_p).double().sum()),
+            nll=-_total(log_p.gather(1, wanted)),
+            baseline_nll=-_total(log_q.gather(1, wanted)),
+            kl=_total(torch.linalg.vecdot(log_q.exp(), log_q - log_p)),
             agreements=int((log_p.argmax(-1) == log_q.argmax(-1)).sum()),
         )
     if math.isnan(totals.nll + totals.kl):
         raise UserError("the model's logits are NaN; check its weights, or try --dtype float32")
     return totals
+
+
+def _total(x: Tensor) -> float:
+    """The sum, in float64 on the CPU: not every accelerator has it."""
+    return float(x.cpu().double().sum())
 
 
 def evaluate(model: PreTrainedModel, windows: Tensor, quantizers: Quantizers | None) -> dict[str, Any]:
@@ -142,6 +148,7 @@ class _Score:
             seconds += lasted
         return {
             **totals.summary(),
+            # of the quantized layers; what layers with sliding windows take beside them only a cache knows
             "bits_per_element": size.bits_per_element if quantizers else float(torch.finfo(model.dtype).bits),
             "scheme": quantizers.scheme.describe() if quantizers else "unquantized",
             "tokens_per_second": round(totals.tokens * process_state().num_processes / seconds, 1),

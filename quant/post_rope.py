@@ -16,10 +16,12 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from gradients.attention import PREFIX, attending_through
 from gradients.models import Kind, decoder
+from gradients.precision import widened
 from quant.scheme import Scheme
 
-NAME = "kvquant_simulated"
+NAME = f"{PREFIX}_simulated"
 _INTERCEPTED = "kvquant_intercepted"
 
 
@@ -40,19 +42,20 @@ class Intercepted:
 
 @contextmanager
 def intercepting_attention(model: PreTrainedModel, layers: dict[int, Intercepted]) -> Iterator[None]:
-    """Within the block, `model` attends over the changed keys and values of these layers."""
-    before = model.config._attn_implementation
+    """Within the block, `model` attends over the changed keys and values of these layers.
+
+    Raises `UserError` if it attends through another function of ours already.
+    """
     modules = {layer: decoder(model).layers[layer].self_attn for layer in layers}
-    try:
-        for layer, module in modules.items():
-            setattr(module, _INTERCEPTED, layers[layer])
-        model.set_attn_implementation(NAME)
-        yield
-    finally:
-        for module in modules.values():
-            if hasattr(module, _INTERCEPTED):
-                delattr(module, _INTERCEPTED)
-        model.set_attn_implementation(before)
+    with attending_through(model, NAME):
+        try:
+            for layer, module in modules.items():
+                setattr(module, _INTERCEPTED, layers[layer])
+            yield
+        finally:
+            for module in modules.values():
+                if hasattr(module, _INTERCEPTED):
+                    delattr(module, _INTERCEPTED)
 
 
 def attention(
@@ -63,6 +66,8 @@ def attention(
     if layer is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     stored_key, stored_value = layer.change("key", key), layer.change("value", value)
+    if layer.scheme.residual_tokens and attention_mask is not None:
+        raise ValueError("a residual window is simulated for causal attention without padding; drop attention_mask")
     if not layer.scheme.residual_tokens:
         return sdpa_attention_forward(module, query, stored_key, stored_value, attention_mask, **kwargs)
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
@@ -79,7 +84,7 @@ def attend_with_residual(
     """
     batch, heads, tokens, dim = query.shape
     groups = exact[0].shape[1]
-    grouped = query.float().reshape(batch, groups, -1, dim) * scaling
+    grouped = widened(query).reshape(batch, groups, -1, dim) * scaling
     token = torch.arange(tokens, device=query.device)
     key_step, value_step = scheme.residual_step(scheme.key_axis), scheme.residual_step(scheme.value_axis)
 
@@ -87,11 +92,12 @@ def attend_with_residual(
         mask = (token >= first_exact(token[:, None], scheme, step)).repeat(heads // groups, 1)
         return torch.where(mask, recent, old)
 
-    recent, old = (grouped @ key.float().transpose(-1, -2) for key in (exact[0], stored[0]))
+    recent, old = (grouped @ key.to(grouped.dtype).transpose(-1, -2) for key in (exact[0], stored[0]))
     causal = (token <= token[:, None]).repeat(heads // groups, 1)
     weights = pick(key_step, recent, old).masked_fill(~causal, -torch.inf).softmax(-1)
-    zero = torch.zeros((), device=query.device)
-    output = pick(value_step, weights, zero) @ exact[1].float() + pick(value_step, zero, weights) @ stored[1].float()
+    zero = grouped.new_zeros(())
+    output = pick(value_step, weights, zero) @ exact[1].to(grouped.dtype)
+    output = output + pick(value_step, zero, weights) @ stored[1].to(grouped.dtype)
     return output.view(batch, heads, tokens, dim)
 
 

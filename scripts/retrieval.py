@@ -15,7 +15,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +27,13 @@ from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int
 from gradients.models import LoadedModel, decoder_config
+from gradients.positions import usable_positions
 from gradients.processes import require_one_process
 from quant.answers import Reply, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.prompts import Prompter, Sample
 from quant.results import append_row, read_rows
-from quant.storage import FP16_BITS, StoredSize
+from quant.storage import StoredSize
 from scripts.candidates import Candidate, Row, add_candidate_arguments, candidates_from
 
 
@@ -116,7 +116,7 @@ def row_of(rows: Sequence[Row], identity: Row) -> Row | None:
 
 def check_positions(loaded: LoadedModel, sample: Sample, tokens: int) -> None:
     """Raise `UserError` when a prompt and so many `tokens` after it exceed the positions the model was made for."""
-    positions = decoder_config(loaded.model.config).max_position_embeddings
+    positions = usable_positions(decoder_config(loaded.model.config))
     if (needed := len(sample.prompt) + tokens) > positions:
         raise UserError(
             f"a prompt of {len(sample.prompt)} tokens and its answer need {needed} positions, model {loaded.name!r} has "
@@ -188,12 +188,7 @@ def reply(
     capacity = len(sample.prompt) + max(len(sample.answer), spoken)
     cache = PackedCache(quantizers, model.config, capacity=capacity, exact_chunk=arguments.exact_chunk)
     with packed_attention(model):
-        return reply_cached(model, sample, cache, arguments.prefill_chunk, spoken, partial(stored_size, cache))
-
-
-def stored_size(cache: PackedCache) -> StoredSize:
-    """What a packed cache holds."""
-    return StoredSize(bits=8 * cache.nbytes(), elements=8 * cache.fp16_nbytes() // FP16_BITS)
+        return reply_cached(model, sample, cache, arguments.prefill_chunk, spoken, cache.packed_size)
 
 
 def summarise(

@@ -110,6 +110,12 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+def dynamic_llama() -> PreTrainedConfig:
+    """Of a model whose frequencies change with the length of the text, from 64 tokens on."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 8.0}
+    return LlamaConfig(**_SIZES | {"max_position_embeddings": 64, "rope_parameters": dynamic})
+
+
 def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A frozen float32 model in evaluation mode with random weights, the same at every call."""
     torch.manual_seed(0)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from deployment.attention import NAME, packed_attention, padding_mask
 from deployment.cache import PackedCache, PackedLayer, Stretch
 from deployment.kernels.attend import Segment, attend_torch
-from deployment.step import chunk_padding
 from gradients.models import kv_sites
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
@@ -230,7 +229,7 @@ def test_other_masks_are_refused(
         )
 
 
-def test_a_decode_step_does_not_look_into_the_mask(
+def test_a_decode_step_does_not_wait_for_the_device(
     make_model: Callable[[str], PreTrainedModel],
     make_tokens: Callable[..., Tensor],
     fit_model: Callable[..., Quantizers],
@@ -241,12 +240,15 @@ def test_a_decode_step_does_not_look_into_the_mask(
     with packed_attention(model):
         model(input_ids=tokens, attention_mask=left_padded(tokens, 4), past_key_values=cache)
     layer = cache.layers[0]
+    assert isinstance(layer, PackedLayer)
     nothing = torch.ones(2, 10, dtype=torch.bool, device="meta")
     mask = padding_mask(2, 1, 10, q_offset=9, attention_mask=nothing)
-    assert mask.shape == (2, 1, 1, 10) and chunk_padding(mask, layer, 1) == [0, 0]
+    assert mask.shape == (2, 1, 1, 10) and layer.checked.padding(layer, mask, None, 1) == [0, 0]
+    with pytest.raises(RuntimeError, match="meta"):  # but the end of the block does
+        layer.checked.settle()
     layer.lengths = [0, 9]  # the first row's next token may be padding, which only the mask can tell
     with pytest.raises(NotImplementedError, match="meta"):
-        chunk_padding(mask, layer, 1)
+        layer.checked.padding(layer, mask, None, 1)
 
 
 def test_model_is_as_it_was_afterwards(
@@ -273,7 +275,6 @@ def test_a_cache_outside_the_context_is_noticed(
 ) -> None:
     model = make_model("llama")
     cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
-    model(input_ids=make_tokens(1, 4), past_key_values=cache)
     with pytest.raises(RuntimeError, match="packed_attention"):
         model(input_ids=make_tokens(1, 4), past_key_values=cache)
 

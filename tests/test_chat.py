@@ -192,6 +192,16 @@ def test_plain_text_at_the_terminal(arguments: list[str], monkeypatch: pytest.Mo
     assert result["turns"] == 3 and result["prompt_tokens"] == len("the key") + 12 + len(" of") + 12
 
 
+def test_a_line_that_is_no_text_does_not_end_the_conversation(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bytes_typed = io.BytesIO(b"caf\xe9\nhello\n/exit\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(bytes_typed, encoding="utf-8"))
+    result = generate_main([*arguments, "--interactive"])
+    assert result["turns"] == 1
+    assert "error: the line is no text in the encoding of this process" in capsys.readouterr().err
+
+
 def test_a_turn_beyond_the_positions_does_not_end_the_conversation(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

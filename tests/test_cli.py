@@ -119,6 +119,57 @@ def test_a_process_given_bad_input(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_gguf_weights_point_at_the_conversion(
+    llama_folder: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise UserError("loaded enough")
+
+    monkeypatch.setattr("gradients.models._load_or_explain", stop)
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    for folder in (llama_folder, tmp_path):
+        with pytest.raises(UserError, match="loaded enough"):
+            quant.evaluate.main(["--model", str(folder), "--text", str(text_file), "--device", "cpu"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: ") and line.endswith(
+        f"`python -m scripts.convert_gguf {tmp_path} FOLDER` does it once"
+    )
+
+
+ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@pytest.mark.parametrize("environment", ENCODINGS, ids=["ascii output", "C locale"])
+def test_text_that_a_stream_cannot_take(llama_folder: Path, quantizers_file: Path, environment: dict[str, str]) -> None:
+    """An answer goes on with other characters; a prompt whose bytes were misread ends in a line."""
+    prompt = "na\u00efve \u4f60\u597d cach\u00e9"
+    command = [sys.executable, "-m", "deployment.generate", "--model", str(llama_folder), "--device", "cpu"]
+    command += ["--quantizers", str(quantizers_file), "--max-new-tokens", "40", "--sample", "--seed", "3"]
+    finished = subprocess.run(
+        [*command, "--prompt", prompt],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    error = finished.stderr.decode().splitlines()[-1] if finished.stderr else ""
+    if "LC_ALL" in environment:
+        assert finished.returncode == 2
+        assert (
+            error.startswith("error: --prompt is no text in the encoding of this process") and "PYTHONUTF8=1" in error
+        )
+        return
+    assert finished.returncode == 0, error
+    *shown, last = finished.stdout.decode("ascii").splitlines()
+    text = json.loads(last)["text"]
+    assert not text.isascii() and "?" in "".join(shown)  # tokens are bytes: some of these are no characters
+
+
 def test_tables_align() -> None:
     rows = [{"scheme": "nuq3-1%", "perplexity": 12.34567}, {"scheme": "int4", "perplexity": 9.0}]
     assert format_table(rows).splitlines() == [

@@ -17,6 +17,7 @@ from gradients.models import LoadedModel
 from quant.artefact import Quantizers
 from quant.evaluate import evaluate
 from quant.evaluate import main as simulate_main
+from quant.scheme import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,62 @@ def test_packed_and_simulated_evaluation_agree(arguments: list[str], text_file: 
     assert packed["tokens"] == simulated["tokens"] == 6 * 149
     # a few elements may land on the other side of an outlier threshold, nothing else can differ
     assert packed["bits_per_element"] == pytest.approx(simulated["bits_per_element"], rel=1e-4)
+
+
+# all that can be packed, and what a scheme may add to it
+SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "nf4-1%", "rdnuq2.4"]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_in_float64_packed_and_simulated_evaluation_are_the_same(
+    make_model: Callable[[str], PreTrainedModel],
+    fit_model: Callable[..., Quantizers],
+    make_tokens: Callable[..., torch.Tensor],
+    name: str,
+    scheme: str,
+) -> None:
+    """What separates them in float32 are sums in another order, and the codes that these flip."""
+    model, windows = make_model(name), make_tokens(2, 150)
+    quantizers = fit_model(model, Scheme.parse(scheme))
+    model.double()
+    simulated = evaluate(model, windows, quantizers)
+    packed = evaluate_packed(model, windows, quantizers, chunk=17, exact_chunk=False)
+    assert abs(packed["nll"] - simulated["nll"]) < 1e-9
+    assert packed["bits_per_element"] == simulated["bits_per_element"]
+    assert abs(simulated["nll"] - simulated["baseline_nll"]) > 1e-6  # it is quantized
+
+
+def test_in_float64_the_commands_agree(arguments: list[str], text_file: Path) -> None:
+    options = [*arguments, *window_arguments(text_file), "--dtype", "float64"]
+    simulated = simulate_main(options)
+    packed = evaluate_main([*options, "--no-exact-chunk", "--prefill-chunk", "40"])
+    assert simulated is not None and packed is not None
+    assert abs(packed["nll"] - simulated["nll"]) < 1e-6
+
+
+def test_bits_of_quantized_layers_and_of_the_whole_cache_are_told_apart(
+    make_model: Callable[[str], PreTrainedModel],
+    fit_model: Callable[..., Quantizers],
+    save_model: Callable[[PreTrainedModel, Path], Path],
+    text_file: Path,
+    tmp_path: Path,
+) -> None:
+    """Half of this model's layers have sliding windows, which stay in float32."""
+    model = make_model("gemma3")
+    fit_model(model, Scheme.parse("nuq3-5%")).save(tmp_path / "q.safetensors")
+    given = ["--model", str(save_model(model, tmp_path / "model")), "--quantizers", str(tmp_path / "q.safetensors")]
+    given += ["--device", "cpu"]
+    text = ["--text", str(text_file), "--seqlen", "150", "--windows", "1"]
+    simulated = simulate_main([*given, *text])
+    packed = evaluate_main([*given, *text, "--no-exact-chunk"])
+    answered = generate_main([*given, "--prompt", "the key and the value of a token", "--max-new-tokens", "5"])
+    assert simulated is not None and packed is not None
+    assert packed["bits_per_element"] == pytest.approx(simulated["bits_per_element"], rel=1e-3)
+    for result in (packed, answered):
+        assert result["cache_bits_per_element"] > result["bits_per_element"]
+        expected = 16 * result["cache_bytes"] / result["fp16_bytes"]
+        assert result["cache_bits_per_element"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_exact_chunks_lose_less(arguments: list[str], text_file: Path) -> None:

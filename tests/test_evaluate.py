@@ -136,3 +136,19 @@ def test_the_command_reports_and_appends(
 def test_without_a_number_of_windows_all_are_evaluated(llama_folder: Path, text_file: Path) -> None:
     result = main(["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "450", "--device", "cpu"])
     assert result["tokens"] == (6000 // 450) * 449
+
+
+def test_float64_is_asked_of_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apple's GPUs have none."""
+    moved: list[Tensor] = []
+    double = Tensor.double
+
+    def doubled(x: Tensor) -> Tensor:
+        assert any(x is one for one in moved)
+        return double(x)
+
+    monkeypatch.setattr(Tensor, "cpu", lambda x: moved.append(x) or x)
+    monkeypatch.setattr(Tensor, "double", doubled)
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    assert compare_logits(logits, logits, torch.arange(5)).tokens == 5
+    assert len(moved) == 3

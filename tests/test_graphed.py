@@ -1,6 +1,7 @@
 """Decode steps that are recorded once and replayed: on a CPU with a recorder that runs the step again, as it was then."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache, PackedLayer
 from deployment.generate import main as generate_main
-from deployment.graphed import Recorder, Steps, graphed
+from deployment.graphed import _STEPS, Recorder, Steps, graphed
+from deployment.session import Session
 from gradients.cli import UserError
+from gradients.models import LoadedModel
 from quant.artefact import Quantizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,6 +102,52 @@ def test_what_happens_to_the_cache_in_between_is_noticed(
 
 
 @on_cpu
+def test_several_tokens_at_once_and_recorded_steps_take_turns(
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, recorder: Any
+) -> None:
+    """Prompt lookup: guesses are read as a chunk, and cropped where they were wrong."""
+    ids = make_tokens(1, 6).repeat(1, 4)  # that there is something to look up
+    plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
+    recorder[1].append(cache)
+    with packed_attention(llama, "torch"):
+        expected = generated(llama, plain, ids, 30, prompt_lookup_num_tokens=2)
+        with graphed(llama, cache, steps=4, recorder=recorder[0]) as steps:
+            assert torch.equal(generated(llama, cache, ids, 30, prompt_lookup_num_tokens=2), expected)
+            assert steps.replays > 0
+            plain_steps = generated(llama, PackedCache(quantizers, llama.config), ids, 30)
+    assert torch.equal(plain_steps, expected)
+
+
+@on_cpu
+def test_a_conversation_with_recorded_steps_says_the_same(
+    llama: PreTrainedModel, tokenizer: Any, quantizers: Quantizers, recorder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Turn after turn on one cache, recorded anew in each; more tokens than there is room for at once; a text that departs."""
+    loaded = LoadedModel("tiny", llama, tokenizer)
+    replays = []
+
+    @contextmanager
+    def recording(model: PreTrainedModel, cache: PackedCache) -> Iterator[Steps]:
+        recorder[1].append(cache)
+        with graphed(model, cache, steps=7, recorder=recorder[0]) as steps:
+            yield steps
+        replays.append(steps.replays)
+
+    monkeypatch.setattr("deployment.session.graphed", recording)
+    said = []
+    for graph in (False, True):
+        session = Session(loaded, quantizers, prefill_chunk=8, quiet=True, graph=graph)
+        session.open()
+        text = tokenizer("the key and the value").input_ids
+        for more in ("a token of", "the head"):
+            session.answer(text, 40, do_sample=False)
+            text = [*session.tokens[:-3], *tokenizer(more).input_ids]  # not all of the answer is kept
+        said.append(session.tokens)
+    assert said[0] == said[1]
+    assert len(replays) == 2 and min(replays) > 20
+
+
+@on_cpu
 def test_a_failed_recording_leaves_everything_as_it_was(
     llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,17 +186,32 @@ def test_where_nothing_can_be_recorded_it_is_said(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
-@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("case", ["greedy", "sampled", "left padding", "300 tokens", "cropped", "prompt lookup"])
 def test_on_a_gpu_graphs_generate_the_same(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, sample: bool
+    make_model: Any, quantizers: Quantizers, make_tokens: Any, case: str
 ) -> None:
-    model, ids = make_model("llama").to(DEVICE), make_tokens(2, 60).to(DEVICE)
+    model, ids = make_model("llama").to(DEVICE), make_tokens(1 if case == "prompt lookup" else 2, 60).to(DEVICE)
+    new = 300 if case == "300 tokens" else 40
+    options: dict[str, Any] = {"do_sample": case == "sampled", "attention_mask": torch.ones_like(ids)}
+    if case == "left padding":
+        options["attention_mask"][0, :9] = 0
+    if case == "prompt lookup":
+        options["prompt_lookup_num_tokens"] = 2
+
+    def text_of(past: PackedCache) -> Tensor:
+        text = generated(model, past, ids, new, **options)
+        if case != "cropped":
+            return text
+        past.crop(-7)
+        shorter = text[:, :-6]
+        return generated(model, past, shorter, 9, **options | {"attention_mask": torch.ones_like(shorter)})
+
     plain, cache = (PackedCache(quantizers, model.config) for _ in range(2))
     with packed_attention(model):
-        expected = generated(model, plain, ids, 40, do_sample=sample)
-        with graphed(model, cache, steps=8) as steps:
-            text = generated(model, cache, ids, 40, do_sample=sample)
-    assert steps.obstacle is None and steps.replays == 38
+        expected = text_of(plain)
+        with graphed(model, cache, steps=_STEPS if new > _STEPS else 8) as steps:
+            text = text_of(cache)
+    assert steps.obstacle is None and steps.replays >= (1 if case == "prompt lookup" else new - 2)
     assert (text == expected).float().mean() > 0.9  # sums in another order may change a close choice, and all after it
     for layer, other in zip(cache.layers, plain.layers, strict=True):
         assert layer.lengths == other.lengths == layer.stored.tolist()

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.evaluate import evaluate_packed
+from deployment.kernels import dispatch
 from deployment.kernels.dispatch import VARIABLE, runs_kernels
 from gradients.cli import UserError
 from quant.artefact import Quantizers
@@ -132,6 +133,37 @@ def test_variable_argument_and_fallback(
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(UserError, match="'cuda' is unknown"):
         runs_kernels(None, layer, cpu)
+
+
+def caught_warnings(run: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught if "falls back" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_gpus_before_ampere_take_the_torch_path_with_one_warning(
+    exact_layer: PackedCache, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+) -> None:
+    gpu = torch.device("cuda", capability[0])  # no such one is asked anything but this
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda _: "")
+    dispatch._too_old.cache_clear()
+    dispatch._warn_once.cache_clear()
+    said = caught_warnings(lambda: [runs_kernels(None, exact_layer.layers[0], gpu) for _ in range(3)])
+    assert runs_kernels(None, exact_layer.layers[0], gpu) == runs
+    assert len(said) == (0 if runs else 1)
+    assert runs or ("compute capability 7.5 is below 8.0" in said[0] and "much slower on a GPU" in said[0])
+    dispatch._too_old.cache_clear()
+
+
+def test_heads_too_wide_for_the_kernels_are_said(monkeypatch: pytest.MonkeyPatch, exact_layer: PackedCache) -> None:
+    monkeypatch.setattr(dispatch, "_no_triton", lambda _: "")
+    monkeypatch.setattr(exact_layer.layers[0].packed["key"], "head_dim", 320)
+    dispatch._warn_once.cache_clear()
+    (said,) = caught_warnings(lambda: runs_kernels("triton", exact_layer.layers[0], torch.device("cpu")))
+    assert "heads of 320 channels (the kernels take even numbers up to 256)" in said and "much slower" in said
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, PreTrainedModel
 
+from deployment.shapes import load_config
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, SITES, kv_shape, kv_sites, load_model
@@ -145,10 +146,38 @@ def test_a_model_of_sliding_windows_only_is_refused(
 def test_full_attention_opens_every_layer_of_a_mixed_model(
     make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
 ) -> None:
+    model = make_model("qwen3")
+    model.config.use_sliding_window, model.config.sliding_window = True, 16
+    model.config.layer_types = ["sliding_attention", "full_attention"]
+    folder, tokens = save_model(model, tmp_path / "mixed"), torch.arange(3, 43)[None]
+    sliding = load_model(str(folder), device="cpu").model
+    assert Fingerprint.of(sliding.config).cached_layers == (1,)
+    opened = load_model(str(folder), device="cpu", full_attention=True).model
+    assert Fingerprint.of(opened.config).cached_layers == (0, 1)
+    expected = make_model("qwen3")(tokens).logits  # which never slid
+    assert torch.equal(opened(tokens).logits, expected)
+    assert not torch.allclose(sliding(tokens).logits, expected, atol=0.1)
+
+
+def test_full_attention_is_refused_where_sliding_layers_rotate_otherwise(
+    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
+) -> None:
     folder = save_model(make_model("gemma3"), tmp_path / "gemma3")
-    assert Fingerprint.of(load_model(str(folder), device="cpu").model.config).cached_layers == (1, 3)
-    opened = load_model(str(folder), device="cpu", full_attention=True)
-    assert Fingerprint.of(opened.model.config).cached_layers == (0, 1, 2, 3)
+    with pytest.raises(UserError, match="--full-attention: the model has a rotary embedding for each type of layer"):
+        load_model(str(folder), device="cpu", full_attention=True)
+    with pytest.raises(UserError, match="--full-attention: the model has a rotary embedding"):
+        load_config(str(folder), full_attention=True)
+    loaded = load_model(str(folder), device="cpu").model
+    assert loaded(torch.arange(3, 43)[None]).logits.isfinite().all()
+
+
+def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./base", "peft_type": "LORA"}')
+    with pytest.raises(UserError, match=r"an adapter of \./base: merge it first"):
+        load_model(str(tmp_path), device="cpu")
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(UserError, match="an adapter of another model: merge it first"):
+        load_model(str(tmp_path), device="cpu")
 
 
 def test_a_loaded_model_is_the_saved_one_frozen(

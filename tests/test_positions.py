@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import CONFIGS, build_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config
 
 from deployment.generate import main as generate_main
 from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import load_model
-from gradients.positions import extend_positions
+from gradients.positions import extend_positions, usable_positions
 from gradients.rope import rope_tables
 from quant.artefact import load_quantizers
 from quant.evaluate import main as evaluate_main
@@ -49,6 +49,38 @@ def test_refused(name: str, positions: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         extend_positions(config, positions)
     assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("original", "held", "usable"), [(128, 128, 512), (128, 600, 600), (None, 128, 512), (32, 128, 128)]
+)
+def test_positions_of_yarn(original: int | None, held: int, usable: int) -> None:
+    """Qwen's model cards add it to a config and leave `max_position_embeddings` as it is."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+    named = {} if original is None else {"original_max_position_embeddings": original}
+    config = Qwen2Config(max_position_embeddings=held, rope_parameters=yarn | named)
+    assert usable_positions(config) == usable
+    assert usable_positions(CONFIGS["gemma3"]()) == usable_positions(CONFIGS["llama"]()) == 512
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}  # as --max-positions sets it
+    assert usable_positions(Qwen2Config(max_position_embeddings=512, rope_parameters=linear)) == 512
+
+
+def test_yarn_is_used_to_its_end(
+    save_model: Callable[[PreTrainedModel, Path], Path], text_file: Path, tmp_path: Path
+) -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+    config = CONFIGS["qwen2"]()
+    config.max_position_embeddings, config.rope_parameters = 128, yarn
+    model = ["--model", str(save_model(build_model(config), tmp_path / "yarn")), "--device", "cpu"]
+    text, fitted = ["--text", str(text_file), "--windows", "1"], str(tmp_path / "q.safetensors")
+    record_main([*model, *text, "--seqlen", "300", "--output", str(tmp_path / "records")])
+    fit_main(["--records", str(tmp_path / "records"), "--scheme", "nuq4-1%", "--output", fitted])
+    prompt = ["--quantizers", fitted, "--prompt", "the key of " * 40, "--max-new-tokens"]  # 440 tokens
+    assert generate_main([*model, *prompt, "8"])["tokens"] == 447
+    with pytest.raises(UserError, match="the model's positions are 512"):
+        generate_main([*model, *prompt, "80"])
+    with pytest.raises(UserError, match="exceeds the 512 positions"):
+        record_main([*model, *text, "--seqlen", "513", "--output", str(tmp_path / "none")])
 
 
 def test_partial_rotary_embeddings_stay_partial() -> None:

@@ -442,3 +442,18 @@ def test_a_model_of_half_precision_stays_one(
             got = logits_of(half, ids)
         assert got.dtype == torch.bfloat16
         assert float((got.float() - expected).abs().mean()) < 0.5 * float(expected.abs().mean())
+
+
+def test_a_residual_window_takes_no_mask(
+    make_model: Callable[[str], PreTrainedModel],
+    make_tokens: Callable[..., Tensor],
+    fit_model: Callable[..., Quantizers],
+) -> None:
+    model, tokens = make_model("llama"), make_tokens(1, 40)
+    mask = torch.ones_like(tokens)
+    with simulated(model, fit_model(model, Scheme.parse("kivi2"))):
+        expected = model(tokens, use_cache=False).logits
+        assert torch.equal(model(tokens, attention_mask=mask, use_cache=False).logits, expected)
+        mask[:, :7] = 0
+        with pytest.raises(ValueError, match="without padding"):
+            model(tokens, attention_mask=mask, use_cache=False)

@@ -40,12 +40,13 @@ def wide() -> PreTrainedModel:
 
 def fill(model: PreTrainedModel, cache: PackedCache, tokens: Tensor, chunk: int = 50, padding: int = 0) -> None:
     """Read tokens chunk by chunk; the first row begins with `padding`."""
-    mask = torch.ones_like(tokens)
+    held = cache.get_seq_length()
+    mask = torch.ones(len(tokens), held + tokens.shape[1], dtype=torch.int64)
     mask[0, :padding] = 0
     with packed_attention(model):
         for end in range(chunk, tokens.shape[1] + chunk, chunk):
             part = tokens[:, end - chunk : end]
-            model(input_ids=part, attention_mask=mask[:, :end], past_key_values=cache)
+            model(input_ids=part, attention_mask=mask[:, : held + end], past_key_values=cache)
 
 
 def stored(cache: PackedCache) -> dict[str, Tensor]:

@@ -90,3 +90,11 @@ def test_pydoc_needs_no_network_and_its_splits_are_disjoint() -> None:
 def test_a_part_outside_the_file_is_refused(part: str, text_file: Path) -> None:
     with pytest.raises(UserError, match=f"text part {part} .* is not within 0-100"):
         load_text(f"{text_file}:{part}", "calibration")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("the key and the value", encoding="utf-8")
+    marked.write_text("the key and the value", encoding="utf-8-sig")
+    assert marked.read_bytes()[:3] == b"\xef\xbb\xbf"
+    assert load_text(str(marked), "evaluation") == load_text(str(plain), "evaluation") == "the key and the value"

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradients.precision import widened
+
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive cached tokens: `key` (rotated) and `value` `[B, G, n, D]` float32.
+    """Consecutive cached tokens: `key` (rotated) and `value` `[B, G, n, D]` in the precision of the queries.
 
     `visible` `[B, S, n]` bool, or broadcastable to it, says which queries see which tokens; None for all.
     """
@@ -26,16 +28,16 @@ class Segment:
 
 
 def attend_torch(query: Tensor, segments: Iterable[Segment], scaling: float) -> Tensor:
-    """Softmax attention in float32.
+    """Softmax attention in float32, or in float64 for such queries.
 
     Args:
         query: `[B, H, S, D]`, rotated; query head h reads KV head h // (H / G).
         scaling: factor on the scores.
 
-    Returns `[B, H, S, D]` float32; a query that sees nothing gets zeros.
+    Returns `[B, H, S, D]`; a query that sees nothing gets zeros.
     """
     batch, heads, tokens, dim = query.shape
-    query = query.float() * scaling
+    query = widened(query) * scaling
     highest = query.new_full((batch, heads, tokens, 1), -torch.inf)
     total = query.new_zeros(batch, heads, tokens, 1)
     output = query.new_zeros(batch, heads, tokens, dim)

@@ -1,6 +1,6 @@
 """Which of the two ways through a packed cache is taken: Triton kernels, or torch.
 
-On CUDA the kernels run; elsewhere torch does, since Triton's interpreter (`TRITON_INTERPRET=1`) is for tests. `KVQUANT_BACKEND`, or an
+On CUDA the kernels run, from Ampere on; elsewhere torch does, since Triton's interpreter (`TRITON_INTERPRET=1`) is for tests. `KVQUANT_BACKEND`, or an
 argument, says otherwise: `triton`, `torch` or `auto`. What the kernels cannot do falls back to torch, with one warning.
 """
 
@@ -21,6 +21,7 @@ from gradients.cli import UserError
 Backend = Literal["auto", "triton", "torch"]
 VARIABLE = "KVQUANT_BACKEND"
 _MAX_HEAD_DIM = 256
+_OLDEST = (8, 0)  # Ampere: asynchronous copies, tensor cores for bfloat16
 
 
 def runs_kernels(backend: Backend | None, layer: PackedLayer, device: torch.device) -> bool:
@@ -30,7 +31,7 @@ def runs_kernels(backend: Backend | None, layer: PackedLayer, device: torch.devi
         raise UserError(f"backend {chosen!r} is unknown; use auto, triton or torch ({VARIABLE}, or an argument)")
     if chosen == "torch" or (chosen == "auto" and device.type != "cuda"):
         return False
-    obstacle = _no_triton(device.type) or _unsupported(layer)
+    obstacle = _no_triton(device.type) or _too_old(device) or _unsupported(layer)
     if obstacle:
         _warn_once(obstacle)
     return not obstacle
@@ -46,12 +47,22 @@ def _no_triton(device_type: str) -> str:
     return "" if device_type == "cuda" or interpreted else "Triton runs on CUDA devices, or with TRITON_INTERPRET=1"
 
 
+@cache
+def _too_old(device: torch.device) -> str:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _OLDEST
+    return (
+        ""
+        if capability >= _OLDEST
+        else "the GPU's compute capability {}.{} is below {}.{}".format(*capability, *_OLDEST)
+    )
+
+
 def _unsupported(layer: PackedLayer) -> str:
     from deployment.kernels.append import takes
 
     for kind, packed in layer.packed.items():
         if packed.head_dim > _MAX_HEAD_DIM or packed.head_dim % 2:
-            return f"heads of {packed.head_dim} channels"
+            return f"heads of {packed.head_dim} channels (the kernels take even numbers up to {_MAX_HEAD_DIM})"
         if not takes(packed):
             return f"{kind} scheme {packed.quantizer.scheme.describe()}"
     return ""
@@ -59,7 +70,11 @@ def _unsupported(layer: PackedLayer) -> str:
 
 @cache
 def _warn_once(obstacle: str) -> None:
-    warnings.warn(f"attention over the packed cache falls back to torch: {obstacle}", stacklevel=2)
+    warnings.warn(
+        "attention over the packed cache falls back to torch, which dequantizes all that is stored for every token and is "
+        f"much slower on a GPU: {obstacle}",
+        stacklevel=2,
+    )
 
 
 def attend_and_store(

@@ -1,0 +1,214 @@
+"""What `packed_attention` changes about a model, once however often it is entered, and how it is undone.
+
+- a hook on the rotary module replaces its output by cos = 1, sin = 0, so that the model hands pre-RoPE keys to the cache and
+  pre-RoPE queries to the attention function;
+- attention modules are told how to rotate; the decoder attends through our function, other parts of the model as before;
+- a hook on every forward keeps the cache whole if it fails, and refuses caches that are not ours;
+- `prepare_inputs_for_generation` keeps the cache: Phi-3's drops it where its frequencies change, which keys that are
+  rotated when they are read need not care about.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
+
+from deployment.cache import PackedCache
+from deployment.checked import settle_all
+from deployment.interrupted import Forwards
+from deployment.kernels.dispatch import Backend
+from deployment.rope import Rope
+from deployment.same_attention import refuse_other_attention
+from gradients.attention import PREFIX, attending_through
+from gradients.cli import UserError
+from gradients.models import decoder, kv_sites
+
+NAME = PREFIX
+CONTEXT = "kvquant_context"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the attention function must know of its module; a plain object, so that it is no submodule."""
+
+    rope: Rope
+    backend: Backend | None
+
+
+@dataclass
+class _Entry:
+    """How a model was changed, and by how many blocks that have not ended."""
+
+    backend: Backend | None
+    blocks: int = 0
+    undo: ExitStack = field(default_factory=ExitStack)
+    forwards: Forwards = field(default_factory=Forwards)
+
+
+_lock = threading.RLock()
+_entries: "WeakKeyDictionary[nn.Module, _Entry]" = WeakKeyDictionary()
+
+
+@contextmanager
+def packed_attention(model: PreTrainedModel, backend: Backend | None = None) -> Iterator[None]:
+    """Within the block, `model` attends through the packed layers of any `PackedCache` it is given.
+
+    Blocks may be nested, overlap, and be entered by several threads; the model is as it was when the last one ends.
+    `backend` overrides the environment's choice between kernels and torch (kernels/dispatch.py).
+
+    Raises `NotImplementedError` for an unsupported architecture, `UserError` if another block that has not ended has another
+    backend, and ValueError at the end if the device has found a mask or positions that are not supported (checked.py).
+    """
+    with _lock:
+        entry = _enter(model, backend)
+    try:
+        yield
+    except BaseException:
+        _leave(model, entry, failed=True)
+        raise
+    _leave(model, entry, failed=False)
+
+
+def _enter(model: PreTrainedModel, backend: Backend | None) -> _Entry:
+    part = decoder(model)
+    entry = _entries.get(part)
+    if entry is None:
+        entry = _Entry(backend)
+        with ExitStack() as undo:
+            _change(model, entry, undo)
+            entry.undo = undo.pop_all()
+        _entries[part] = entry
+    elif entry.backend != backend:
+        raise UserError(
+            f"the model attends with backend {entry.backend or 'auto'} already, {backend or 'auto'} is asked for; "
+            "leave the block it was given in first"
+        )
+    entry.blocks += 1
+    return entry
+
+
+def _leave(model: PreTrainedModel, entry: _Entry, failed: bool) -> None:
+    with _lock:
+        entry.blocks -= 1
+        if entry.blocks == 0:
+            del _entries[decoder(model)]
+            entry.undo.close()
+            if failed:
+                entry.forwards.put_back_all()
+    if not failed:
+        settle_all()
+
+
+def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
+    """Change a model, and say to `undo` how it is undone."""
+    kv_sites(model)  # refuses an architecture whose attention nobody has looked at
+    part = decoder(model)
+    rotary, modules = part.rotary_emb, [layer.self_attn for layer in part.layers]
+    by_type: dict[str | None, Rope] = {}
+    ropes = {}
+    for number, module in enumerate(modules):
+        layer_type = module.layer_type if isinstance(rotary.rope_type, dict) else None
+        ropes[number] = by_type.setdefault(layer_type, Rope(rotary, layer_type))
+    undo.enter_context(_frequencies_kept(rotary))
+    refuse_other_attention(model, ropes)
+    undo.enter_context(attending_through(model, NAME))
+    undo.callback(rotary.register_forward_hook(_no_rotation).remove)
+    for number, module in enumerate(modules):
+        setattr(module, CONTEXT, Context(ropes[number], entry.backend))
+        undo.callback(delattr, module, CONTEXT)
+    for watched in {id(one): one for one in (model, part)}.values():  # both may be called
+        begin, end = _watching(watched, entry.forwards, refuses=watched is model)
+        undo.callback(watched.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        undo.callback(watched.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
+    own = getattr(type(model), "prepare_inputs_for_generation", None)
+    if own is not None and own is not GenerationMixin.prepare_inputs_for_generation:
+        undo.enter_context(_keeping_the_cache(model))
+
+
+def _no_rotation(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = output
+    return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+@contextmanager
+def _frequencies_kept(rotary: nn.Module) -> Iterator[None]:
+    """Give a rotary module back what it remembers of the texts before the block, if it remembers any."""
+    buffers, others = (
+        dict(rotary._buffers),
+        {name: x for name, x in vars(rotary).items() if name.endswith("_seq_len_cached")},
+    )
+    try:
+        yield
+    finally:
+        if any(vars(rotary)[name] is not x for name, x in others.items()):
+            rotary._buffers.update(buffers)
+            vars(rotary).update(others)
+
+
+def _watching(module: nn.Module, forwards: Forwards, refuses: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """What is called before and after every forward of a module, also after one that fails.
+
+    `refuses` is whether a cache of another kind was given by somebody, and not made by a module around this one. A compiler would take it into its graph; what runs compiled is checked by the layers alone.
+    """
+
+    def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        cache = _cache_of(arguments, options)
+        if isinstance(cache, PackedCache):
+            forwards.begin(cache, module)
+        elif cache is not None and refuses:
+            raise UserError(
+                f"within packed_attention a cache must be a PackedCache, not a {type(cache).__name__}: it would hold keys "
+                "without their rotary embedding; PackedCache(None, model.config) is one without quantization"
+            )
+
+    def end(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return None
+        cache = _cache_of(arguments, options)
+        if isinstance(cache, PackedCache):
+            forwards.end(cache, module, failed=output is None)
+        elif cache is None and isinstance(output, ModelOutput) and "past_key_values" in output:
+            return replace(output, past_key_values=None)  # it holds keys without their rotary embedding
+        return None
+
+    return begin, end
+
+
+def _cache_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | None:
+    """The cache among a forward's arguments."""
+    return next((given for given in (*options.values(), *arguments) if isinstance(given, Cache)), None)
+
+
+@contextmanager
+def _keeping_the_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, inputs for a forward of `generate` keep a packed cache that the model's own code would drop."""
+    own, before = model.prepare_inputs_for_generation, vars(model).get("prepare_inputs_for_generation")
+
+    @functools.wraps(own)
+    def prepare(*arguments: Any, **options: Any) -> dict[str, Any]:
+        inputs = own(*arguments, **options)
+        cache = options.get("past_key_values")
+        if isinstance(cache, PackedCache) and inputs.get("past_key_values") is not cache:
+            return GenerationMixin.prepare_inputs_for_generation(model, *arguments, **options)
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.prepare_inputs_for_generation
+        else:
+            model.prepare_inputs_for_generation = before  # type: ignore[method-assign]
