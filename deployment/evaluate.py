@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
@@ -28,8 +27,9 @@ from gradients.finite import require_finite
 from gradients.placement import input_device
 from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state
+from gradients.progress import progress
 from quant.artefact import Quantizers, load_quantizers
-from quant.evaluate import add_evaluation_arguments, append_result, evaluation_windows
+from quant.evaluate import add_evaluation_arguments, append_result, evaluation_corpus
 from quant.storage import FP16_BITS
 
 
@@ -63,7 +63,7 @@ def evaluate_packed(
     # of every batch: nats, bytes, bytes in fp16, packed bits and elements
     rows = torch.zeros(len(parts), 5, dtype=torch.float64)
     quiet = not process_state().is_main_process
-    for number in tqdm(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
+    for number in progress(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
         cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
         nll = packed_nll(model, parts[number], cache, chunk)
         size = cache.packed_size()
@@ -101,10 +101,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     quantizers = load_quantizers(arguments.quantizers)
     loaded = load_model_from(arguments)
-    quantizers.check_model(loaded.model.config)
+    corpus = evaluation_corpus(loaded, arguments)
+    quantizers.check_run(loaded, corpus.bos is not None)
     result = evaluate_packed(
         loaded.model,
-        evaluation_windows(loaded, arguments),
+        corpus.evaluation_windows(arguments.seqlen, arguments.windows),
         quantizers,
         arguments.prefill_chunk,
         arguments.exact_chunk,
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "tokens_per_second",
     )
     print(format_table([{name: result[name] for name in shown}]))
-    append_result(result, loaded, arguments)
+    append_result(result, loaded, corpus, arguments)
     return result
 
 

@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
     saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
     loaded = load_model_from(arguments)
-    quantizers.check_model(loaded.model.config)
+    quantizers.check_run(loaded)
     if saved is not None:
         saved.check_model(loaded.model)
     torch.manual_seed(arguments.seed)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from deployment.answer import Answer, Interruption, TimedStreamer
 from deployment.attention import packed_attention
@@ -25,6 +24,7 @@ from deployment.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
 from gradients.models import LoadedModel, decoder_config
 from gradients.positions import usable_positions
+from gradients.progress import progress
 from quant.artefact import Quantizers
 
 
@@ -110,13 +110,11 @@ class Session:
         self.become(tokens)
         started, unread = time.perf_counter(), self._unread()[:, :-1]
         self.read_tokens += unread.shape[1]
-        progress = tqdm(
-            total=unread.shape[1], desc="reading", unit="tok", disable=unread.shape[1] <= self.prefill_chunk
-        )
-        with torch.inference_mode(), packed_attention(self.loaded.model), progress:
+        bar = progress(total=unread.shape[1], desc="reading", unit="tok", disable=unread.shape[1] <= self.prefill_chunk)
+        with torch.inference_mode(), packed_attention(self.loaded.model), bar:
             for part in unread.split(self.prefill_chunk, dim=1) if unread.shape[1] else ():
                 self.loaded.model(input_ids=part, past_key_values=self.cache, logits_to_keep=1)
-                progress.update(part.shape[1])
+                bar.update(part.shape[1])
         self.read_seconds += time.perf_counter() - started
 
     def answer(

@@ -26,7 +26,7 @@ from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
-from quant.results import append_row, read_rows
+from quant.results import append_row, is_of, read_rows
 
 
 def _require_harness() -> None:
@@ -91,6 +91,7 @@ def _identity(
     return {
         "task": name,
         "model": Path(arguments.model).name,
+        "weights": loaded.weights,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "max_positions": arguments.max_positions,
         "full_attention": arguments.full_attention,
@@ -162,9 +163,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     names = task_names(manager, arguments.tasks)
     quantizers = load_quantizers(arguments.quantizers) if arguments.quantizers else None
     loaded = load_model_from(arguments)
+    if quantizers is not None:
+        quantizers.check_run(loaded)
     identities = {name: _identity(arguments, loaded, quantizers, name) for name in names}
     rows = read_rows(arguments.results) if arguments.results else []
-    missing = [name for name in names if not any(identities[name].items() <= row.items() for row in rows)]
+    missing = [name for name in names if not any(is_of(row, identities[name]) for row in rows)]
     lm = PackedLM(
         loaded.model,
         quantizers,

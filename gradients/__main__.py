@@ -12,10 +12,9 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
-
-from tqdm import tqdm
 
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.fingerprint import Fingerprint
@@ -24,7 +23,8 @@ from gradients.models import LoadedModel, decoder_config, holds_gguf, kv_sites, 
 from gradients.placement import STRATEGIES
 from gradients.positions import usable_positions
 from gradients.processes import own_share, process_state
-from gradients.records import Manifest, Records
+from gradients.progress import progress
+from gradients.records import Manifest, Records, claimed
 from gradients.rope import rope_tables
 from gradients.text import Corpus, load_corpus
 
@@ -49,6 +49,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="linear RoPE scaling to N positions, more than the model has; the same N in all three stages",
+    )
+
+
+def add_bos_argument(parser: argparse.ArgumentParser, default: bool | None = None) -> None:
+    """`--bos --no-bos`, spelled alike wherever text is read."""
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        default=default,
+        help="begin every window with <bos>; "
+        + ("default: no" if default is False else "default: where the tokenizer adds it"),
     )
 
 
@@ -86,13 +97,13 @@ def record(loaded: LoadedModel, corpus: Corpus, records: Records, checkpointing:
     drawn = corpus.calibration_windows(manifest.seqlen, manifest.moment_windows, manifest.seed)
     mine = own_share(manifest.moment_windows)
     missing = [window for window in mine if not records.is_complete(window)]
-    unit = {"unit": "tok", "unit_scale": True, "disable": not state.is_main_process}
-    with tqdm(total=len(mine) * manifest.seqlen, desc="recording", **unit) as progress:
-        progress.update((len(mine) - len(missing)) * manifest.seqlen)
+    unit: dict[str, Any] = {"unit": "tok", "unit_scale": True, "disable": not state.is_main_process}
+    with progress(total=len(mine) * manifest.seqlen, desc="recording", **unit) as bar:
+        bar.update((len(mine) - len(missing)) * manifest.seqlen)
         for window in missing:
             moments_only = window >= manifest.windows
             records.write(window, record_window(loaded.model, drawn[window], checkpointing, moments_only))
-            progress.update(manifest.seqlen)
+            bar.update(manifest.seqlen)
     return len(missing)
 
 
@@ -111,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the places the windows are drawn from")
+    add_bos_argument(parser)
     parser.add_argument("--checkpointing", action="store_true", help="recompute layers: less memory, more time")
     parser.add_argument("--output", required=True, help="the records folder")
     arguments = parser.parse_args(argv)
@@ -118,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     loaded = load_model_from(arguments)
     check_seqlen(loaded, arguments.seqlen)
     sites = kv_sites(loaded.model)
-    corpus = load_corpus(arguments.text, "calibration", loaded.tokenizer)
+    corpus = load_corpus(arguments.text, "calibration", loaded.tokenizer, arguments.bos)
     manifest = Manifest(
         fingerprint=Fingerprint.of(loaded.model.config),
         text=corpus.name,
@@ -131,16 +143,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         model_dtype=str(loaded.model.dtype).removeprefix("torch."),
         versions={package: version(package) for package in ("torch", "transformers")},
         weights=loaded.weights,
+        bos=corpus.bos is not None,
     )
     corpus.calibration_windows(arguments.seqlen, 1, arguments.seed)  # a text too short fails before anything is written
-    records = Records.create(arguments.output, manifest)
-    if process_state().is_main_process:
-        records.write_rope(*rope_tables(loaded.model, arguments.seqlen))
-    started = time.perf_counter()
-    recorded = record(loaded, corpus, records, arguments.checkpointing)
-    seconds = time.perf_counter() - started
     state = process_state()
-    state.wait_for_everyone()
+    with claimed(arguments.output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            Records.create(arguments.output, manifest).write_rope(*rope_tables(loaded.model, arguments.seqlen))
+        state.wait_for_everyone()  # the folder is claimed before anything is recorded
+        records = Records.create(arguments.output, manifest)
+        started = time.perf_counter()
+        recorded = record(loaded, corpus, records, arguments.checkpointing)
+        seconds = time.perf_counter() - started
+        state.wait_for_everyone()
     if not state.is_main_process:
         return None
     held = records.manifest

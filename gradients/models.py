@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from gradients.cli import UserError
 from gradients.placement import Placement, input_device
 from gradients.positions import extend_positions
+from gradients.progress import quiet_transformers
 from gradients.weights import weights_digest
 
 Kind = Literal["key", "value"]
@@ -284,7 +285,8 @@ def _resolve_source(name: str) -> dict[str, str]:
 
 def _load_or_explain(auto: Any, name: str, source: dict[str, str], **kwargs: Any) -> Any:
     try:
-        loaded = auto.from_pretrained(**source, **kwargs)
+        with quiet_transformers():
+            loaded = auto.from_pretrained(**source, **kwargs)
     except (OSError, ImportError, ValueError, SafetensorError) as error:
         if "does not recognize this architecture" in str(error):
             reason = str(error).splitlines()[0]

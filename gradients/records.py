@@ -10,8 +10,10 @@ a foreign, truncated or altered file is noticed when its tensor is read. Any pro
 gather, no lock, and a rerun writes only what is missing.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gradients.atomic import atomic_write
+from gradients.atomic import atomic_write, remove_leftovers
 from gradients.checked import (
     Artefact,
     CheckedFile,
@@ -299,6 +301,31 @@ class Records:
             for whole, part in zip(both, parts, strict=True):
                 whole[window] = part
         return both[0].flatten(0, 1), both[1].flatten(0, 1)
+
+
+@contextmanager
+def claimed(folder: str | Path) -> Iterator[None]:
+    """Within the block no other command may record into the folder; what killed ones left half written is removed.
+
+    The operating system lets go of the claim when the process ends, however it does. Raises `UserError` when another
+    process has it, and when there can be no such folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error}; give another --output") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"records folder {str(folder)!r} is being recorded by another process; wait for it, or give another --output"
+            ) from error
+        remove_leftovers(Path(folder))
+        yield
+    finally:
+        os.close(handle)
 
 
 def _window_file(folder: Path) -> Artefact:

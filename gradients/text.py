@@ -2,7 +2,8 @@
 
 A corpus is named (`wikitext2`, `c4`, `ptb`, `pydoc`) or is the path of a UTF-8 text file, `FILE:START-END` taking
 a part of it in percent of its characters (`validation.txt:0-50`). It is tokenized as one string. Calibration
-windows are drawn at random places, evaluation windows are consecutive and do not overlap.
+windows are drawn at random places, evaluation windows are consecutive and do not overlap. Where a model wants to see
+`<bos>` first, every window begins with it, as every sequence does in deployment; the window is then one token of text shorter.
 """
 
 import hashlib
@@ -33,6 +34,7 @@ class Corpus:
 
     name: str
     tokens: Tensor  # [n] int64
+    bos: int | None = None  # what every window begins with
 
     @cached_property
     def digest(self) -> str:
@@ -44,25 +46,34 @@ class Corpus:
 
         Raises `UserError` when the text is too short for one window and the token after it.
         """
-        self._check_length(seqlen + 1, seqlen)
+        own = self._own(seqlen)
+        self._check_length(own + 1, seqlen)
         draw = random.Random(seed)
-        starts = [draw.randint(0, len(self.tokens) - seqlen - 1) for _ in range(count)]
-        return torch.stack([self.tokens[start : start + seqlen] for start in starts])
+        starts = [draw.randint(0, len(self.tokens) - own - 1) for _ in range(count)]
+        return self._begun(torch.stack([self.tokens[start : start + own] for start in starts]))
 
     def evaluation_windows(self, seqlen: int, count: int | None = None) -> Tensor:
         """The first `count` (default: all) consecutive windows, `[windows, seqlen]`.
 
         Raises `UserError` when the text holds fewer than `count` windows, or none.
         """
-        self._check_length(seqlen, seqlen)
-        available = len(self.tokens) // seqlen
+        own = self._own(seqlen)
+        self._check_length(own, seqlen)
+        available = len(self.tokens) // own
         if count is not None and count > available:
             raise UserError(
                 f"text {self.name!r} holds {available} windows of {seqlen} tokens, {count} were asked for; "
                 f"lower --windows to {available} or give a longer text"
             )
         count = available if count is None else count
-        return self.tokens[: count * seqlen].view(count, seqlen)
+        return self._begun(self.tokens[: count * own].view(count, own))
+
+    def _own(self, seqlen: int) -> int:
+        """Tokens of the text in a window."""
+        return seqlen if self.bos is None else seqlen - 1
+
+    def _begun(self, windows: Tensor) -> Tensor:
+        return windows if self.bos is None else torch.nn.functional.pad(windows, (1, 0), value=self.bos)
 
     def _check_length(self, needed: int, seqlen: int) -> None:
         if len(self.tokens) < needed:
@@ -72,16 +83,39 @@ class Corpus:
             )
 
 
-def load_corpus(text: str, split: Split, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer begins a text with `<bos>` by itself."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return bos is not None and tokenizer("a", verbose=False).input_ids[:1] == [bos]
+
+
+def bos_token(tokenizer: PreTrainedTokenizerBase, wanted: bool | None) -> int | None:
+    """The token that every window begins with, if any; `wanted` None: where the tokenizer adds it by itself.
+
+    Raises `UserError` when it is wanted of a tokenizer that has none.
+    """
+    if wanted is False or (wanted is None and not adds_bos(tokenizer)):
+        return None
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is None:
+        raise UserError("--bos: the model's tokenizer has no such token; use --no-bos")
+    return int(bos)
+
+
+def load_corpus(text: str, split: Split, tokenizer: PreTrainedTokenizerBase, bos: bool | None = False) -> Corpus:
     """Read and tokenize a corpus; `split` picks the part of a named corpus meant for calibration or evaluation.
 
+    `bos` says whether windows begin with `<bos>` (None: where the tokenizer adds it by itself); without it the text is
+    tokenized in one piece, as the paper's code does, and only its first window has what the tokenizer adds.
     Raises `UserError` for a missing, unreadable or empty text.
     """
+    begin = bos_token(tokenizer, bos)
     content = load_text(text, split)
     if not content.strip():
         raise UserError(f"text {text!r} is empty; give a text with words in it")
-    tokens = tokenizer(content, return_tensors="pt", verbose=False).input_ids[0]
-    return Corpus(text, tokens.to(torch.int64))
+    special = {} if begin is None else {"add_special_tokens": False}
+    tokens = tokenizer(content, return_tensors="pt", verbose=False, **special).input_ids[0]
+    return Corpus(text, tokens.to(torch.int64), begin)
 
 
 def load_text(text: str, split: Split) -> str:

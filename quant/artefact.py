@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from gradients.checked import Artefact, CheckedFile, Expected, open_checked, write_checked
 from gradients.cli import UserError, note
 from gradients.fingerprint import Fingerprint
-from gradients.models import KINDS, Kind
+from gradients.models import KINDS, Kind, LoadedModel
 from quant.codebook import Codebook
 from quant.feedback import Feedback
 from quant.grouped import GroupQuantizer
@@ -49,6 +49,21 @@ class Quantizers:
         if difference:
             raise UserError(
                 f"quantizers were fitted for another model: {difference}; record and fit for this model, or give --model the other (and the same --max-positions)"
+            )
+
+    def check_run(self, loaded: LoadedModel, bos: bool | None = None) -> None:
+        """Raise `UserError` for another model; say what differs otherwise: its weights, and whether texts begin with <bos>."""
+        self.check_model(loaded.model.config)
+        if self.weights and self.weights != loaded.weights:
+            note(
+                f"{self.scheme.describe()} was fitted to other weights (digest {self.weights}) than those of model "
+                f"{loaded.name!r} ({loaded.weights}); record and fit for these, unless that is what you want to measure"
+            )
+        if None not in (bos, self.bos) and self.bos != bos:
+            recorded, evaluated = ("with" if has else "without" for has in (self.bos, bos))
+            note(
+                f"{self.scheme.describe()} was calibrated on windows {recorded} <bos>, and is evaluated {evaluated} it; "
+                f"give {'--bos' if self.bos else '--no-bos'}, or record again"
             )
 
     def check_packable(self) -> None:

@@ -18,17 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
+from gradients.__main__ import add_bos_argument, add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
 from gradients.models import LoadedModel
 from gradients.placement import input_device
 from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state
-from gradients.text import load_corpus
+from gradients.progress import progress
+from gradients.text import Corpus, load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.results import append_row
 from quant.simulate import simulated
@@ -106,7 +106,9 @@ def evaluate_many(
     state = process_state()
     device = input_device(model)
     scores = [_Score.of(len(windows)) for _ in candidates]
-    for number in tqdm(own_share(len(windows)), desc="evaluating", unit="window", disable=not state.is_main_process):
+    for number in progress(
+        own_share(len(windows)), desc="evaluating", unit="window", disable=not state.is_main_process
+    ):
         tokens = windows[number].to(device)[None]
         started = time.perf_counter()
         baseline = model(input_ids=tokens, use_cache=False).logits[0, :-1]
@@ -155,35 +157,42 @@ class _Score:
         }
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    """`--text --seqlen --windows --results`, spelled alike in every evaluation command."""
+def add_evaluation_arguments(parser: argparse.ArgumentParser, bos: bool | None = None) -> None:
+    """`--text --seqlen --windows --bos --results`, spelled alike in every evaluation command."""
     parser.add_argument("--text", required=True, help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive_int, default=None, help="default: as many as the text holds")
+    add_bos_argument(parser, bos)
     parser.add_argument("--results", help="append the result as a row to this JSONL file")
 
 
-def evaluation_windows(loaded: LoadedModel, arguments: argparse.Namespace) -> Tensor:
-    """The windows `[n, S]` that `add_evaluation_arguments` describes. Raises `UserError` for bad ones."""
+def evaluation_corpus(loaded: LoadedModel, arguments: argparse.Namespace) -> Corpus:
+    """The text that `add_evaluation_arguments` describes. Raises `UserError` for a bad one."""
     check_seqlen(loaded, arguments.seqlen)
-    corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer)
-    return corpus.evaluation_windows(arguments.seqlen, arguments.windows)
+    return load_corpus(arguments.text, "evaluation", loaded.tokenizer, arguments.bos)
 
 
-def append_result(result: dict[str, Any], loaded: LoadedModel, arguments: argparse.Namespace) -> None:
+def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Whose a result is: the model and the text, by name and by content."""
+    return {
+        "model": Path(arguments.model).name,
+        "weights": loaded.weights,
+        "text": Path(arguments.text).name,
+        "text_digest": corpus.digest,
+        "bos": corpus.bos is not None,
+        "seqlen": arguments.seqlen,
+    }
+
+
+def append_result(result: dict[str, Any], loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> None:
     """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to.
 
     Of several processes, all of which have the whole result, the main one does.
     """
     if not process_state().is_main_process:
         return
-    identity = {
-        "model": Path(arguments.model).name,
-        "text": Path(arguments.text).name,
-        "seqlen": arguments.seqlen,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-    }
-    append_row(arguments.results, {**result, **identity})
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    append_row(arguments.results, {**result, **result_identity(loaded, corpus, arguments), "dtype": dtype})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -196,9 +205,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     quantizers = load_quantizers(arguments.quantizers) if arguments.quantizers else None
     loaded = load_model_from(arguments)
+    corpus = evaluation_corpus(loaded, arguments)
     if quantizers is not None:
-        quantizers.check_model(loaded.model.config)
-    result = evaluate(loaded.model, evaluation_windows(loaded, arguments), quantizers)
+        quantizers.check_run(loaded, corpus.bos is not None)
+    result = evaluate(loaded.model, corpus.evaluation_windows(arguments.seqlen, arguments.windows), quantizers)
     if not process_state().is_main_process:
         return None
     shown = (
@@ -212,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "tokens_per_second",
     )
     print(format_table([{name: result[name] for name in shown}]))
-    append_result(result, loaded, arguments)
+    append_result(result, loaded, corpus, arguments)
     return result
 
 

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from gradients.cli import command_parser, positive_int, run_command
 from gradients.models import KINDS, Kind
+from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import Quantizers, axis_of
@@ -78,7 +78,7 @@ def _mapper(jobs: int) -> Iterator[Mapper]:
 
     def spread(what: str, task: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
         results = pool.map(task, work) if pool else map(task, work)
-        return list(tqdm(results, desc=what, unit="layer", total=len(work)))
+        return list(progress(results, desc=what, unit="layer", total=len(work)))
 
     pool = ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
     try:

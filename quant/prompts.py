@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gradients.cli import UserError
+from gradients.text import bos_token
 
 _REACH = 64  # characters around the right length, for tokenizers to which a character may add two tokens or none
 
@@ -45,10 +46,13 @@ class Prompter:
 
     tokenizer: PreTrainedTokenizerBase
     chat: bool = False
+    bos: bool | None = None  # whether a plain prompt begins with <bos>; None: where the tokenizer adds it by itself
 
     def __post_init__(self) -> None:
         if self.chat and not getattr(self.tokenizer, "chat_template", None):
             raise UserError("--chat-template: the model's tokenizer has none; leave the option out")
+        if self.chat and self.bos is not None:
+            raise UserError("--chat-template writes its own <bos>; leave out --bos and --no-bos")
 
     def render(self, question: str, lead: str) -> str:
         """The whole prompt; `lead` begins with its own space or line end."""
@@ -60,8 +64,15 @@ class Prompter:
 
     def tokens(self, rendered: str) -> list[int]:
         """Token ids of a rendered prompt; a template writes its special tokens itself."""
-        special = {"add_special_tokens": False} if self.chat else {}
-        return self.tokenizer(rendered, verbose=False, **special).input_ids
+        special = {"add_special_tokens": False} if self.chat or self.bos is not None else {}
+        begin = bos_token(self.tokenizer, True) if self.bos else None
+        return [*([] if begin is None else [begin]), *self.tokenizer(rendered, verbose=False, **special).input_ids]
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether prompts do."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        return begin is not None and self.tokens(self.render("a", ""))[:1] == [begin]
 
     def count(self, question: str, lead: str) -> int:
         """Tokens of the rendered prompt."""

@@ -4,12 +4,17 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gradients.cli import note
+
+_SINCE_DIGESTS = ("weights", "text_digest")
 
 
 def append_row(
@@ -45,6 +50,27 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, none if it does not exist."""
     path = Path(path)
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_of(row: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a row holds every field of `identity`, so that it need not be measured again.
+
+    Rows of older versions do not say of which weights and text they are, and are believed, with a note; what they measured
+    had no `bos`.
+    """
+    known = {"bos": False, **row}
+    if not all(known[name] == value if name in known else name in _SINCE_DIGESTS for name, value in identity.items()):
+        return False
+    if any(name in identity and name not in row for name in _SINCE_DIGESTS):
+        _note_old_rows()
+    return True
+
+
+@cache
+def _note_old_rows() -> None:
+    note(
+        "the results hold rows of an older version, which do not say of which weights and text they are; taken as these"
+    )
 
 
 def commit() -> str:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.models import KINDS, Kind
+from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import axis_of
@@ -35,7 +35,7 @@ def read_halves(records: Records, layers: Sequence[int]) -> Halves:
     """Every chosen layer's keys and values: the first half of the windows, and the second, without the first token."""
     middle = records.manifest.windows // 2
     read: Halves = {}
-    for place in tqdm([(layer, kind) for layer in layers for kind in KINDS], desc="reading"):
+    for place in progress([(layer, kind) for layer in layers for kind in KINDS], desc="reading"):
         windows = [records.read(window, *place) for window in range(records.manifest.windows)]
         parts = (windows[:middle], windows[middle:])
         first, second = (Side(*(torch.cat([w[i][1:] for w in part]) for i in range(2))) for part in parts)
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = []
     for bits in arguments.bits:
         reference, budget = 0.0, 0.0
-        for idea, fit_at in tqdm(list(ideas(halves, bits)), desc=f"{bits} bits"):
+        for idea, fit_at in progress(list(ideas(halves, bits)), desc=f"{bits} bits"):
             error, spent = held_out(halves, fit_at(budget))
             if not reference:
                 reference, budget = error, spent

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
-from tqdm import tqdm
 
 from gradients.cli import UserError, command_parser, format_table, run_command
 from gradients.models import KINDS, Kind
+from gradients.progress import progress
 from gradients.records import Records
 from quant.artefact import axis_of
 from quant.codebook import Codebook, nuq_codebook
@@ -182,7 +182,7 @@ def chosen_layers(arguments: argparse.Namespace, records: Records) -> Sequence[i
 
 def compare_all(records: Records, scheme: Scheme, layers: Sequence[int]) -> Iterator[Comparison]:
     """One comparison for the keys and one for the values of each layer."""
-    for layer in tqdm(layers, desc=f"fitting {scheme} twice", unit="layer"):
+    for layer in progress(layers, desc=f"fitting {scheme} twice", unit="layer"):
         for kind in KINDS:
             yield compare(records, scheme, layer, kind)
 

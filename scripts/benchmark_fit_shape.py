@@ -18,12 +18,12 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm import tqdm
 from transformers import LlamaConfig
 
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
+from gradients.progress import progress
 from gradients.records import Manifest, Records
 from quant.fit import fit
 from quant.results import append_row
@@ -53,7 +53,7 @@ def synthetic_records(folder: Path, layers: int, heads: int, head_dim: int, wind
     records = Records.create(folder, manifest)
     generator = torch.Generator().manual_seed(0)
     sizes = torch.randn(heads * head_dim, generator=generator).exp()
-    for window in tqdm(range(windows), desc="making records", unit="window"):
+    for window in progress(range(windows), desc="making records", unit="window"):
         tensors = {}
         for layer in range(layers):
             for kind in KINDS:

@@ -223,7 +223,7 @@ def within(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     else:
         rows = [measure(loaded, names[0], tokens[:, :context], arguments.prefill_chunk)]
     for row in rows:
-        append_result(row, loaded, arguments)
+        append_result(row, loaded, corpus, arguments)
     return rows
 
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
@@ -31,6 +30,7 @@ from gradients.cli import command_parser, format_table, non_negative_int, positi
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import next_token_loss, record_window
 from gradients.models import LoadedModel
+from gradients.progress import progress
 from gradients.records import Manifest, Records
 from gradients.text import Corpus, load_corpus
 from quant.evaluate import append_result
@@ -67,7 +67,7 @@ def _synchronise(device: torch.device) -> None:
 def measure(loaded: LoadedModel, windows: Tensor, records: Records) -> list[tuple[float, float]]:
     """(plain, recording) seconds of each of `windows`, `[n, S]`; the first only warms up and is left out."""
     pairs = []
-    for number, tokens in enumerate(tqdm(windows, desc="measuring", unit="window")):
+    for number, tokens in enumerate(progress(windows, desc="measuring", unit="window")):
         ways = {
             "plain": partial(plain_step, loaded.model, tokens),
             "recording": partial(record_step, loaded.model, tokens, records, number),
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         f"\nplain {result['plain_tokens_per_second']:.0f} tokens/s, recording "
         f"{result['recording_tokens_per_second']:.0f} tokens/s: {result['median_ratio']:.2f} times the time (median)"
     )
-    append_result(result, loaded, arguments)
+    append_result(result, loaded, corpus, arguments)
     return result
 
 

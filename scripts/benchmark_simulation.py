@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.models import LoadedModel
+from gradients.progress import progress
 from gradients.records import Records
 from quant.artefact import Quantizers
 from quant.fit import fit
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         forward_seconds(loaded, tokens, quantizers)  # warms up
         pairs = [
             (forward_seconds(loaded, tokens, None), forward_seconds(loaded, tokens, quantizers))
-            for _ in tqdm(range(arguments.pairs), desc=name, unit="pair")
+            for _ in progress(range(arguments.pairs), desc=name, unit="pair")
         ]
         row = {
             "scheme": name,

@@ -16,12 +16,12 @@ from gradients.atomic import atomic_write
 from gradients.cli import UserError, command_parser, non_negative_int
 from gradients.models import Kind
 from gradients.records import Records
+from quant.results import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOTS = Path(__file__).resolve().parent / "results" / "plots"
 DPI = 110
 
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9"
@@ -57,10 +57,22 @@ _STYLE: Any = {
 
 
 def plot_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m scripts.plot_{name}`, with `--output`."""
+    """The parser of `python -m scripts.plot_{name}`, with `--output`: by default not the picture that the README shows."""
     parser = command_parser(f"scripts.plot_{name}", description)
-    parser.add_argument("--output", type=Path, default=PLOTS / f"{name}.png", help="the PNG (scripts/results/plots/)")
+    parser.add_argument("--output", type=Path, default=Path(f"{name}.png"), help=f"the PNG ({name}.png)")
     return parser
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file. Raises `UserError` when it is missing or holds anything else."""
+    if not path.exists():
+        raise UserError(f"--results {str(path)!r} does not exist; give a JSONL file of rows")
+    try:
+        return read_rows(path)
+    except OSError as error:
+        raise UserError(f"--results {str(path)!r} cannot be read ({error}); give a JSONL file of rows") from error
+    except ValueError as error:
+        raise UserError(f"--results {str(path)!r}: a row is damaged ({error}); remove it") from error
 
 
 def add_records_arguments(parser: argparse.ArgumentParser, layer: bool = True) -> None:

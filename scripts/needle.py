@@ -11,6 +11,7 @@ One JSONL row per scheme, length and depth; rows that the results file holds are
 """
 
 import argparse
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ def cells_from(arguments: argparse.Namespace) -> list[Cell]:
             seeds = range(arguments.seed, arguments.seed + arguments.samples)
             tasks = [NeedleTask(tokens=tokens, depth=depth, seed=seed, source=source) for seed in seeds]
             fields = {"text": Path(arguments.text).name if arguments.text else "generated"}
+            if source is not None:
+                fields["text_digest"] = hashlib.sha256(source.encode()).hexdigest()[:16]
             cells.append(Cell(fields | {"context": tokens, "depth": depth}, partial(asked, tasks)))
     return cells
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from gradients.cli import UserError, format_table, run_command
 from gradients.models import KINDS, Kind
+from gradients.progress import progress
 from gradients.records import Records
 from scripts import figures
 
@@ -30,7 +30,7 @@ def read_fisher(records: Records, sink_tokens: int) -> Spectrum:
     if sink_tokens >= records.manifest.seqlen:
         raise UserError(f"--sink-tokens {sink_tokens} leaves nothing of windows of {records.manifest.seqlen} tokens")
     means: dict[Kind, list[NDArray[np.float64]]] = {kind: [] for kind in KINDS}
-    for layer in tqdm(records.manifest.fingerprint.cached_layers, desc="reading", unit="layer"):
+    for layer in progress(records.manifest.fingerprint.cached_layers, desc="reading", unit="layer"):
         for kind in KINDS:
             _, fisher = records.read_layer(layer, kind, skip_tokens=sink_tokens)
             means[kind].append(fisher.double().mean(0).numpy())

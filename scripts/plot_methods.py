@@ -10,12 +10,10 @@ NLL; bits are those counted, with scales, outliers, sink tokens and exact recent
 import math
 import re
 from collections.abc import Mapping, Sequence
-from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradients.cli import UserError, format_table, run_command
-from quant.results import read_rows
 from scripts import figures
 
 if TYPE_CHECKING:
@@ -66,15 +64,13 @@ def read_methods(path: Path) -> tuple[dict[str, list[Point]], dict[str, Any]]:
     """(every method's points by bits, one row). Raises `UserError` unless the rows are of one evaluation."""
     methods: dict[str, list[Point]] = {}
     try:
-        rows = read_rows(path)
+        rows = figures.read_results(path)
         evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
         for row in rows:
             point = Point(row["bits_per_element"], row["nll"] - row["baseline_nll"], row["scheme"])
             methods.setdefault(method_of(point.scheme), []).append(point)
-    except (KeyError, JSONDecodeError) as error:
-        raise UserError(
-            f"--results {str(path)!r}: a row is damaged or lacks {error}; give rows of scripts.sweep_schemes"
-        ) from error
+    except KeyError as error:
+        raise UserError(f"--results {str(path)!r}: a row lacks {error}; give rows of scripts.sweep_schemes") from error
     if not rows:
         raise UserError(
             f"--results {str(path)!r} holds no rows; run `python -m scripts.sweep_schemes --results {path}`"

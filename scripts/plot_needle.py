@@ -8,12 +8,10 @@ that greedy decoding found and, below it, the NLL of the true answer in nats per
 """
 
 from collections.abc import Mapping, Sequence
-from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradients.cli import UserError, format_table, run_command
-from quant.results import read_rows
 from scripts import figures
 
 if TYPE_CHECKING:
@@ -125,11 +123,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser = figures.plot_parser("needle", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/needle.jsonl)")
     arguments = parser.parse_args(argv)
+    rows = figures.read_results(arguments.results)
     try:
-        rows = read_rows(arguments.results)
         draw_rows(rows, arguments.output)
-    except JSONDecodeError as error:
-        raise UserError(f"--results {str(arguments.results)!r}: a row is damaged; remove it") from error
     except UserError as error:
         raise UserError(f"--results {str(arguments.results)!r}: {error}") from error
     shown = [

@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import UserError, command_parser, format_table, run_command
 from gradients.models import LoadedModel
 from gradients.processes import process_state
 from gradients.records import Records
-from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
+from gradients.text import Corpus
+from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_corpus, result_identity
 from quant.fit import fit
-from quant.results import read_rows
+from quant.results import is_of, read_rows
 from scripts.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
 
 _BATCH = 4  # evaluations between two writes: they share the unquantized pass
@@ -41,24 +42,25 @@ class Evaluation:
     model: str
     text: str
     windows: int | None  # None: all that the text holds
+    weights: str
+    text_digest: str
+    bos: bool
 
     def matches(self, row: Row) -> bool:
         """Whether a row of the results holds it."""
-        return vars(self).items() <= row.items()
+        return is_of(row, vars(self))
 
 
-def evaluation_of(cell: Cell, records: dict[str | None, Records], arguments: Namespace) -> Evaluation:
+def evaluation_of(cell: Cell, records: dict[str | None, Records], identity: Row, arguments: Namespace) -> Evaluation:
     """What is to be run for a cell."""
     manifest = records[cell.corpus].manifest
     scheme = cell.parse()
     seqlen = cell.seqlen or arguments.seqlen
     return Evaluation(
+        **identity | {"seqlen": seqlen},
         scheme="unquantized" if scheme is None else scheme.describe(),
         records=manifest.digest,
         calibration_windows=cell.calibration_windows or manifest.windows,
-        seqlen=seqlen,
-        model=Path(arguments.model).name,
-        text=Path(arguments.text).name,
         windows=windows_of(seqlen, arguments),
     )
 
@@ -78,6 +80,7 @@ def run(
     wanted: dict[Evaluation, list[tuple[Table, Cell]]],
     records: dict[str | None, Records],
     loaded: LoadedModel,
+    corpus: Corpus,
     arguments: Namespace,
 ) -> int:
     """Evaluate what is wanted, a few at a time; returns how many rows were added."""
@@ -85,13 +88,17 @@ def run(
     for seqlen in sorted({evaluation.seqlen for evaluation in wanted}):
         of_length = [evaluation for evaluation in wanted if evaluation.seqlen == seqlen]
         setting = Namespace(**{**vars(arguments), "seqlen": seqlen, "windows": windows_of(seqlen, arguments)})
-        windows = evaluation_windows(loaded, setting)
+        check_seqlen(loaded, seqlen)
+        windows = corpus.evaluation_windows(seqlen, setting.windows)
         for start in range(0, len(of_length), _BATCH):
             batch = of_length[start : start + _BATCH]
             candidates = [_fitted(wanted[evaluation][0][1], records) for evaluation in batch]
+            for quantizers in candidates:
+                if quantizers is not None:
+                    quantizers.check_run(loaded, corpus.bos is not None)
             for evaluation, result in zip(batch, evaluate_many(loaded.model, windows, candidates), strict=True):
                 for table, cell in wanted[evaluation]:
-                    append_result(_row(table, cell, evaluation, result), loaded, setting)
+                    append_result(_row(table, cell, evaluation, result), loaded, corpus, setting)
                     added += 1
     return added
 
@@ -107,13 +114,17 @@ def _row(table: Table, cell: Cell, evaluation: Evaluation, result: Row) -> Row:
 
 
 def missing(
-    tables: Iterable[Table], rows: Sequence[Row], records: dict[str | None, Records], arguments: Namespace
+    tables: Iterable[Table],
+    rows: Sequence[Row],
+    records: dict[str | None, Records],
+    identity: Row,
+    arguments: Namespace,
 ) -> dict[Evaluation, list[tuple[Table, Cell]]]:
     """The cells without a row, by what has to be run for them."""
     wanted: dict[Evaluation, list[tuple[Table, Cell]]] = {}
     for table in tables:
         for cell in table.cells:
-            evaluation = evaluation_of(cell, records, arguments)
+            evaluation = evaluation_of(cell, records, identity, arguments)
             of_cell = (row for row in rows if (row["table"], row["cell"]) == (table.name, cell.label))
             if not any(evaluation.matches(row) for row in of_cell):
                 wanted.setdefault(evaluation, []).append((table, cell))
@@ -150,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--other-records", nargs="+", default=[], metavar="NAME=FOLDER", help="of other corpora")
     parser.add_argument("--tables", nargs="+", choices=[*names, "corpora"], help="default: all")
-    add_evaluation_arguments(parser)
+    add_evaluation_arguments(parser, bos=False)
     arguments = parser.parse_args(argv)
     if arguments.results is None:
         raise UserError(
@@ -167,9 +178,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     known = [*TABLES, *([corpus_table(others)] if others else [])]
     tables = [table for table in known if not arguments.tables or table.name in arguments.tables]
     state = process_state()
-    wanted = missing(tables, read_rows(arguments.results), records, arguments)
+    loaded = load_model_from(arguments)
+    corpus = evaluation_corpus(loaded, arguments)
+    identity = result_identity(loaded, corpus, arguments)
+    wanted = missing(tables, read_rows(arguments.results), records, identity, arguments)
     state.wait_for_everyone()  # all have read the same rows before the first is added
-    added = run(wanted, records, load_model_from(arguments), arguments) if wanted else 0
+    added = run(wanted, records, loaded, corpus, arguments) if wanted else 0
     if not state.is_main_process:
         return None
     show(tables, read_rows(arguments.results))

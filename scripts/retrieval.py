@@ -19,20 +19,20 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
 from transformers import DynamicCache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.__main__ import add_bos_argument, add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int
 from gradients.models import LoadedModel, decoder_config
 from gradients.positions import usable_positions
 from gradients.processes import require_one_process
+from gradients.progress import progress
 from quant.answers import Reply, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.prompts import Prompter, Sample
-from quant.results import append_row, read_rows
+from quant.results import append_row, is_of, read_rows
 from quant.storage import StoredSize
 from scripts.candidates import Candidate, Row, add_candidate_arguments, candidates_from
 
@@ -74,6 +74,7 @@ def retrieval_parser(name: str, description: str | None, lengths: Sequence[int],
     parser.add_argument("--samples", type=positive_int, default=samples, help=f"prompts per cell ({samples})")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the questions (0)")
     parser.add_argument("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
+    add_bos_argument(parser)
     parser.add_argument("--results", help="append the rows to this JSONL file, and leave out those it holds")
     return parser
 
@@ -83,14 +84,18 @@ def run(arguments: argparse.Namespace, cells: Sequence[Cell], spare_tokens: int 
 
     With `spare_tokens` the model also speaks: as many greedy tokens as the expected answer has, and these.
     """
+    require_one_process("a retrieval test")
     common: Row = {"model": Path(arguments.model).name, "samples": arguments.samples, "seed": arguments.seed}
+    candidates = candidates_from(arguments)
+    loaded = load_model_from(arguments)
+    prompter = Prompter(loaded.tokenizer, arguments.chat_template, arguments.bos)
+    common |= {"weights": loaded.weights, "bos": prompter.begins_with_bos}
     if arguments.chat_template:
         common["chat_template"] = True
-    candidates = candidates_from(arguments)
     wanted = [(one, cell, common | one.identity(arguments) | cell.fields) for cell in cells for one in candidates]
     done = finished_rows(arguments.results)
     missing = [unit for unit in wanted if row_of(done, unit[2]) is None]
-    measured = _measure(missing, arguments, spare_tokens) if missing else []
+    measured = _measure(missing, loaded, prompter, arguments, spare_tokens) if missing else []
     found = (row_of([*done, *measured], identity) for _, _, identity in wanted)
     return [row for row in found if row], len(measured)
 
@@ -110,7 +115,7 @@ def finished_rows(path: str | None) -> list[Row]:
 def row_of(rows: Sequence[Row], identity: Row) -> Row | None:
     """The first row of this identity, if there is one; a row without a chat template does not say so."""
     plain = "chat_template" not in identity
-    matching = (row for row in rows if identity.items() <= row.items())
+    matching = (row for row in rows if is_of(row, identity))
     return next((row for row in matching if not (plain and row.get("chat_template"))), None)
 
 
@@ -130,29 +135,35 @@ def new_tokens(sample: Sample, spare_tokens: int | None) -> int:
 
 
 def _measure(
-    missing: Sequence[tuple[Candidate, Cell, Row]], arguments: argparse.Namespace, spare_tokens: int | None
+    missing: Sequence[tuple[Candidate, Cell, Row]],
+    loaded: LoadedModel,
+    prompter: Prompter,
+    arguments: argparse.Namespace,
+    spare_tokens: int | None,
 ) -> list[Row]:
     """A row for each candidate, cell and identity, appended to the results one by one."""
-    require_one_process("a retrieval test")
-    loaded = load_model_from(arguments)
-    prompter = Prompter(loaded.tokenizer, arguments.chat_template)
     cells = {id(cell): cell for _, cell, _ in missing}
     samples = {key: cell.samples(prompter) for key, cell in cells.items()}
     for sample in (one for group in samples.values() for one in group):
         check_positions(loaded, sample, max(len(sample.answer), new_tokens(sample, spare_tokens)))
     for candidate in dict.fromkeys(candidate for candidate, _, _ in missing):
         if candidate.quantizers:
-            candidate.quantizers.check_model(loaded.model.config)
+            candidate.quantizers.check_run(loaded, prompter.begins_with_bos)
     require_writable(arguments.results)
     rows = []
-    with tqdm(total=sum(len(samples[id(cell)]) for _, cell, _ in missing), unit="sample") as progress:
+    with progress(total=sum(len(samples[id(cell)]) for _, cell, _ in missing), unit="sample") as bar:
         for candidate, cell, identity in missing:
-            progress.set_description(", ".join(str(value) for value in (identity["scheme"], *cell.fields.values())))
+            bar.set_description(
+                ", ".join(
+                    str(value)
+                    for value in (identity["scheme"], *(v for k, v in cell.fields.items() if k != "text_digest"))
+                )
+            )
             started, replies = time.perf_counter(), []
             for sample in samples[id(cell)]:
                 spoken = new_tokens(sample, spare_tokens)
                 replies.append(reply(loaded, sample, candidate.quantizers, arguments, spoken))
-                progress.update()
+                bar.update()
             row = (
                 summarise(loaded, samples[id(cell)], replies, candidate, spare_tokens is not None)
                 | cell.note(replies)

@@ -9,24 +9,23 @@ them; then their rows are written, and an interrupted sweep goes on from there.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.processes import process_state
 from gradients.records import Records
-from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_windows
+from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_corpus, result_identity
 from quant.fit import fit
 from quant.options import add_scheme_arguments, scheme_from
-from quant.results import read_rows
+from quant.results import is_of, read_rows
 from quant.scheme import Scheme
 
 
 def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, Any]) -> list[Scheme]:
     """The schemes without a row of this identity in the results file."""
     rows = read_rows(results) if results else []
-    done = {row["scheme"] for row in rows if identity.items() <= row.items()}
+    done = {row["scheme"] for row in rows if is_of(row, identity)}
     return [scheme for scheme in schemes if scheme.describe() not in done]
 
 
@@ -46,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
     records = Records.open(arguments.records).first(arguments.calibration_windows)
     wanted = [scheme_from(name, arguments) for name in arguments.schemes]
-    identity = {
-        "model": Path(arguments.model).name,
-        "text": Path(arguments.text).name,
-        "seqlen": arguments.seqlen,
+    loaded = load_model_from(arguments)
+    corpus = evaluation_corpus(loaded, arguments)
+    identity = result_identity(loaded, corpus, arguments) | {
         "records": records.manifest.digest,
         "calibration_windows": records.manifest.windows,
     }
@@ -57,17 +55,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     process_state().wait_for_everyone()  # all have read the same rows before the first is added
     if not schemes:
         return {"results": arguments.results, "rows_added": 0}
-    loaded = load_model_from(arguments)
-    windows = evaluation_windows(loaded, arguments)
+    windows = corpus.evaluation_windows(arguments.seqlen, arguments.windows)
     rows: list[dict[str, Any]] = []
     for first in range(0, len(schemes), arguments.together):
         candidates = [fit(records, scheme) for scheme in schemes[first : first + arguments.together]]
         for quantizers in candidates:
-            quantizers.check_model(loaded.model.config)
+            quantizers.check_run(loaded, corpus.bos is not None)
         evaluated = evaluate_many(loaded.model, windows, candidates)
         if process_state().is_main_process:
             for row in evaluated:
-                append_result({**row, **identity}, loaded, arguments)
+                append_result({**row, **identity}, loaded, corpus, arguments)
         rows += evaluated
     if not process_state().is_main_process:
         return None

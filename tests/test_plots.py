@@ -4,6 +4,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,18 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
 )
 def test_labels_are_spread_out(wanted: list[float], placed: list[float]) -> None:
     assert figures.spread_out(wanted, 1.0) == pytest.approx(placed)
+
+
+@pytest.mark.parametrize("plot", ["speed", "methods", "needle"])
+def test_a_missing_file_of_results_is_called_missing(plot: str, tmp_path: Path) -> None:
+    main = import_module(f"scripts.plot_{plot}").main
+    with pytest.raises(UserError, match=r"none.jsonl' does not exist; give a JSONL file"):
+        main(["--results", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "plot.png")])
+
+
+@pytest.mark.parametrize("plot", ["speed", "methods", "needle", "levels", "fisher", "key_ranges"])
+def test_the_committed_pictures_are_not_overwritten_unasked(plot: str) -> None:
+    default = figures.plot_parser(plot, None).get_default("output")
+    assert default == Path(f"{plot}.png") and not default.is_absolute()
+    committed = Path(figures.__file__).parent / "results" / "plots" / default
+    assert committed.exists() and committed.resolve() != default.resolve()

@@ -24,7 +24,7 @@ from gradients.__main__ import main
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
-from gradients.records import Manifest, Records
+from gradients.records import Manifest, Records, claimed
 from gradients.rope import rope_tables
 
 Snapshot = Callable[[Path], dict[str, bytes]]
@@ -452,6 +452,37 @@ def test_a_window_with_another_header_is_refused_and_recorded_again(
         again = main([*record_arguments, "--output", str(folder)])
     assert again["recorded_now"] == 1
     assert snapshot(folder) == before
+
+
+def test_two_commands_at_once_say_so(folder: Path, record_arguments: list[str], snapshot: Snapshot) -> None:
+    (folder / "window-00001.safetensors").unlink()
+    before = snapshot(folder)
+    arguments = [*record_arguments, "--output", str(folder)]
+    with claimed(folder):
+        run = subprocess.run(
+            [sys.executable, "-m", "gradients", *arguments, "--windows", "9"],
+            cwd=REPOSITORY,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2 and "is being recorded by another process; wait for it" in run.stderr
+    assert snapshot(folder) == before
+    assert main(arguments)["recorded_now"] == 1
+
+
+def test_what_killed_runs_left_half_written_is_removed(
+    folder: Path, records: Records, record_arguments: list[str], snapshot: Snapshot
+) -> None:
+    before = snapshot(folder)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    alive = folder / f".window-00002.safetensors.{os.getppid()}.tmp"
+    for name in (f".window-00001.safetensors.{ended.pid}.tmp", alive.name, f".manifest.json.{ended.pid}.tmp"):
+        (folder / name).write_bytes(b"half")
+    main([*record_arguments, "--output", str(folder)])
+    assert snapshot(folder) == before | {alive.name: b"half"}
 
 
 def test_growing_is_recorded_before_the_windows_are(folder: Path, records: Records) -> None:

@@ -160,7 +160,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         run_command(command.main)
     assert caught.value.code == 2
     captured = capsys.readouterr()
-    assert captured.out == "" and re.fullmatch(r"error: quantizers 'missing.st' cannot be read.*\n", captured.err)
+    assert captured.out == "" and re.fullmatch(r"error: quantizers file 'missing.st' cannot be read.*\n", captured.err)
 
 
 # the heat map
