@@ -23,7 +23,7 @@ from deployment.bits import places_of
 from deployment.order import FragmentOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
 from deployment.streams import FEW, OutlierStreams, index_span
-from deployment.tables import Tables
+from deployment.tables import FeedbackTables, Tables
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
@@ -83,6 +83,11 @@ class PackedTensor:
     def tables(self) -> Tables:
         """The quantizer as the kernels read it."""
         return Tables.of(self.quantizer, self.order, self.heads * self.head_dim)
+
+    @cached_property
+    def feedback(self) -> FeedbackTables | None:
+        """How errors are handed on, as the kernels read it; None if they are not."""
+        return FeedbackTables.of(self.quantizer)
 
     @property
     def keeps_outliers(self) -> bool:

@@ -66,6 +66,25 @@ class Tables:
         )
 
 
+@dataclass(frozen=True)
+class FeedbackTables:
+    """A feedback whose matrix has its columns in the order of the channels, so that kernels permute nothing."""
+
+    order: Tensor  # [G, D] int32: which channel of the head comes i-th
+    rank: Tensor  # [G, D] int32: the inverse
+    matrix: Tensor  # [G, D, D] fp16: row i is what the channel that comes i-th hands on to each
+
+    @classmethod
+    def of(cls, quantizer: Quantizer) -> "FeedbackTables | None":
+        """The tables of a quantizer, if it has feedback."""
+        feedback = getattr(quantizer, "feedback", None)
+        if feedback is None:
+            return None
+        columns = feedback.order[:, None, :].expand_as(feedback.matrix)
+        matrix = torch.zeros_like(feedback.matrix).scatter_(2, columns, feedback.matrix)
+        return cls(feedback.order.int().contiguous(), feedback.order.argsort(dim=1).int(), matrix)
+
+
 def _levels_of_bytes(levels: Tensor, order: FragmentOrder) -> Tensor:
     """For every byte of a word in fragment order, the fp16 levels of its codes: two words of a pair each, the lower number first.
 

@@ -1,8 +1,11 @@
 """The append kernels against `Quantizer.encode` and `PackedTensor.write`, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import SPANS, all_pairs
+from test_feedback import random_feedback
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
@@ -14,11 +17,20 @@ HEADS = 2
 
 
 def append_both(
-    kind: str, bits: int, dim: int, chunks: list[Tensor], pads: list[list[int]], sinks: int, share: float = 0.05
+    kind: str,
+    bits: int,
+    dim: int,
+    chunks: list[Tensor],
+    pads: list[list[int]],
+    sinks: int,
+    share: float = 0.05,
+    feedback: bool = False,
 ) -> None:
     """Append chunks `[B, G, S, D]` with the kernels and with torch, and compare everything that is stored."""
     batch = len(chunks[0])
     quantizer = make_quantizer(HEADS * dim, kind, bits, share)
+    if feedback:
+        quantizer = replace(quantizer, feedback=random_feedback(HEADS, dim).to(DEVICE))
     total = sum(chunk.shape[2] for chunk in chunks)
     packed, expected = (PackedTensor(quantizer, batch, HEADS, dim, DEVICE, "key") for _ in range(2))
     for tensor in (packed, expected):
@@ -66,6 +78,28 @@ def make_chunks(dim: int, sizes: list[int], batch: int = 1, dtype: torch.dtype =
 )
 def test_everything_stored_is_what_torch_stores(kind: str, sizes: list[int]) -> None:
     append_both(kind, 3, 64, make_chunks(64, sizes), [[0]] * len(sizes), sinks=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "share", "dim", "sizes"),
+    [
+        ("channel", 3, 0.05, 20, [63, 2, 1]),
+        ("channel", 2, 0.0, 20, [33, 1]),
+        ("mixed", 3, 0.05, 20, [10, 1]),
+        ("token", 4, 0.05, 20, [34, 1, 1]),
+        pytest.param("token", 3, 0.0, 64, [5, 1], marks=pytest.mark.slow),
+        pytest.param("mixed", 3, 0.05, 64, [70, 1], marks=pytest.mark.slow),
+    ],
+)
+def test_error_feedback_is_torchs_to_the_bit(kind: str, bits: int, share: float, dim: int, sizes: list[int]) -> None:
+    chunks = make_chunks(dim, sizes)
+    append_both(kind, bits, dim, chunks, [[0]] * len(sizes), sinks=1, share=share, feedback=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_error_feedback_of_padded_rows_in_half_precision_and_odd_heads(dtype: torch.dtype) -> None:
+    chunks = make_chunks(20, [8, 3, 1], batch=2, dtype=dtype)
+    append_both("token", 3, 20, chunks, [[8, 0], [1, 0], [0, 0]], sinks=2, feedback=True)
 
 
 @pytest.mark.parametrize(

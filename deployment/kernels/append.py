@@ -1,6 +1,7 @@
 """Storing new tokens, host side: quantize, choose outliers, pack, write, without waiting for the device.
 
-One token per sequence takes one launch for keys and values together (step.py), a chunk two for each (chunk.py). Codes and
+One token per sequence takes one launch for keys and values together (step.py), a chunk two for each (chunk.py), and one more
+where errors are fed back (feedback.py), which single tokens take too. Codes and
 outliers are those of `Quantizer.encode` bit for bit: divisions round as IEEE says, and ties go to the lowest channel. Room
 for the outliers must be there already (`PackedTensor.make_room`).
 """
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 
 from deployment.kernels.chunk import encode_kernel, store_kernel
+from deployment.kernels.feedback import feed_back
 from deployment.kernels.step import step_kernel
 from deployment.kernels.tiles import FRAGMENT_ORDER
 from deployment.layout import PackedTensor, Page
@@ -96,7 +98,7 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else _contiguous(side) for side in sides]
-    if sides[0].x.shape[2] == 1:
+    if sides[0].x.shape[2] == 1 and all(side.packed.feedback is None for side in sides):
         _append_token(sides, stored, padding, overflow)
     else:
         for side in sides:
@@ -164,6 +166,8 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
         BITS=side.element_bits,
         num_warps=4,
     )
+    if packed.feedback is not None:
+        x = feed_back(packed, x, codes, ranges, side.dynamic)  # what outliers are stored as
     geometry: dict[str, Any] = dict(zip(("SOURCE", "BITS"), side.placing, strict=True))
     fragments = isinstance(order, FragmentOrder)
     for page in side.pages:

@@ -1,0 +1,125 @@
+"""Error feedback of new tokens (quant/feedback.py) on the device, bit for bit: between `encode_kernel` and `store_kernel`.
+
+A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that what channel is next can be picked
+out without asking another thread. Rows of the matrix come in the head's order, its columns in that of the channels, so that
+nothing is ever permuted. The kernel must be compiled without fused multiply-adds: each product and each sum is rounded.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deployment.kernels.encode import TINY, half
+from deployment.layout import PackedTensor
+
+TOKENS = 32  # of a program
+_OUTLIER = tl.constexpr(256)  # what `encode_kernel` writes for the code of one
+
+
+@triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens"])
+def feedback_kernel(
+    x,  # [B, G, S, D] any float
+    stride_b,
+    stride_g,
+    stride_s,
+    codes,  # [B, S, C] int16, from `encode_kernel`; outliers stay, all others are found anew
+    ranges,  # [B, S, 2] fp16: scale and zero of the token
+    targets,  # [B, S, C] fp16: what an outlier is stored as
+    scale,  # [C] fp32
+    zero,
+    width,  # [C] int32
+    first_boundary,
+    boundaries,
+    first_level,
+    levels,
+    order,  # [G, D] int32
+    rank,  # [G, D] int32, its inverse
+    matrix,  # [G, D, D] fp16: row i belongs to the channel that comes i-th
+    tokens,  # S
+    G: tl.constexpr,
+    D: tl.constexpr,
+    LANES: tl.constexpr,  # D, rounded up
+    DYNAMIC: tl.constexpr,
+    WIDEST: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Codes and targets of TILE tokens of one KV head."""
+    tiles = (tokens + TILE - 1) // TILE
+    b, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * TILE
+    g = tl.program_id(1)
+    token, lane = first + tl.arange(0, TILE), tl.arange(0, LANES)
+    there = token < tokens
+    ok = (lane < D)[:, None] & there[None, :]
+    x_at = x + b * stride_b + g.to(tl.int64) * stride_g + token.to(tl.int64)[None, :] * stride_s + lane[:, None]
+    y = tl.load(x_at, mask=ok, other=0).to(tl.float32)
+    row = b * tokens + token
+    at = row[None, :] * (G * D) + g * D + lane[:, None]
+    code = tl.load(codes + at, mask=ok, other=0).to(tl.int32)
+    turn = tl.load(rank + g * D + lane, mask=lane < D, other=0)
+    s = tl.zeros([TILE], tl.float32) + 1
+    z = tl.zeros([TILE], tl.float32)
+    if DYNAMIC:
+        s = tl.load(ranges + row * 2, mask=there, other=1).to(tl.float32)
+        z = tl.load(ranges + row * 2 + 1, mask=there, other=0).to(tl.float32)
+    for i in range(D):
+        now = tl.load(order + g * D + i)
+        channel = g * D + now
+        if not DYNAMIC:
+            s = tl.load(scale + channel) + tl.zeros([TILE], tl.float32)
+            z = tl.load(zero + channel) + tl.zeros([TILE], tl.float32)
+        here = (lane == now)[:, None]
+        target = tl.sum(tl.where(here, y, 0.0), 0)
+        kept = tl.sum(tl.where(here, code, 0), 0) == _OUTLIER
+        normalised = tl.div_rn(target - z, tl.maximum(s, TINY))
+        found = tl.zeros([TILE], tl.int32)
+        bits, base = tl.load(width + channel) + found, tl.load(first_boundary + channel)
+        for level in tl.static_range(WIDEST):
+            step = tl.where(bits > WIDEST - 1 - level, 1 << (WIDEST - 1 - level), 0)
+            probe = found + step
+            boundary = tl.load(boundaries + base + probe - 1, mask=there & (step > 0), other=float("inf"))
+            found = tl.where(normalised > boundary, probe, found)
+        value = tl.load(levels + tl.load(first_level + channel) + found, mask=there, other=0) * s + z
+        error = target - tl.where(kept, half(target).to(tl.float32), value)
+        code = tl.where(here & (code != _OUTLIER), found[None, :], code)
+        handed_on = tl.load(matrix + (g.to(tl.int64) * D + i) * D + lane, mask=lane < D, other=0).to(tl.float32)
+        # whose turn has come stays what it was, a zero's sign included
+        y = tl.where((turn > i)[:, None], y - handed_on[:, None] * error[None, :], y)
+    tl.store(codes + at, code.to(tl.int16), mask=ok)
+    tl.store(targets + at, half(y), mask=ok)
+
+
+def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dynamic: bool) -> Tensor:
+    """Replace the codes `[B, S, C]` of new tokens `x` `[B, G, S, D]`; returns their targets, `[B, G, S, D]` fp16."""
+    (batch, heads, tokens, dim), tables, fed = x.shape, packed.tables, packed.feedback
+    assert fed is not None
+    targets = torch.empty(codes.shape, dtype=torch.float16, device=x.device)
+    options: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
+    feedback_kernel[(batch * triton.cdiv(tokens, TOKENS), heads)](
+        x,
+        *x.stride()[:3],
+        codes,
+        ranges,
+        targets,
+        tables.scale,
+        tables.zero,
+        tables.width,
+        tables.first_boundary,
+        tables.boundaries,
+        tables.first_level,
+        tables.levels,
+        fed.order,
+        fed.rank,
+        fed.matrix,
+        tokens,
+        G=heads,
+        D=dim,
+        LANES=max(16, triton.next_power_of_2(dim)),
+        DYNAMIC=dynamic,
+        WIDEST=tables.widest,
+        TILE=TOKENS,
+        **options,
+    )
+    return targets.view(batch, tokens, heads, dim).transpose(1, 2)
