@@ -43,6 +43,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return value
     if hasattr(hint, "__dataclass_fields__"):
         return from_fields(hint, value)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        raise ValueError(f"field {name!r} is a number of more than 64 bits")
     # a bool is an int to isinstance, and an int is a fine float
     wanted = (int, float) if hint is float else hint
     if origin is None and isinstance(value, wanted) and (hint is bool) == isinstance(value, bool):

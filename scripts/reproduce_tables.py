@@ -6,7 +6,8 @@ r"""Regenerate the paper's perplexity and ablation tables for a model, with the 
 
 One JSONL row per cell (`scripts/paper_tables.py` lists them); cells that the results file already holds are not run
 again, and an interrupted run continues. Cells that ask for the same evaluation share it. Under `accelerate launch`
-(`torchrun` on CPUs) the windows of every cell are split over processes.
+(`torchrun` on CPUs) the windows of every cell are split over processes. Windows do not begin with <bos>, as in the paper's code,
+and so should those of the records: record with --no-bos.
 """
 
 from argparse import Namespace

@@ -214,6 +214,8 @@ def test_requires_every_json_field(old: bool) -> None:
     [
         {"bits": "3"},
         {"bits": True},
+        {"bits": 10**400},
+        {"sink_tokens": 1 << 64},
         {"sink_tokens": 1.5},
         {"q_norm": 1},
         {"q_norm": None},
