@@ -142,6 +142,12 @@ _Q_NORM = tuple(
     for q_norm in (False, True)
 )
 
+_FEEDBACK = tuple(
+    Cell(f"{name}, feedback {'on' if feedback else 'off'}", name, {"feedback": feedback})
+    for name in ("nuq4", "nuq4-1%", "nuq3", "nuq3-1%", "nuq2", "nuq2-1%", "rdnuq3.4", "rdnuq2.4")
+    for feedback in (False, True)
+)
+
 _CALIBRATION = tuple(
     Cell(f"{name}, {windows or 'all'} windows", name, calibration_windows=windows)
     for name in ("nuq3-1%", "rdnuq3.4")
@@ -162,6 +168,7 @@ TABLES = (
     Table("sinks", "Attention sinks", "section 3.5, Tables 11 and 18", _SINKS),
     Table("ranges", "Calibrated or online ranges of keys", "section 3.6", _RANGES),
     Table("q_norm", "Q-Norm", "first versions of the paper, no table", _Q_NORM),
+    Table("feedback", "Error feedback", "not in the paper", _FEEDBACK),
     Table("calibration", "Size of the calibration", "no table", _CALIBRATION),
     Table("seqlens", "Sequence lengths", "no table", _SEQLENS),
 )

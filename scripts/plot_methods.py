@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results" / "schemes.jsonl"
-OURS = "rdnuq"
+OURS = "rdnuq+fb"
 _NAME = re.compile(r"(?P<name>[a-z]+)\d+(?:\.\d+)?(?P<rest>.*)")
 _EVALUATION = ("model", "text", "seqlen", "tokens")
 _LABEL_GAP = 0.047  # of the axis' height: a line of text
@@ -30,7 +30,10 @@ _NEAR = 3.6
 
 Look = tuple[str, str, str, str]  # label, colour, marker, line
 LOOKS: dict[str, Look] = {
-    OURS: ("rdnuq (ours)", figures.VERMILLION, "o", "-"),
+    OURS: ("rdnuq+fb (ours)", figures.VERMILLION, "o", "-"),
+    "rdnuq": ("rdnuq (ours)", figures.VERMILLION, "o", "--"),
+    "nuq-1%+fb": ("nuq-1%+fb", figures.INK, "s", "-"),
+    "nuq+fb": ("nuq+fb, no outliers (ours)", figures.INK, "s", "--"),
     "nuq-1%": ("nuq-1% (KVQuant)", figures.BLUE, "s", "-"),
     "nuq": ("nuq", figures.BLUE, "s", "--"),
     "nf-1%": ("nf-1%", figures.SKY, "D", "-"),

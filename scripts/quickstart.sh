@@ -14,8 +14,9 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-schemes=(nuq4-1% nuq3-1% nuq2-1% rdnuq3.4 rdnuq2.4) # the paper's, and ours at the bits of its 3 and 2
-generated_scheme=rdnuq3.4                           # the default: the least loss for its bytes
+# the paper's; dense codes with error feedback; the least loss for its bytes, at the bits of the paper's 3 and 2
+schemes=(nuq4-1% nuq3-1% nuq2-1% nuq3+fb rdnuq3.4+fb rdnuq2.4+fb)
+generated_scheme=rdnuq3.4+fb
 prompt="A list comprehension in Python is"
 
 main() {

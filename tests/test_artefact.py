@@ -34,6 +34,8 @@ SCHEMES = [
     Scheme.parse("nuq2-10%", channel_range="online", value_axis="channel"),
     Scheme.parse("nf3", group=8),
     Scheme.parse("rdnuq2.4"),
+    Scheme.parse("nuq2-1%+fb"),
+    Scheme.parse("rdnuq2.4+fb"),
     Scheme.parse("lloyd2"),
     *(Scheme.parse(f"{preset}3") for preset in PRESETS),
 ]

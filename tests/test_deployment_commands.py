@@ -42,7 +42,7 @@ def test_packed_and_simulated_evaluation_agree(arguments: list[str], text_file: 
 
 
 # all that can be packed, and what a scheme may add to it
-SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "nf4-1%", "rdnuq2.4"]
+SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "nf4-1%", "rdnuq2.4", "nuq3+fb", "nuq2-1%+fb", "int4+fb", "rdnuq2.4+fb"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -25,7 +25,7 @@ from quant.artefact import Quantizers, load_quantizers
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
-SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4"]
+SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4", "nuq2-1%+fb"]
 
 
 @pytest.fixture(scope="module")
