@@ -39,11 +39,15 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
         moment: E[g g^T] of every head, `[G, D, D]` float64.
         name: of the layer and kind, for a warning.
     """
-    feedback, left = fit_feedback(moment, _steps(quantizer, moment), name)
+    feedback, left = fit_feedback(moment, steps(quantizer, moment), name)
     quantizer = replace(quantizer, feedback=feedback)
+    return fitted_to_targets(quantizer, side.thinned(_TOKENS), left)
+
+
+def fitted_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:
+    """A quantizer with feedback whose levels, where they are fitted at all, are those of what feedback asks for."""
     if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
         return quantizer
-    side = side.thinned(_TOKENS)
     if isinstance(quantizer, ChannelQuantizer) and not quantizer.scheme.outliers:
         for _ in range(_ROUNDS):
             quantizer = _with_ranges(quantizer, side, left)
@@ -64,14 +68,17 @@ def priced_share(moment: Tensor, deviation: Tensor) -> Tensor:
     return left.clamp(min=_PRICING_FLOOR)
 
 
-def fit_feedback(moment: Tensor, step: Tensor, name: str, damping: float = DAMPING) -> tuple[Feedback, Tensor]:
+def fit_feedback(
+    moment: Tensor, step: Tensor, name: str, damping: float = DAMPING, order: Tensor | None = None
+) -> tuple[Feedback, Tensor]:
     """(feedback, share of each channel's Fisher information that the channels behind it leave, `[C]` float32).
 
-    Channels come in the order of what an error of one `step` `[G, D]` costs. A moment that is not positive semi-definite is
-    damped until it is, which is said in a warning.
+    Channels come in the order of what an error of one `step` `[G, D]` costs, or in the `order` `[G, D]` given. A moment that is
+    not positive semi-definite is damped until it is, which is said in a warning.
     """
     heads, dim, _ = moment.shape
-    order = (step.double().square() * moment.diagonal(dim1=1, dim2=2)).argsort(dim=1, descending=True, stable=True)
+    if order is None:
+        order = (step.double().square() * moment.diagonal(dim1=1, dim2=2)).argsort(dim=1, descending=True, stable=True)
     matrices, left = [], torch.ones(heads, dim, dtype=torch.float64)
     for head in range(heads):
         damped, lower = _factored(moment[head][order[head]][:, order[head]], damping, f"{name} head {head}")
@@ -103,7 +110,7 @@ def _factored(ordered: Tensor, damping: float, name: str) -> tuple[Tensor, Tenso
     return damped, lower
 
 
-def _steps(quantizer: ElementQuantizer, moment: Tensor) -> Tensor:
+def steps(quantizer: ElementQuantizer, moment: Tensor) -> Tensor:
     """How far apart levels lie, up to a factor that all channels share, `[G, D]`."""
     if isinstance(quantizer, TokenQuantizer):
         return torch.ones(moment.shape[:2])

@@ -167,6 +167,17 @@ def allocation() -> str:
     return markdown(["error (bits per element)", *(f"{bits} bits" for bits in widths)], cells)
 
 
+def feedback() -> str:
+    """Held-out error under the whole Fisher matrix, a column for each scheme."""
+    rows = {(row["idea"], row["scheme"]): row for row in rows_of("feedback")}
+    names = list(dict.fromkeys(scheme for _, scheme in rows))
+    cells = [
+        [idea, *(f"{rows[idea, name]['error_ratio']:.2f}" for name in names)]
+        for idea in dict.fromkeys(idea for idea, _ in rows)
+    ]
+    return markdown(["error of d^T F d", *names], cells)
+
+
 def of_gpus(name: str, table: Callable[[list[Row]], tuple[list[str], list[list[str]]]]) -> str:
     """A table of `gpu_tables`, or that there is nothing yet."""
     rows = rows_of(name)
@@ -217,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "instructions": instructions,
     "roofline": roofline,
     "allocation": allocation,
+    "feedback": feedback,
 }
 
 
