@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gradients.atomic import atomic_write, remove_leftovers
@@ -48,6 +48,7 @@ FISHER_DTYPE = torch.bfloat16
 MOMENT_DTYPE = torch.float32
 What = Literal["activation", "fisher", "moment"]
 _SINCE_SCHEMA_2 = ("weights", "bos", "moment_windows")
+_ROPE = Artefact("rotary tables", "kvquant", SCHEMA, "run `python -m gradients` again: complete windows are kept")
 _MAX_WINDOWS = 100_000  # five digits in a file's name
 
 
@@ -270,24 +271,27 @@ class Records:
 
     def write_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Store the rotary tables `[S, R]` of a window's positions, for fits of keys after the rotary embedding."""
-        with atomic_write(self.folder / ROPE_FILE) as path:
-            save_file({"cos": cos.contiguous(), "sin": sin.contiguous()}, path)
+        tables = {"cos": cos.contiguous(), "sin": sin.contiguous()}
+        write_checked(self.folder / ROPE_FILE, _ROPE, {"run": self.manifest.digest}, tables)
 
     def read_rope(self) -> tuple[Tensor, Tensor]:
-        """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing or damaged."""
-        try:
-            with safe_open(self.folder / ROPE_FILE, framework="pt") as file:
-                cos, sin = (file.get_tensor(name) for name in ("cos", "sin"))
-            shape = (self.manifest.seqlen, cos.shape[-1] if cos.ndim else 0)
-            for table in (cos, sin):
-                if table.shape != shape or table.dtype != torch.float32 or not table.isfinite().all():
-                    raise ValueError(f"a table {tuple(table.shape)} {table.dtype} for {self.manifest.seqlen} tokens")
-            return cos, sin
-        except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(
-                f"records {str(self.folder)!r} lack a readable {ROPE_FILE} ({error}); run `python -m gradients` again: "
-                "complete windows are kept"
-            ) from error
+        """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing, damaged or of another run."""
+        path, wanted = self.folder / ROPE_FILE, Expected((self.manifest.seqlen, -1), torch.float32)
+        if self.manifest.schema == 1:  # tables without metadata
+            try:
+                tables = load_file(path)
+                cos, sin = tables["cos"], tables["sin"]
+            except (OSError, SafetensorError, KeyError) as error:
+                raise _ROPE.error(path, f"cannot be read ({error!r})") from error
+        else:
+            with open_checked(path, _ROPE) as file:
+                if file.content["run"] != self.manifest.digest:
+                    raise file.error("belongs to another run")
+                cos, sin = file.read("cos", wanted), file.read("sin", wanted)
+        for table in (cos, sin):
+            if not wanted.fits(table.shape, table.dtype) or table.shape != cos.shape or not table.isfinite().all():
+                raise _ROPE.error(path, f"has a table {tuple(table.shape)} {table.dtype} that is none of its windows")
+        return cos, sin
 
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[N, C]`: all windows without their first `skip_tokens` tokens."""

@@ -253,7 +253,7 @@ def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_
 
 def test_keys_after_the_rotary_embedding_need_its_tables(make_records: Callable[..., Records], tmp_path: Path) -> None:
     made = make_records(tmp_path, [random_window(31, 0)])
-    with pytest.raises(UserError, match=r"lack a readable rope.safetensors .*run `python -m gradients` again"):
+    with pytest.raises(UserError, match=r"rope.safetensors' cannot be read .*run `python -m gradients` again"):
         fit(made, Scheme.parse("nuq3-1%", key_rope="post"))
     fit(made, Scheme.parse("nuq3-1%"))
 
@@ -477,5 +477,5 @@ def test_rotary_tables_of_another_length_are_refused(records: Records, tmp_path:
     made = Records.open(shutil.copytree(records.folder, tmp_path / "copied"))
     cos, sin = records.read_rope()
     made.write_rope(cos[:40], sin[:40])
-    with pytest.raises(UserError, match=r"rope.safetensors .*run `python -m gradients` again"):
+    with pytest.raises(UserError, match=r"rope.safetensors' has tensor cos .*run `python -m gradients` again"):
         fit(made, Scheme.parse("nuq3", key_rope="post"))

@@ -84,6 +84,8 @@ ROWS = [
     row("nuq2-1%", 2.47, 0.31),
     row("nuq2", 2.11, 0.60),
     row("rdnuq2.4", 2.44, 0.08),
+    row("rdnuq2.4+fb", 2.44, 0.06),
+    row("nuq3+fb", 3.11, 0.04),
     row("rdnuq3", 3.04, 0.028),
     row("kivi2", 6.7, 0.04),
     row("kivi4", 8.2, -0.0004),
@@ -121,15 +123,16 @@ def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None
     figure, summary = draw(plot_methods, "--results", str(rows_file(ROWS)))
     (place,) = figure.axes
     lines = {line.get_label(): line for line in place.lines}
-    assert summary["methods"] == len(lines) == 7 and summary["rows"] == len(ROWS)
+    assert summary["methods"] == len(lines) == 9 and summary["rows"] == len(ROWS)
     paper = lines["nuq-1% (KVQuant)"]
     assert paper.get_xdata() == pytest.approx([2.47, 3.46]) and paper.get_ydata() == pytest.approx([0.31, 0.06])
     assert lines["rdnuq (ours)"].get_xdata() == pytest.approx([2.44, 3.04])
     assert lines["KIVI"].get_xdata() == pytest.approx([6.7]), "what loses nothing has no place on a logarithm"
     assert "kivi4: -0.0004" in texts(place)
     assert lines["novel group=8"].get_color() == figures.GREY
-    others = [line.get_linewidth() for label, line in lines.items() if label != "rdnuq (ours)"]
-    assert lines["rdnuq (ours)"].get_linewidth() > 2 * max(others)
+    others = [line.get_linewidth() for label, line in lines.items() if label != "rdnuq+fb (ours)"]
+    assert lines["rdnuq+fb (ours)"].get_linewidth() > 2 * max(others)
+    assert lines["nuq+fb, no outliers (ours)"].get_xdata() == pytest.approx([3.11])
     looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines.values()]
     assert len(set(looks)) == len(looks)
 
