@@ -32,8 +32,8 @@ Look = tuple[str, str, str, str]  # label, colour, marker, line
 LOOKS: dict[str, Look] = {
     OURS: ("rdnuq+fb (ours)", figures.VERMILLION, "o", "-"),
     "rdnuq": ("rdnuq (ours)", figures.VERMILLION, "o", "--"),
-    "nuq-1%+fb": ("nuq-1%+fb", figures.INK, "s", "-"),
-    "nuq+fb": ("nuq+fb, no outliers (ours)", figures.INK, "s", "--"),
+    "nuq-1%+fb": ("nuq-1%+fb (ours)", figures.INK, "s", "-"),
+    "nuq+fb": ("nuq+fb (ours)", figures.INK, "s", "--"),
     "nuq-1%": ("nuq-1% (KVQuant)", figures.BLUE, "s", "-"),
     "nuq": ("nuq", figures.BLUE, "s", "--"),
     "nf-1%": ("nf-1%", figures.SKY, "D", "-"),
