@@ -87,9 +87,12 @@ def store_groups(
     N: tl.constexpr,
 ):
     """Write a block of a head in groups: tokens `low`, ..., `high - 1` from `codes`, earlier ones kept."""
-    for plane in tl.static_range(3):
-        if PLANES & (4 >> plane):
-            store_group_plane(words, codes, tables, block_token, low, high, row0, g, 4 >> plane, KEYS, C, D, N)
+    if PLANES & 4:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 4, KEYS, C, D, N)
+    if PLANES & 2:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 2, KEYS, C, D, N)
+    if PLANES & 1:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 1, KEYS, C, D, N)
 
 
 @triton.jit
@@ -146,29 +149,27 @@ def flip(at, fields, mask, ok):
 
 
 @triton.jit
+def flip_group_plane(words, offset, width, inner, code, slot, ok, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Write a plane of the codes of one token, in groups."""
+    word, bit = group_place(slot, inner, PLANE, KEYS)
+    shift = width & (16 - 2 * PLANE)
+    mask = tl.full(code.shape, (1 << PLANE) - 1, tl.int32) << bit
+    flip(words + offset + 32 * shift + word, (code >> shift) << bit, mask, ok & ((width & PLANE) != 0))
+
+
+@triton.jit
 def flip_groups(
-    words,
-    offset,
-    width,
-    slot_at,
-    code,
-    slot,
-    lane,
-    ok,
-    PLANES: tl.constexpr,
-    KEYS: tl.constexpr,
+    words, offset, width, slot_at, code, slot, lane, ok, PLANES: tl.constexpr, KEYS: tl.constexpr
 ):
     """Write the codes of the block's token `slot`, channels `lane` of a head, in groups."""
     bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
     inner = tl.load(slot_at + lane, mask=ok, other=0) % 16
-    for plane in tl.static_range(3):
-        PLANE: tl.constexpr = 4 >> plane
-        if PLANES & PLANE:
-            word, bit = group_place(slot, inner, PLANE, KEYS)
-            shift = bits & (16 - 2 * PLANE)
-            mask = tl.full(code.shape, (1 << PLANE) - 1, tl.int32) << bit
-            at = words + start + 32 * shift + word
-            flip(at, (code >> shift) << bit, mask, ok & ((bits & PLANE) != 0))
+    if PLANES & 4:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 4, KEYS)
+    if PLANES & 2:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 2, KEYS)
+    if PLANES & 1:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 1, KEYS)
 
 
 @triton.jit

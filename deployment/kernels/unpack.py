@@ -164,14 +164,22 @@ def raw_tile(source, token, channel, token_ok, channel_ok, SOURCE: tl.constexpr,
 def group_codes(words, offset, width, token, inner, PLANES: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr):
     """Codes `[64, N]` int32 of channels `inner` of their groups; words, offset and width as below."""
     codes = tl.zeros([64, N], tl.int32)
-    for plane in tl.static_range(3):
-        PLANE: tl.constexpr = 4 >> plane
-        if PLANES & PLANE:
-            shift = (width & (16 - 2 * PLANE))[None, :]
-            word, bit = group_place(token[:, None], inner[None, :], PLANE, KEYS)
-            held = tl.load(words + offset[None, :] + 32 * shift + word, mask=((width & PLANE) != 0)[None, :], other=0)
-            codes |= ((held >> bit) & ((1 << PLANE) - 1)) << shift
+    if PLANES & 4:
+        codes |= group_plane(words, offset, width, token, inner, 4, KEYS)
+    if PLANES & 2:
+        codes |= group_plane(words, offset, width, token, inner, 2, KEYS)
+    if PLANES & 1:
+        codes |= group_plane(words, offset, width, token, inner, 1, KEYS)
     return codes
+
+
+@triton.jit
+def group_plane(words, offset, width, token, inner, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """The bits of these codes that a plane holds, in their place."""
+    shift = (width & (16 - 2 * PLANE))[None, :]
+    word, bit = group_place(token[:, None], inner[None, :], PLANE, KEYS)
+    held = tl.load(words + offset[None, :] + 32 * shift + word, mask=((width & PLANE) != 0)[None, :], other=0)
+    return ((held >> bit) & ((1 << PLANE) - 1)) << shift
 
 
 @triton.jit

@@ -38,6 +38,7 @@ def _obstacle(device: torch.device) -> str:
     if capability < _LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, below 8.0"
     try:
+        torch.zeros(1, device=device)  # so that there is a context
         with torch.cuda.device(device):
             _load(_built("probe", _PROBE, {}, architecture(device)))
     except ImportError as error:
@@ -88,9 +89,9 @@ def _module(shape: Shape, device: torch.device) -> Any:
     return _load(_built("decode", source, shape.defines(), architecture(device)))
 
 
-def compiled(shape: Shape, arch: str) -> bytes:
-    """Machine code for a shape and architecture, which need not be there; nothing is kept."""
-    return _compile((FOLDER / "decode.cu").read_text(), shape.defines(), arch)
+def compiled(shape: Shape, arch: str, lines: bool = False) -> bytes:
+    """Machine code for a shape and an architecture that need not be there; with `lines` it names its source's. Nothing is kept."""
+    return _compile((FOLDER / "decode.cu").read_text(), shape.defines(), arch, lines)
 
 
 def _built(name: str, source: str, defines: dict[str, int], arch: str) -> bytes:
@@ -121,11 +122,13 @@ def _versions() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _compile(source: str, defines: dict[str, int], arch: str) -> bytes:
+def _compile(source: str, defines: dict[str, int], arch: str, lines: bool = False) -> bytes:
     from cuda.core import Program, ProgramOptions
 
     macros = [(name, str(value)) for name, value in defines.items()]
-    options = ProgramOptions(arch=arch, std="c++17", include_path=str(FOLDER), define_macro=macros)
+    options = ProgramOptions(
+        arch=arch, std="c++17", include_path=str(FOLDER), define_macro=macros or None, lineinfo=lines or None
+    )
     return bytes(Program(source, "c++", options).compile("cubin").code)
 
 

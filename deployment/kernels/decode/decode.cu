@@ -65,12 +65,19 @@ DEVICE constexpr bool is_quad(int widths) { return only(widths) == 2; }  // four
 DEVICE constexpr int entries(int width, int widths) {
     return !(widths >> width & 1) ? 0 : width == 0 ? 1 : width == 1 ? 18 : width == 4 || only(widths) > 1 ? 256 : width == 2 ? 52 : 120;
 }
-DEVICE constexpr int first_entry(int width, int widths) { return width == 0 ? 0 : first_entry(width - 1, widths) + entries(width - 1, widths); }
+DEVICE constexpr int first_entry(int width, int widths) {
+    int sum = 0;
+    for (int w = 0; w < width; w++) sum += entries(w, widths);
+    return sum;
+}
 
 struct alignas(16) Team {
     float scores[WARPS][CHUNK][QUERIES];  // a warp's shares
     alignas(16) uint16_t scaled[QUERIES][CHUNK + 8];  // weights times scales of tokens
     alignas(16) float delta[WARPS][4][8];             // by which columns are rotated from set to set
+#if QUERIES < 4
+    float column[WARPS][32][8];  // queries rotated back to the next set
+#endif
     float raised[WARPS][QUERIES], shrink[QUERIES];
     int end[QUERIES];  // tokens of the page that a query sees
 #if KEY_OUTLIERS
@@ -113,11 +120,13 @@ template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int wid
 
 DEVICE uint32_t entry_of(uint32_t own, uint32_t word, int byte) { return dp4a(word, 0x80u << (8 * byte), own); }
 
-DEVICE void load_group(uint32_t* w, const uint32_t* at, int width, int lane) {
-    if (width == 4) load4(w, at + 4 * lane);
-    if (width == 2 || width == 3) load2(w, at + 2 * lane);
-    if (width == 3) w[2] = load1(at + 64 + lane);
-    if (width == 1) w[0] = load1(at + lane);
+template <int WIDTHS> DEVICE void load_group(uint32_t* w, const uint32_t* at, int width, int lane) {
+    at += (width == 4 ? 4 : 2) * lane;
+    if (width == 4) load4(w, at);
+    else if (!(WIDTHS & 3) || width >= 2) {
+        load2(w, at);
+        w[2] = width == 3 ? load1(at + 64 - lane) : 0;
+    } else if (only(WIDTHS) != 0) w[0] = width ? load1(at - lane) : 0, w[1] = w[2] = 0;
 }
 
 // The words of a lane and group as four words of nibbles; two words of four codes a byte are left.
@@ -125,16 +134,14 @@ template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
     if (is_quad(WIDTHS) || width == 4) return;
     const uint32_t high = only(WIDTHS) == 3 ? 0xCCCCCCCCu : 0x44444444u;  // a table of its own does not mind the fourth bit
     const uint32_t a = w[0], b = w[1], c = w[2];
-    if (width == 3) {
+    if (only(WIDTHS) == 0) w[0] = w[1] = w[2] = w[3] = 0;
+    else if ((WIDTHS & 2) && width == 1) {
+        w[0] = a & 0x11111111u, w[1] = a >> 1 & 0x11111111u, w[2] = a >> 2 & 0x11111111u, w[3] = a >> 3 & 0x11111111u;
+    } else {  // where there are no third bits, or none at all, they are 0
         w[0] = (a & 0x33333333u) | (c << 2 & high);
         w[1] = (a >> 2 & 0x33333333u) | (c << 1 & high);
         w[2] = (b & 0x33333333u) | (c & high);
         w[3] = (b >> 2 & 0x33333333u) | (c >> 1 & high);
-    } else if (width == 2) {
-        w[0] = a & 0x33333333u, w[1] = a >> 2 & 0x33333333u, w[2] = b & 0x33333333u, w[3] = b >> 2 & 0x33333333u;
-    } else {
-#pragma unroll
-        for (int n = 0; n < 4; n++) w[n] = width == 1 ? a >> n & 0x11111111u : 0;
     }
 }
 
@@ -163,15 +170,24 @@ struct Worker {
     int64_t origin, stream;
     int key_width[2], value_width[2];
     uint32_t key_own[2], value_own[2];
-    const uint32_t *key_at[2], *value_at[2];
+    const uint32_t *key_at, *value_at;
     int pair[4];                      // of the lane's columns
     uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
-    float column[8], output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
+    float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
     uint32_t next[8], operand[2][2];
+#if QUERIES < 4
+    float (&column)[8];  // of the lane: where sets are long registers are dearer
+#else
+    float column[8];
+#endif
     int key_begin, key_end, value_begin, value_end;
 
     DEVICE Worker(const Params& p, Shared& s, int t, int thread)
-        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3) {}
+        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3)
+#if QUERIES < 4
+          , column(s.team[t].column[thread >> 5][thread & 31])
+#endif
+    {}
 
     DEVICE void wait() { barrier(team + 1, THREADS); }
     DEVICE int width_of(const Side& side, int group, int widths) {
@@ -180,11 +196,11 @@ struct Worker {
     DEVICE const uint32_t* group_at(const Side& side, int group) {
         return side.words + (int64_t)b * P.blocks * side.block_words + side.offset[g * D + side.channel[g * D + 16 * group]];
     }
-    // Words of a block, the last one for those beyond it.
-    DEVICE void load_block(int block, const Side& side, const uint32_t* const* at, const int* width) {
-        const int64_t far = (int64_t)min(block, last_block) * side.block_words;
-        load_group(next, at[0] + far, width[0], lane);
-        load_group(next + 4, at[1] + far, width[1], lane);
+    // Words of a block, the last one for those beyond it; a warp's groups lie side by side.
+    template <int WIDTHS> DEVICE void load_block(int block, const Side& side, const uint32_t* at, const int* width) {
+        at += (int64_t)min(block, last_block) * side.block_words;
+        load_group<WIDTHS>(next, at, width[0], lane);
+        load_group<WIDTHS>(next + 4, at + 32 * width[0], width[1], lane);
     }
     DEVICE int64_t query_at(int number) {
         return b * P.query_b + (g * P.group + number % P.group) * P.query_h + (int64_t)(number / P.group) * P.query_s;
@@ -217,14 +233,14 @@ struct Worker {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             key_width[i] = width_of(P.key, 2 * warp + i, KEY_WIDTHS), value_width[i] = width_of(P.value, 2 * warp + i, VALUE_WIDTHS);
-            key_at[i] = group_at(P.key, 2 * warp + i), value_at[i] = group_at(P.value, 2 * warp + i);
             key_own[i] = own_entries<KEY_WIDTHS>(S.keys, key_width[i], lane), value_own[i] = own_entries<VALUE_WIDTHS>(S.values, value_width[i], lane);
 #pragma unroll
             for (int n = 0; n < 4; n++) output[i][n] = 0;
         }
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        load_block(2 * first, P.key, key_at, key_width);
+        key_at = group_at(P.key, 2 * warp), value_at = group_at(P.value, 2 * warp);
+        load_block<KEY_WIDTHS>(2 * first, P.key, key_at, key_width);
         begin_keys();
         if (tid < QUERIES) {
             const int64_t seen = position_of(tile * QUERIES + tid) - origin + 1;
@@ -293,8 +309,8 @@ struct Worker {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
 #pragma unroll
             for (int i = 0; i < 8; i++) w[i] = next[i];
-            if (block == 0) load_block(2 * chunk + 1, P.key, key_at, key_width);
-            else load_block(2 * chunk, P.value, value_at, value_width);
+            if (block == 0) load_block<KEY_WIDTHS>(2 * chunk + 1, P.key, key_at, key_width);
+            else load_block<VALUE_WIDTHS>(2 * chunk, P.value, value_at, value_width);
             expand<KEY_WIDTHS>(w, key_width[0]), expand<KEY_WIDTHS>(w + 4, key_width[1]);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
@@ -418,8 +434,8 @@ struct Worker {
             uint32_t w[8], weight[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) w[i] = next[i];
-            if (block == 0) load_block(2 * chunk + 1, P.value, value_at, value_width);
-            else if (chunk + 1 < last) load_block(2 * chunk + 2, P.key, key_at, key_width);
+            if (block == 0) load_block<VALUE_WIDTHS>(2 * chunk + 1, P.value, value_at, value_width);
+            else if (chunk + 1 < last) load_block<KEY_WIDTHS>(2 * chunk + 2, P.key, key_at, key_width);
             expand<VALUE_WIDTHS>(w, value_width[0]), expand<VALUE_WIDTHS>(w + 4, value_width[1]);
             const uint16_t* at = &T.scaled[row % QUERIES][64 * block + 16 * c];
             read4(weight, at), read4(weight + 4, at + 8);
@@ -505,6 +521,7 @@ struct Worker {
 #endif
         score_chunk(chunk);
 #if KEY_OUTLIERS
+#pragma unroll 1
         for (int at = key_begin + tid; at < key_end; at += THREADS) {
             const uint32_t word = key_one;
             key_one = key_two, key_two = entry(P.key, at + 2 * THREADS, key_end);
@@ -520,6 +537,7 @@ struct Worker {
         softmax(chunk, range);
         add_values(chunk);
 #if VALUE_OUTLIERS
+#pragma unroll 1
         for (int at = value_begin + tid; at < value_end; at += THREADS) {
             const uint32_t word = value_one;
             value_one = value_two, value_two = entry(P.value, at + 2 * THREADS, value_end);

@@ -76,7 +76,8 @@ class Shape:
     def shared_bytes(self) -> int:
         """Shared memory of `attend`, `sizeof(Shared)`."""
         dim, queries, keys, values = self.head_dim, self.queries, self.key_outliers, self.value_outliers
-        team = dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2 + dim + dim // 32 * 96
+        team = dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2 + dim * 4
+        team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
         team += keys * _padded(8 * dim // 2 * queries + 4 * CHUNK * queries + 4 * dim)
         team += values * _padded(4 * queries * dim + 2 * CHUNK * queries + 4 * dim + 4 * CHUNK)
