@@ -25,7 +25,7 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
-SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128)}  # H, G, D
+SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
 SPARE_TOKENS = 512  # room after the context, for chunks that are attended or stored
 _FILL = 4096  # tokens stored at a time
 

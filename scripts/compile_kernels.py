@@ -42,7 +42,7 @@ _ROUNDS = ("add_key(word, chunk);", "add_value(word, chunk);")
 def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int = HEAD_DIM) -> Shape:
     """What host.py would choose for keys and values of so many bits."""
     widths = 0b11100 if bits == MIXED else 1 << bits
-    teams = teams_for(head_dim, queries, (widths, widths))
+    teams = teams_for(head_dim, queries)
     shape = Shape(head_dim, queries, teams, widths, widths, int(bits != MIXED), int(outliers), int(outliers), 0)
     while shape.shared_bytes > SHARED_LIMIT[target]:
         shape = replace(shape, teams=shape.teams - 1)

@@ -221,17 +221,16 @@ def _shape(segment: PackedSegment, rows: int, dim: int, bfloat: bool, most_share
     ]
     dynamic = int(segment.value_page.scales is not None)
     widths = _mask(key.occurring), _mask(value.occurring)
-    for teams in range(teams_for(dim, rows, widths), 0, -1):
+    for teams in range(teams_for(dim, rows), 0, -1):
         shape = Shape(dim, rows, teams, *widths, dynamic, *outliers, int(bfloat))
         if shape.shared_bytes <= most_shared:
             return shape
     raise ValueError(f"{shape} needs {shape.shared_bytes} bytes of shared memory; there are {most_shared}")
 
 
-def teams_for(dim: int, queries: int, widths: tuple[int, int]) -> int:
-    """Teams of D threads: what was fastest on an H100."""
-    threads = 640 if queries == 1 else 384
-    return max(1, threads // dim)
+def teams_for(dim: int, queries: int) -> int:
+    """Teams of D threads in a block: what was fastest on an H100, one of 2 to 5, with enough registers for each."""
+    return max(1, (512 if queries == 1 else 384) // dim)
 
 
 def _of_equal_strides(segment: DenseSegment) -> tuple[Tensor, Tensor]:
