@@ -3,19 +3,17 @@
     python -m deployment.benchmark --shape llama-7b --scheme nuq3-1% --contexts 2K 32K 128K
     python -m deployment.benchmark --shape llama-3-8b --scheme rdnuq2.4 --contexts 128K --batch 4 --ops decode
     python -m deployment.benchmark --shape ./smollm2 --scheme nuq4-1% --contexts 2048
-    python -m deployment.benchmark --contexts 2K --ops decode --tune chunk=256 stages=2
 
 `append` stores one token per sequence, `decode` attends one query per head and sequence, `prefill` attends a chunk of
 512. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to
 attend that is known (dense.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
 the same device. Several copies of the layer are visited in turn, so that no cache of the device holds the data.
 Numbers are random: what is timed does not depend on them, apart from the share of outliers, which is as the scheme
-says. `--tune` runs the kernels with other numbers than those of `kernels/tuning.py`; the row says which.
+says.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from torch import Tensor
 from deployment.dense import decode_calls, stock_call
 from deployment.devices import current
 from deployment.kernels.dispatch import attend, runs_kernels
-from deployment.kernels.tuning import Tuning, tuned
 from deployment.plan import parse_tokens
 from deployment.step import attend_with_torch
 from deployment.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
@@ -119,7 +116,7 @@ def _calls(op: str, cases: Sequence[Case], shape: Shape, kernels: bool) -> tuple
     ours: Calls = [decode_call(case, new, shape, kernels) for case in cases]
     if op == "prefill":
         return ours, {"sdpa": [stock_call(case, new, shape) for case in cases]}
-    ways = [decode_calls(case, shape, kernels) for case in cases]
+    ways = [decode_calls(case, shape) for case in cases]
     return ours, {name: [calls[name] for calls in ways] for name in ways[0]}
 
 
@@ -129,19 +126,6 @@ def parse_ops(text: str) -> list[str]:
     if unknown := set(asked) - set(OPS):
         raise argparse.ArgumentTypeError(f"{min(unknown)!r} is none of {', '.join(OPS)}")
     return [op for op in OPS if op in asked]
-
-
-def parse_change(text: str) -> tuple[str, int]:
-    """argparse type: `entries=256` of a `Tuning`."""
-    names = [field.name for field in fields(Tuning)]
-    name, _, number = text.partition("=")
-    if name not in names or not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=NUMBER with a name of {', '.join(names)}")
-    try:
-        with tuned(**{name: int(number)}):
-            return name, int(number)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 @torch.inference_mode()
@@ -156,13 +140,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--ops", type=parse_ops, default=list(OPS), help=f"some of {','.join(OPS)} (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--tune", type=parse_change, nargs="+", default=[], metavar="NAME=NUMBER", help="of the kernels' tuning"
-    )
     parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 
-    with current(torch.device(arguments.device)), tuned(**dict(arguments.tune)):
+    with current(torch.device(arguments.device)):
         return {"rows": _measured(arguments)}
 
 
@@ -173,7 +154,7 @@ def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rate, rows = copy_rate(device), []
     for context in arguments.contexts:
         row = {name: getattr(arguments, name) for name in ("shape", "scheme", "batch")}
-        row |= {"context": context, **({"tuned": dict(arguments.tune)} if arguments.tune else {})}
+        row |= {"context": context}
         row |= benchmark(shape, scheme, context, arguments.batch, arguments.ops, device, rate)
         path = "Triton kernels" if row["path"] == "triton" else "the torch path, no kernels"
         print(f"{context} tokens, {path} on {device}; a copy moves {row['copy_gb_per_s']} GB/s; ", end="")

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deployment.order import FragmentOrder, Order
+from deployment.order import GroupOrder, Order
 from quant.storage import BLOCK_TOKENS
 
 _WORD = 32
@@ -57,6 +57,6 @@ def _words(bits: Tensor) -> Tensor:
 
 
 @cache
-def places_of(order: FragmentOrder) -> Places:
-    """`Places.of`, remembered: all layers of a model share these, about a megabyte."""
+def places_of(order: GroupOrder) -> Places:
+    """`Places.of`, remembered: about a megabyte, which layers share that share their order."""
     return Places.of(order, order.device)

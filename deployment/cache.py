@@ -25,7 +25,7 @@ from deployment.kept import ungraphed, writable
 from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
-from deployment.rope import rotates_whole_heads
+from deployment.rope import rotary_half
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
 from quant.artefact import Quantizers
@@ -64,7 +64,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         sink_tokens: int,
         capacity: int | None = None,
         exact_chunk: bool = True,
-        fragments: bool = True,
+        rotary_half: int | None = None,
     ) -> None:
         # nothing of the base class, which would say that there are `keys`, and that they are None
         self.is_initialized = False
@@ -72,7 +72,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sink_tokens = sink_tokens
         self.capacity = capacity
         self.exact_chunk = exact_chunk
-        self.fragments = fragments  # whether codes may lie in the order of tensor cores (order.py)
+        self.rotary_half = rotary_half  # half of the channels of a head that rotate, None for all
         self.slots = 0  # tokens seen per row, padding included: what transformers calls the sequence length
         self.lengths: list[int] = []  # tokens stored per row
         self.stored = torch.zeros(0, dtype=torch.int64)  # the same on the device, where the kernels keep count
@@ -89,7 +89,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         batch, heads, _, dim = key_states.shape
         for kind, quantizer in self.quantizers.items():
             self.sinks[kind] = torch.zeros(batch, heads, self.sink_tokens, dim, dtype=torch.float16, device=self.device)
-            self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device, kind, self.fragments)
+            self.packed[kind] = PackedTensor(quantizer, batch, heads, dim, self.device, kind, self.rotary_half)
             if self.capacity is not None:
                 self.packed[kind].reserve(self.capacity - self.sink_tokens, exactly=True)
         self.lengths = [0] * batch
@@ -363,11 +363,15 @@ class PackedCache(Cache):
         if quantizers is not None:
             quantizers.check_model(config)
             quantizers.check_packable()
-            whole_heads = rotates_whole_heads(config)
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]
                 layers[layer] = PackedLayer(
-                    sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk, whole_heads
+                    sides["key"],
+                    sides["value"],
+                    quantizers.scheme.sink_tokens,
+                    capacity,
+                    exact_chunk,
+                    rotary_half(config, layer),
                 )
         packed = [layer for layer in layers if isinstance(layer, PackedLayer)]
         for layer in packed:

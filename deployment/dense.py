@@ -2,8 +2,7 @@
 
 A decode step has one query per head. torch's SDPA takes grouped queries with `enable_gqa`, but not every backend does
 that well, so the H / G queries of a KV head are also folded into one problem of as many queries, `[B, G, H/G, D]`
-against `[B, G, T, D]`: exact, since a decode step masks nothing. Our own split kernel reads plain tensors, too; it
-rotates keys on the way, which the others do not have to. The fastest of them all is what counts.
+against `[B, G, T, D]`: exact, since a decode step masks nothing. The fastest of them all is what counts.
 """
 
 from collections.abc import Callable
@@ -31,7 +30,7 @@ def stock_call(case: Case, new: int, shape: Shape) -> Call:
     return lambda: scaled_dot_product_attention(query, case.key, case.value, enable_gqa=grouped)
 
 
-def decode_calls(case: Case, shape: Shape, kernels: bool) -> dict[str, Call]:
+def decode_calls(case: Case, shape: Shape) -> dict[str, Call]:
     """Ways of attending one query per head, by name; some of them may raise RuntimeError, on some devices or shapes."""
     query = _queries(case, 1, shape)
     folded = query.view(len(query), shape.kv_heads, -1, shape.head_dim)
@@ -44,8 +43,6 @@ def decode_calls(case: Case, shape: Shape, kernels: bool) -> dict[str, Call]:
     if case.key.is_cuda:
         suffix = " folded" if grouped else ""
         calls |= {f"{name}{suffix}": _by(backend, folded, case) for name, backend in _BACKENDS.items()}
-    if kernels:
-        calls["our split kernel"] = split_call(case, shape)
     return calls
 
 
@@ -55,18 +52,6 @@ def _by(backend: SDPBackend, query: Tensor, case: Case) -> Call:
             return scaled_dot_product_attention(query, case.key, case.value)
 
     return call
-
-
-def split_call(case: Case, shape: Shape) -> Call:
-    """Our own attention kernel, with all tokens in one plain segment."""
-    from deployment.kernels.packed import DenseSegment, attend_packed
-
-    query, (batch, _, tokens, _) = _queries(case, 1, shape), case.key.shape
-    origins = torch.zeros(batch, dtype=torch.int64, device=query.device)
-    rotary = case.rope.for_kernels(tokens + 1, shape.head_dim, query.device)
-    segment = DenseSegment(case.key, case.value, origins, None)
-    scaling = shape.head_dim**-0.5
-    return lambda: attend_packed(query, origins[:, None] + tokens, [segment], rotary, scaling, shape.kv_heads)
 
 
 def _queries(case: Case, new: int, shape: Shape) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from deployment.bits import places_of
-from deployment.order import FragmentOrder, Order, Role, order_of
+from deployment.order import GroupOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
 from deployment.streams import FEW, OutlierStreams, index_span
 from deployment.tables import FeedbackTables, Tables
@@ -61,7 +61,10 @@ class Page:
 
 
 class PackedTensor:
-    """One layer's packed keys or values of B sequences; the attributes' bytes are all that is stored."""
+    """One layer's packed keys or values of B sequences; the attributes' bytes are all that is stored.
+
+    `rotary_half` and `channels` are as of `order_of`.
+    """
 
     def __init__(
         self,
@@ -71,11 +74,13 @@ class PackedTensor:
         head_dim: int,
         device: torch.device,
         role: Role,
-        fragments: bool = True,
+        rotary_half: int | None = None,
+        channels: Tensor | None = None,
     ) -> None:
         self.quantizer = quantizer.to(device)
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
-        self.order: Order = order_of(self.quantizer, heads, head_dim, role, fragments)
+        self.rotary_half = head_dim // 2 if rotary_half is None else rotary_half
+        self.order: Order = order_of(self.quantizer, heads, head_dim, role, rotary_half, channels)
         self.span = index_span(head_dim) if self.keeps_outliers else 0  # tokens that an outlier's index tells apart
         self.pages: list[Page] = []
 
@@ -188,7 +193,7 @@ class PackedTensor:
     def _write_codes(self, page: Page, rows: Rows, offset: int, codes: Tensor) -> None:
         """Put codes `[R, n, C]` at token `offset` of a page, keeping what the first block already holds."""
         first, filled = divmod(offset, BLOCK_TOKENS)
-        if codes.shape[1] == 1 and isinstance(self.order, FragmentOrder):
+        if codes.shape[1] == 1 and isinstance(self.order, GroupOrder):
             page.words[rows, first] = places_of(self.order).store(page.words[rows, first], filled, codes[:, 0])
             return
         last = -(-(offset + codes.shape[1]) // BLOCK_TOKENS)

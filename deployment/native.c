@@ -2,7 +2,7 @@
 //
 // A block of one KV head becomes a tile of numbers on the stack, [columns][rows], 16 rows at a time: rows are tokens for
 // keys and channels for values, so that neither scores nor sums add up within a vector. `which` says which word has the
-// codes of a row, `columns` which columns its fields are. Softmax is online: for each query the highest score so far, the
+// codes of a row (half a word of nibbles), `columns` which columns its fields are. Softmax is online: for each query the highest score so far, the
 // sum of weights relative to it, and the weighted sum of values, which `stored` and `exact` carry on from call to call.
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +23,7 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
-    const int32_t *words, *which, *columns;  // [B, blocks, G * words of a head], [M, R], [M, fields]
+    const int32_t *words, *which, *columns;  // [B, blocks, G * words of a head], [M, R], [M, 4]
     const float *levels, *scale, *zero;      // [16] repeated to fill; [G * D], null if by token
     const _Float16 *scales;                  // [B, blocks * 64, 2]: scale and zero by token, null if by channel
     const uint16_t *index;                   // of outliers, null if there are none
@@ -82,14 +82,15 @@ static inline floats exponential(floats x) {
     return p * (floats)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
 
-// 3 bits: the codes in the spare bits of three words become a fourth (packing.py).
-static const int32_t *with_spare(const int32_t *words, int units, int32_t *room) {
-    memcpy(room, words, 12 * units);
-    for (int unit = 0; unit < units; unit++)
-        for (int bit = 0; bit < 3; bit++) {
-            int32_t spare = words[bit * units + unit] >> 3 & 0x11111111;
-            room[3 * units + unit] = (bit ? room[3 * units + unit] : 0) | spare << bit;
-        }
+// The words of nibbles [groups][32 lanes][4] of groups of 2 or 3 bits (order.py).
+static const int32_t *nibbles(const int32_t *words, int groups, int64_t bits, int32_t *room) {
+    for (int group = 0; group < groups; group++, words += 32 * bits)
+        for (int lane = 0; lane < 32; lane++)
+            for (int n = 0; n < 4; n++) {
+                int32_t word = words[2 * lane + n / 2] >> (2 * (n % 2)) & 0x33333333;
+                if (bits == 3) word |= (words[64 + lane] >> n & 0x11111111) << 2;
+                room[(group * 32 + lane) * 4 + n] = word;
+            }
     return room;
 }
 
@@ -97,13 +98,13 @@ static const int32_t *with_spare(const int32_t *words, int units, int32_t *room)
 static void dequantize(const Side *side, int64_t row, int64_t head, int64_t block, float *tile) {
     int64_t dim = side->dim, bits = side->bits, per_head = dim * BLOCK * bits / 32;
     int rows = side->keys ? BLOCK : dim, columns = side->keys ? dim : BLOCK;
-    int fields = bits == 2 ? 16 : 8, width = bits == 2 ? 2 : 4, sets = columns / fields;
+    int fields = 4, sets = columns / fields;
     int by_column = side->keys == !side->scales;
-    int32_t room[MOST / 8], held[MOST / 8];
+    int32_t room[MOST / 8], held[MOST / 4];
     float scale[MOST_DIM], zero[MOST_DIM];
     const int32_t *words = side->words + ((row * side->blocks + block) * side->heads + head) * per_head;
-    if (bits == 3) words = with_spare(words, per_head / 3, room);
-    for (int i = 0; i < sets * rows; i++) held[i] = words[side->which[i]];
+    if (bits < 4) words = nibbles(words, dim / 16, bits, room);
+    for (int i = 0; i < sets * rows; i++) held[i] = ((const uint16_t *)words)[side->which[i]];
     if (side->scales) {
         const _Float16 *scales = side->scales + (row * side->blocks + block) * BLOCK * 2;
         float both[2 * BLOCK];
@@ -121,7 +122,7 @@ static void dequantize(const Side *side, int64_t row, int64_t head, int64_t bloc
             for (int start = 0; start < rows; start += LANES) {
                 ints codes;
                 memcpy(&codes, held + set * rows + start, sizeof codes);
-                floats level = chosen(table, codes >> (width * field));
+                floats level = chosen(table, codes >> (4 * field));
                 if (!by_column) level = level * loaded(scale + start) + loaded(zero + start);
                 memcpy(tile + column * rows + start, &level, sizeof level);
             }

@@ -25,7 +25,7 @@ from torch import Tensor
 from deployment.cache import PackedLayer
 from deployment.kernels.attend import Segment
 from deployment.layout import PackedTensor, Page
-from deployment.order import FragmentOrder, fragment_words
+from deployment.order import GroupOrder, half_words, usual_channels
 from deployment.rope import Rope
 from gradients.models import KINDS
 from quant.quantizer import TokenQuantizer
@@ -36,6 +36,7 @@ _MOST_QUERIES = 16  # of a KV head; for more, matrix products over dequantized s
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-shared", "-fPIC")
 _LEVELS = 16
+_MOST_DIM = 256
 _tables: WeakKeyDictionary[PackedTensor, list[Tensor | None]] = WeakKeyDictionary()
 
 
@@ -108,7 +109,16 @@ def takes(layer: PackedLayer, query: Tensor) -> bool:
     sides = layer.packed.values()
     if query.shape[1] // layer.packed["key"].heads * query.shape[2] > _MOST_QUERIES:
         return False
-    return all(isinstance(side.order, FragmentOrder) for side in sides) and _library() is not None
+    return layer.rotary_half in (None, query.shape[-1] // 2) and all(map(_takes, sides)) and _library() is not None
+
+
+def _takes(side: PackedTensor) -> bool:
+    """Whether all codes of a side have one width of 2, 3 or 4 bits, and channels are in their own order."""
+    order, dim = side.order, side.head_dim
+    if not isinstance(order, GroupOrder) or len(order.occurring) > 1 or order.occurring[0] not in (2, 3, 4):
+        return False
+    usual = usual_channels(side.heads, dim, order.role, dim // 2, side.device)
+    return dim % 64 == 0 and dim <= _MOST_DIM and order.channels is usual
 
 
 def _call(function: Any, *arguments: ctypes.Structure | Tensor | int) -> None:
@@ -123,7 +133,7 @@ def _call(function: Any, *arguments: ctypes.Structure | Tensor | int) -> None:
 def _side(packed: PackedTensor, page: Page) -> tuple[_Side, object]:
     """What native.c is told, and what must outlive the call."""
     streams, order = page.outliers, packed.order
-    assert isinstance(order, FragmentOrder)
+    assert isinstance(order, GroupOrder)
     if streams is not None and streams.starts is not None:  # kernels leave room between streams
         streams = streams.rebuilt(*streams.entries())
     lists = [None] * 3 if streams is None else [streams.index, streams.value, streams.ends]
@@ -132,7 +142,7 @@ def _side(packed: PackedTensor, page: Page) -> tuple[_Side, object]:
         None if tensor is None else tensor.data_ptr() or None
         for tensor in (page.words, *_fixed(packed), page.scales, *lists)
     ]
-    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, order.bits, order.role == "key")
+    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, order.occurring[0], order.role == "key")
     return _Side(*pointers, *numbers), streams
 
 
@@ -140,12 +150,12 @@ def _fixed(packed: PackedTensor) -> list[Tensor | None]:
     """What is the same for all pages: words of rows, levels, scales of channels."""
     if packed not in _tables:
         order, tables = packed.order, packed.tables
-        assert isinstance(order, FragmentOrder)
+        assert isinstance(order, GroupOrder)
         # so that bits above a code, which belong to its neighbours, do not matter
         levels = tables.levels.repeat(_LEVELS // len(tables.levels))
         by_token = isinstance(packed.quantizer, TokenQuantizer)
         scales = [None, None] if by_token else [tables.scale, tables.zero]
-        _tables[packed] = [*fragment_words(order), levels, *scales]
+        _tables[packed] = [*half_words(order), levels, *scales]
     return _tables[packed]
 
 

@@ -3,15 +3,28 @@
 A block is 64 tokens of all KV heads, and its words `[W]` are the heads' words one after another. Two orders exist:
 
 - `ChannelOrder`: channel after channel, each with its own number of bits. Any head dimension, any widths.
-- `FragmentOrder`: for one width of 2, 3 or 4 bits and head dimensions of 64, 128 and 256. Lane by lane, each gets
-  the codes that a tensor core wants from it, so that the decode kernel unpacks operands in registers.
+- `GroupOrder`: groups of 16 channels with a width each, 0 to 6 bits, lane by lane as a tensor core wants them, so that the
+  decode kernel unpacks operands in registers. Which channels share a group is part of the order.
 
-A tensor core's `m16n8k16` takes from each lane l of a warp the elements k = 2 (l mod 4) + {0, 1} and + {8, 9} of row
-n = l div 4 of its second operand. That operand is K^T (k: channel, n: token) for the scores, V (k: token,
-n: channel) for the output. A *unit* is what one lane unpacks at once: 8 nibbles a word (packing.py). Keys hold the two
-halves of the rotary pairs (c, c + D/2) in one unit, so that the rotation needs no other lane.
+A tensor core's `m16n8k16` takes from each lane l of a warp, r = l div 4 and c = l mod 4, the elements of rows r and r + 8 and of
+columns 2 c + {0, 1, 8, 9} of its first operand. That operand is 16 tokens x 16 channels of keys for the scores, 16 channels x 16
+tokens of values for the output. So a lane has 32 codes of every group and block:
+
+    keys     code 4 v + i      token 8 v + r              channel 2 c + (0, 1, 8, 9)[i] of the group     v = 0 ... 7
+    values   code 16 h + t     token 16 c + t             channel 8 h + r of the group                   (any order of tokens does)
+
+The 32 codes are eight nibbles of four words, code 8 n + j in nibble j of word n, if they have 4 bits. Other widths are made of planes of
+4, 2 and 1 bits, widest first, as in packing.py (3 = 2 + 1): a plane of p bits of a group takes p words a lane, which lie side by side, and
+
+    plane of 4 bits    word n                nibble j                    has all of code 8 n + j
+    plane of 2 bits    word n div 2          nibble j, upper half if n is odd
+    plane of 1 bit     the only word         nibble j, bit n
+
+so that a shift and a mask make a word of eight nibbles of any of them. A group of w bits takes 32 w words. Groups of keys come in pairs, the
+first halves of 16 rotary pairs and their second halves, so that a rotation needs no other lane.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal, Protocol
@@ -19,17 +32,17 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from deployment.packing import GROUP, pack, pack_spare_bits, unpack, unpack_spare_bits
+from deployment.packing import GROUP, pack, planes, unpack
 from quant.quantizer import Quantizer
 from quant.storage import BLOCK_TOKENS
 
 Role = Literal["key", "value"]
 
 LANES = 32
-NIBBLES = 8  # of a word
-_UNIT_CODES = {2: 16, 3: 32, 4: 8}
-_MAX_VECTOR = 4  # words that a lane loads at once: 16 bytes
-_HEAD_DIMS = (64, 128, 256)
+GROUP_CHANNELS = 16
+_LANE_CODES = 32  # of a group and block
+_EVERY_NIBBLE = 0x11111111
+_MOST_BITS = 6
 
 
 class Order(Protocol):
@@ -85,146 +98,160 @@ class ChannelOrder:
         return codes
 
 
-@dataclass(frozen=True)
-class FragmentOrder:
-    """Unit after unit, those of lanes side by side; see `fragment_index` for which codes a unit holds."""
+@dataclass(frozen=True, eq=False)
+class GroupOrder:
+    """Groups of 16 channels one after another, head by head.
 
-    bits: int
-    heads: int
-    head_dim: int
+    `widths` `[G, D / 16]` int64, at most 6. `channels` `[G, D]` int64: which channel of its head comes where, 16 to a group. Groups of keys
+    hold the first halves of rotary pairs, and every second one the others of the group before. Raises ValueError for something else.
+    """
+
+    widths: Tensor
+    channels: Tensor
     role: Role
-    device: torch.device
 
-    @staticmethod
-    def takes(bits: int, head_dim: int) -> bool:
-        """Whether codes of `bits` bits of heads of this size can be laid out so."""
-        return bits in _UNIT_CODES and head_dim in _HEAD_DIMS
+    def __post_init__(self) -> None:
+        heads, dim = self.channels.shape
+        every = torch.arange(dim, device=self.channels.device).expand(heads, -1)
+        if dim % (2 * GROUP_CHANNELS) or self.widths.shape != (heads, dim // GROUP_CHANNELS):
+            raise ValueError(f"widths {tuple(self.widths.shape)} of channels {tuple(self.channels.shape)}")
+        if not torch.equal(self.channels.sort(dim=1).values, every) or not int(self.widths.min()) >= 0:
+            raise ValueError("every channel of a head has one place in a group of 0 bits or more")
+        if int(self.widths.max()) > _MOST_BITS:
+            raise ValueError(f"groups of {int(self.widths.max())} bits; {_MOST_BITS} at most")
+
+    @property
+    def heads(self) -> int:
+        """G."""
+        return self.channels.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.channels.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.channels.device
 
     @cached_property
     def words(self) -> int:
         """Words of a block."""
-        return self.heads * self.head_dim * BLOCK_TOKENS * self.bits // 32
+        return LANES * int(self.widths.sum())
 
     @cached_property
-    def geometry(self) -> "Fragment":
-        """How the units tile a head."""
-        return Fragment.of(self.bits, self.head_dim, self.role)
+    def offsets(self) -> Tensor:
+        """First word of every group in a block, `[G, D / 16]` int64."""
+        sizes = LANES * self.widths.flatten()
+        return (sizes.cumsum(0) - sizes).view_as(self.widths)
 
-    @property
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        return _fragment_tables(self.bits, self.head_dim, self.role, self.device)
+    @cached_property
+    def slots(self) -> Tensor:
+        """The inverse of `channels`."""
+        return self.channels.argsort(dim=1)
+
+    @cached_property
+    def occurring(self) -> tuple[int, ...]:
+        """The widths that occur, ascending."""
+        return tuple(self.widths.unique().tolist())
+
+    @cached_property
+    def _columns(self) -> list[tuple[int, Tensor, Tensor]]:
+        """For every width that occurs but 0: its groups `[n]`, and their words `[n, 32 w]`."""
+        widths, columns = self.widths.flatten(), []
+        for width in filter(None, self.occurring):
+            group = (widths == width).nonzero()[:, 0]
+            within = torch.arange(LANES * width, device=self.device)
+            columns.append((width, group, self.offsets.flatten()[group][:, None] + within))
+        return columns
+
+    @cached_property
+    def _codes(self) -> Tensor:
+        """Which code, token * C + channel, is in which nibble, group by group and lane by lane: `[64 C]` int32."""
+        lane, code = torch.meshgrid(torch.arange(LANES), torch.arange(_LANE_CODES), indexing="ij")
+        token, channel = (table.flatten().to(self.device) for table in place_of_code(lane, code, self.role))
+        head = torch.arange(self.heads, device=self.device)[:, None, None]
+        own = self.channels.unflatten(1, (-1, GROUP_CHANNELS))[..., channel] + head * self.head_dim
+        return (token * (self.heads * self.head_dim) + own).flatten().int()
+
+    @cached_property
+    def _places(self) -> Tensor:
+        return self._codes.argsort().int()
 
     def pack(self, codes: Tensor) -> Tensor:
         """Words `[..., W]` int32 of codes `[..., 64, C]` uint8."""
-        by_head = codes.unflatten(-1, (self.heads, self.head_dim)).transpose(-2, -3).flatten(-2)
-        ordered = by_head.index_select(-1, self._tables[0])
-        words = pack_spare_bits(ordered) if self.bits == 3 else pack(ordered, self.bits)
-        return words.flatten(-2)
+        ordered = _gathered(codes.flatten(-2), self._codes).unflatten(-1, (-1, LANES * _LANE_CODES))
+        words = torch.empty(*codes.shape[:-2], self.words, dtype=torch.int32, device=codes.device)
+        for width, group, columns in self._columns:
+            own = ordered if len(group) == ordered.shape[-2] else ordered[..., group, :]
+            packed = [
+                _narrowed(pack(own >> 4 * (plane.shift // 4) & 15, 4), plane.width, plane.shift % 4)
+                for plane in planes(width)
+            ]
+            words[..., columns] = torch.cat(packed, dim=-1)
+        return words
 
     def unpack(self, words: Tensor) -> Tensor:
         """Codes `[..., 64, C]` uint8 of words `[..., W]`; inverse of `pack`."""
-        by_head = words.unflatten(-1, (self.heads, -1))
-        ordered = unpack_spare_bits(by_head) if self.bits == 3 else unpack(by_head, self.bits)
-        return _gathered(ordered.flatten(-2), self._places).unflatten(-1, (BLOCK_TOKENS, self.heads * self.head_dim))
+        groups = self.widths.numel()
+        ordered = torch.zeros(*words.shape[:-1], groups, LANES * _LANE_CODES, dtype=torch.uint8, device=words.device)
+        for width, group, columns in self._columns:
+            own = words.unflatten(-1, columns.shape) if len(group) == groups else words[..., columns]
+            codes: Tensor | None = None
+            for plane in planes(width):
+                held = own[..., LANES * plane.shift : LANES * (plane.shift + plane.width)]
+                nibbles = _widened(held, plane.width, plane.shift % 4)
+                if plane.shift >= 4:
+                    codes = unpack(codes, 4) | unpack(nibbles, 4) << 4
+                else:
+                    codes = nibbles if codes is None else codes.bitwise_or_(nibbles)
+            codes = codes if width > 4 else unpack(codes, 4)
+            if len(group) == groups:
+                ordered = codes
+            else:
+                ordered[..., group, :] = codes
+        return _gathered(ordered.flatten(-2), self._places).unflatten(-1, (BLOCK_TOKENS, -1))
 
-    @property
-    def _places(self) -> Tensor:
-        return _places_of_block(self.bits, self.heads, self.head_dim, self.role, self.device)
+
+def _narrowed(nibbles: Tensor, bits: int, shift: int) -> Tensor:
+    """Words `[..., 32 p]` of a plane of p `bits` of a group, from bit `shift` of nibbles `[..., 128]` on, four words a lane."""
+    if bits == 4:
+        return nibbles
+    fields = (nibbles >> shift & _EVERY_NIBBLE * (2**bits - 1)).unflatten(-1, (-1, 4 // bits))
+    moves = bits * torch.arange(4 // bits, dtype=torch.int32, device=nibbles.device)
+    return (fields << moves).sum(-1, dtype=torch.int32)
 
 
-@dataclass(frozen=True)
-class Fragment:
-    """How the units of one head's block tile the operand, k by n elements, that `warps` warps share.
+def _widened(words: Tensor, bits: int, shift: int) -> Tensor:
+    """The inverse of `_narrowed`: nibbles `[..., 128]` with a plane in its place and zeros beside it."""
+    if bits == 4:
+        return words
+    moves = bits * torch.arange(4 // bits, dtype=torch.int32, device=words.device)
+    return ((words[..., None] >> moves & _EVERY_NIBBLE * (2**bits - 1)) << shift).flatten(-2)
 
-    A unit holds `halves` x `slots_n` x `slots_k` pairs of codes; every lane has `tiles_n` x `tiles_k` units, `vector` of
-    which are neighbours in memory. For keys k counts pairs (c, c + D/2), and halves are its two sides.
+
+def place_of_code(lane: Tensor, code: Tensor, role: Role) -> tuple[Tensor, Tensor]:
+    """(token of the block, channel of the group) of a lane's codes 0, ..., 31, as the table above says."""
+    row, column = lane // 4, lane % 4
+    if role == "key":
+        return 8 * (code // 4) + row, 2 * column + code % 2 + 8 * (code // 2 % 2)
+    return 16 * column + code % 16, 8 * (code // 16) + row
+
+
+def half_words(order: GroupOrder) -> tuple[Tensor, Tensor]:
+    """For a reader that takes a head's codes row by row, where a row is a token of keys or a channel of values.
+
+    Of the 16-bit halves of the words of nibbles, [D / 16, 32 lanes, 4 words, 2], returns (`which` `[M, R]`: half m of row r, `columns`
+    `[M, 4]`: which channel or token its nibbles are), both int32, the same for all rows, and of head 0.
     """
-
-    role: Role
-    head_dim: int
-    warps: int
-    halves: int
-    slots_k: int
-    slots_n: int
-    tiles_k: int
-    tiles_n: int
-
-    @classmethod
-    def of(cls, bits: int, head_dim: int, role: Role) -> "Fragment":
-        """The tiling that both the torch path and the kernels use."""
-        warps, halves = (8 if head_dim > 128 else 4), (2 if role == "key" else 1)
-        k, n = (head_dim // 2, BLOCK_TOKENS) if role == "key" else (BLOCK_TOKENS, head_dim)
-        slots = _UNIT_CODES[bits] // 2 // halves
-        slots_k = min(slots, k // 8)
-        slots_n = slots // slots_k
-        return cls(role, head_dim, warps, halves, slots_k, slots_n, k // 8 // slots_k, n // (8 * warps) // slots_n)
-
-    @property
-    def vector(self) -> int:
-        """Neighbouring words of a lane."""
-        return min(self.tiles_k * self.tiles_n, _MAX_VECTOR)
-
-    @property
-    def units(self) -> int:
-        """Units of one head's block."""
-        return self.tiles_k * self.tiles_n * self.warps * LANES
-
-    def constants(self) -> tuple[int, ...]:
-        """What the kernels must know, in the order in which `arrange` (kernels/tiles.py) wants it."""
-        sizes = (self.halves, self.slots_n, self.slots_k, self.tiles_n, self.tiles_k)
-        return (*sizes, self.vector, self.warps)
-
-    def index(self) -> Tensor:
-        """For every unit and code in it, the element it stands for: token * D + channel, `[U, unit codes]` int64."""
-        per_lane = self.tiles_k * self.tiles_n
-        sizes = (per_lane // self.vector, self.warps, 4, 2, 4, self.vector, self.halves, self.slots_n, self.slots_k, 2)
-        axes = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
-        repeat, warp, lane_34, lane_2, lane_01, word, half, slot_n, slot_k, element = axes
-        unit = repeat * self.vector + word
-        k = (((unit % self.tiles_k) * self.slots_k + slot_k) * 4 + lane_01) * 2 + element
-        n = (((unit // self.tiles_k) * self.slots_n + slot_n) * self.warps + warp) * 8 + lane_34 * 2 + lane_2
-        token, channel = (n, k + half * (self.head_dim // 2)) if self.role == "key" else (k, n)
-        return (token * self.head_dim + channel).reshape(self.units, -1)
-
-
-def fragment_index(order: FragmentOrder) -> Tensor:
-    """`Fragment.index` as the append kernel reads it, `[U, unit codes]` int32 on the order's device."""
-    return _fragment_index(order.bits, order.head_dim, order.role, order.device)
-
-
-@cache
-def _fragment_index(bits: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
-    return Fragment.of(bits, head_dim, role).index().int().contiguous().to(device)
-
-
-def fragment_place(order: FragmentOrder) -> Tensor:
-    """The inverse of `fragment_index`: where element token * D + channel comes, unit * unit codes + number, `[64 D]`."""
-    return _fragment_place(order.bits, order.head_dim, order.role, order.device)
-
-
-@cache
-def _fragment_place(bits: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
-    return Fragment.of(bits, head_dim, role).index().flatten().argsort().int().to(device)
-
-
-@cache
-def _fragment_tables(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which of a head's codes (token * D + channel) comes where, in the order in which `pack` wants them; its inverse."""
-    index = Fragment.of(bits, head_dim, role).index()  # [U, unit codes]
-    if bits == 2:  # the fields of a word are the two halves of its nibbles in turn
-        index = index.unflatten(1, (2, NIBBLES)).transpose(1, 2).flatten(1)
-    if bits == 3:  # word p of all units, then word p + 1; the codes in the spare bits last
-        index = index.unflatten(1, (4, NIBBLES)).transpose(0, 1)
-    source = index.flatten()
-    return source.to(device), source.argsort().to(device)
-
-
-@cache
-def _places_of_block(bits: int, heads: int, head_dim: int, role: Role, device: torch.device) -> Tensor:
-    """Where element token * C + channel of a block is among the unpacked codes of all its heads, `[64 C]` int32."""
-    place = _fragment_tables(bits, head_dim, role, device)[1].view(BLOCK_TOKENS, 1, head_dim)
-    first = torch.arange(heads, device=device)[:, None] * (BLOCK_TOKENS * head_dim)
-    return (first + place).flatten().int()
+    head_codes = order._codes.view(order.heads, -1, 4)[0].cpu()  # of every half
+    token, channel = head_codes // (order.heads * order.head_dim), head_codes % order.head_dim
+    row, column = (token, channel) if order.role == "key" else (channel, token)
+    rows = BLOCK_TOKENS if order.role == "key" else order.head_dim
+    key = row.long() * BLOCK_TOKENS * order.head_dim + column  # halves of a row in the order of their columns
+    which = key[:, 0].argsort().view(rows, -1).T
+    return which.int().contiguous(), column[which[:, 0]].int().contiguous()
 
 
 def _gathered(rows: Tensor, places: Tensor) -> Tensor:
@@ -233,36 +260,60 @@ def _gathered(rows: Tensor, places: Tensor) -> Tensor:
     return rows.flatten().index_select(0, (first[:, None] + places).flatten()).view(rows.shape)
 
 
-def fragment_words(order: FragmentOrder) -> tuple[Tensor, Tensor]:
-    """For a reader that takes a head's words row by row, where a row is a token of keys or a channel of values.
+def rotary_groups(pairs: Sequence[int], rotary_half: int) -> Tensor:
+    """Channels of a head of keys, `[D]` int64: pairs, in the order given, 16 to two groups.
 
-    Returns (`which` `[M, R]`: word m of row r, `columns` `[M, fields]`: which channel or token its fields are), both int32
-    and the same for all rows. Words are those of `pack`; at 3 bits, three quarters of them, then those of the spare bits.
+    Of D/2 pairs the first `rotary_half` are channels (p, p + rotary_half), the others, which do not rotate, are alike: see phase.py.
     """
-    return _fragment_words(order.bits, order.head_dim, order.role, order.device)
+    pair = torch.as_tensor(pairs)
+    first = torch.where(pair < rotary_half, pair, pair + rotary_half)
+    second = torch.where(pair < rotary_half, pair + rotary_half, pair + len(pair))
+    return torch.stack([first.view(-1, GROUP_CHANNELS), second.view(-1, GROUP_CHANNELS)], dim=1).flatten()
 
 
 @cache
-def _fragment_words(bits: int, head_dim: int, role: Role, device: torch.device) -> tuple[Tensor, Tensor]:
-    source = _fragment_tables(bits, head_dim, role, torch.device("cpu"))[0]
-    fields = source.view(-1, 2 * NIBBLES if bits == 2 else NIBBLES)
-    token, channel = fields // head_dim, fields % head_dim
-    row, column = (token, channel) if role == "key" else (channel, token)
-    rows = BLOCK_TOKENS if role == "key" else head_dim
-    which = row[:, 0].argsort(stable=True).view(rows, -1).T
-    return which.int().contiguous().to(device), column[which[:, 0]].int().contiguous().to(device)
+def usual_channels(heads: int, head_dim: int, role: Role, rotary_half: int, device: torch.device) -> Tensor:
+    """Channels in their own order, but keys in pairs: `GroupOrder.channels` where nothing else is asked for."""
+    keys = role == "key"
+    head = rotary_groups(range(head_dim // 2), rotary_half) if keys else torch.arange(head_dim)
+    return head.expand(heads, -1).contiguous().to(device)
 
 
-def order_of(quantizer: Quantizer, heads: int, head_dim: int, role: Role, fragments: bool = True) -> Order:
-    """The order in which a quantizer's codes are stored; with `fragments` false always channel after channel."""
+@cache
+def uniform_order(
+    bits: int, heads: int, head_dim: int, role: Role, rotary_half: int, device: torch.device
+) -> GroupOrder:
+    """All groups of one width; layers share the order and what it remembers."""
+    widths = torch.full((heads, head_dim // GROUP_CHANNELS), bits, device=device)
+    return GroupOrder(widths, usual_channels(heads, head_dim, role, rotary_half, device), role)
+
+
+def order_of(
+    quantizer: Quantizer,
+    heads: int,
+    head_dim: int,
+    role: Role,
+    rotary_half: int | None = None,
+    channels: Tensor | None = None,
+) -> Order:
+    """The order in which a quantizer's codes are stored: in groups if their channels have one width, else channel after channel.
+
+    `rotary_half` is half of the channels that rotate, None for all. `channels` `[G, D]` int64 are as of `GroupOrder`.
+    """
+    device = quantizer_device(quantizer)
+    half = head_dim // 2 if rotary_half is None else rotary_half
     widths = torch.zeros(heads * head_dim, dtype=torch.int64)
     for width, chosen in quantizer.channels.items():
         widths[chosen if isinstance(chosen, slice) else chosen.cpu()] = width
-    device = quantizer_device(quantizer)
-    bits = int(widths[0])
-    if fragments and (widths == bits).all() and FragmentOrder.takes(bits, head_dim):
-        return FragmentOrder(bits, heads, head_dim, role, device)
-    return ChannelOrder(widths.to(device))
+    if head_dim % (2 * GROUP_CHANNELS) or int(widths.max()) > _MOST_BITS:
+        return ChannelOrder(widths.to(device))
+    if channels is None and (widths == widths[0]).all():
+        return uniform_order(int(widths[0]), heads, head_dim, role, half, device)
+    places = usual_channels(heads, head_dim, role, half, torch.device("cpu")) if channels is None else channels.cpu()
+    grouped = widths.view(heads, head_dim).gather(1, places).view(heads, -1, GROUP_CHANNELS)
+    if (grouped != grouped[..., :1]).any():
+        return ChannelOrder(widths.to(device))
+    return GroupOrder(grouped[..., 0].to(device), places.to(device), role)
 
 
 def quantizer_device(quantizer: Quantizer) -> torch.device:

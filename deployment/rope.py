@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from deployment.kept import kept
 from deployment.numbered import Numbered
-from gradients.models import decoder_config
+from gradients.models import decoder_config, kv_shape
 from quant.storage import BLOCK_TOKENS
 
 if TYPE_CHECKING:
@@ -138,8 +138,10 @@ class Rope(Numbered):
         return held
 
 
-def rotates_whole_heads(config: PreTrainedConfig) -> bool:
-    """Whether every channel of a head belongs to a rotary pair, (c, c + D/2)."""
-    parameters = decoder_config(config).rope_parameters
-    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
-    return all(kind.get("partial_rotary_factor", 1.0) == 1.0 for kind in kinds)
+def rotary_half(config: PreTrainedConfig, layer: int) -> int:
+    """Half of the channels of a head that rotate in a layer, R/2."""
+    text = decoder_config(config)
+    parameters = text.rope_parameters
+    if any(isinstance(kind, dict) for kind in parameters.values()):  # one for each type of layer
+        parameters = parameters[text.layer_types[layer]]
+    return int(kv_shape(config)[1] * parameters.get("partial_rotary_factor", 1.0)) // 2

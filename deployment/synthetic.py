@@ -25,7 +25,7 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
-SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128)}  # H, G, D
+SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
 SPARE_TOKENS = 512  # room after the context, for chunks that are attended or stored
 _FILL = 4096  # tokens stored at a time
 
@@ -122,7 +122,9 @@ def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torc
     writing does. Numbers are drawn on the host, so that all devices hold the same. Raises `UserError` for 2^31 outliers
     or more.
     """
-    few = PackedLayer(layer.quantizers["key"], layer.quantizers["value"], layer.sink_tokens, fragments=layer.fragments)
+    few = PackedLayer(
+        layer.quantizers["key"], layer.quantizers["value"], layer.sink_tokens, rotary_half=layer.rotary_half
+    )
     layer.lazy_initialization(*[torch.empty(1, shape.kv_heads, 0, shape.head_dim, device=device)] * 2)
     # outliers' indices repeat with the span
     period = max(PAGE_BLOCKS, *(packed.span // BLOCK_TOKENS for packed in layer.packed.values()))

@@ -7,7 +7,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from deployment.order import ChannelOrder, FragmentOrder, Order
+from deployment.order import GROUP_CHANNELS, ChannelOrder, GroupOrder, Order
 from quant.codebook import Codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -23,12 +23,14 @@ class Tables:
     zero: Tensor  # [C] float32
     floor: Tensor  # [C] float32: what code 0 decodes to
     width: Tensor  # [C] int32
-    offset: Tensor  # [C] int32: first word in a block, in channel order
+    offset: Tensor  # [C] int32: first word in a block, of the channel or of its group
+    slot: Tensor  # [C] int32: where a channel comes within its head
+    channel: Tensor  # [C] int32: the inverse
     first_level: Tensor  # [C] int32: where the channel's codebook begins in levels
     first_boundary: Tensor  # [C] int32: and in boundaries
-    bytes: Tensor  # [2, 256] int32: what `kernels/pairs.py` finds for the bytes of words, where an order has fragments
     planes: int  # union of the binary digits of all widths
     widest: int
+    lowest: float  # the first level
 
     @classmethod
     def of(cls, quantizer: Quantizer, order: Order, channels: int) -> "Tables":
@@ -47,7 +49,7 @@ class Tables:
         scale = zero = zeros
         if isinstance(quantizer, ChannelQuantizer | MixedQuantizer):
             scale, zero = quantizer.scale, quantizer.zero
-        offset = order.offsets if isinstance(order, ChannelOrder) else torch.zeros_like(width)
+        offset, slot, channel = _places(order, channels, device)
         occurring = [bits for bits in codebooks if (width == bits).any()]
         return cls(
             levels=all_levels,
@@ -58,11 +60,13 @@ class Tables:
             floor=(all_levels[first_level] * scale + zero).contiguous(),
             width=width.int(),
             offset=offset.int(),
+            slot=slot.int(),
+            channel=channel.int(),
             first_level=first_level.int(),
             first_boundary=first_boundary.int(),
-            bytes=_levels_of_bytes(all_levels, order) if isinstance(order, FragmentOrder) else width.int()[:1],
             planes=reduce(or_, occurring, 0),
             widest=max(occurring),
+            lowest=float(all_levels[0].half()),
         )
 
 
@@ -85,19 +89,14 @@ class FeedbackTables:
         return cls(feedback.order.int().contiguous(), feedback.order.argsort(dim=1).int(), matrix)
 
 
-def _levels_of_bytes(levels: Tensor, order: FragmentOrder) -> Tensor:
-    """For every byte of a word in fragment order, the fp16 levels of its codes: two words of a pair each, the lower number first.
-
-    A nibble is a code of 4 bits or, with a bit of another in front, of 3; or two of 2, of which the lower belong to the first word, and the
-    upper to the second. The words are equal if there is just one.
-    """
-    byte = torch.arange(256, device=levels.device)
-    numbers = levels.half().view(torch.int16).long() & 0xFFFF
-    mask = 2**order.bits - 1
-    words = [numbers[byte >> shift & mask] | numbers[byte >> shift + 4 & mask] << 16 for shift in (0, 2)]
-    if order.bits != 2:
-        words[1] = words[0]
-    return torch.stack([(word + 2**31) % 2**32 - 2**31 for word in words]).int()
+def _places(order: Order, channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(offset, slot, channel) `[C]` int64, as of `Tables`."""
+    if isinstance(order, GroupOrder):
+        offset = order.offsets.gather(1, order.slots // GROUP_CHANNELS)
+        return offset.flatten(), order.slots.flatten(), order.channels.flatten()
+    assert isinstance(order, ChannelOrder)
+    number = torch.arange(channels, device=device)
+    return order.offsets, number, number
 
 
 def _codebooks(quantizer: Quantizer) -> dict[int, Codebook]:

@@ -1,5 +1,7 @@
 """The attention kernels against the torch path, on the device there is; without one in Triton's interpreter."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import SPANS, all_pairs
@@ -9,6 +11,7 @@ from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.packed import DenseSegment, PackedSegment, attend_packed
 from deployment.kernels.phase import Rotary
 from deployment.layout import PackedTensor
+from deployment.order import rotary_groups
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -21,7 +24,16 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def make_quantizer(channels: int, kind: str, bits: int, share: float) -> Quantizer:
+def make_groups(heads: int, dim: int, role: str, half: int, most: int = 4) -> tuple[Tensor, Tensor]:
+    """(widths `[C]` of channels, `GroupOrder.channels` `[G, D]`): groups of any widths, of channels in any order."""
+    widths = torch.randint(0, most + 1, (heads, dim // 16), generator=generator(3))
+    numbers = [torch.randperm(dim // 2 if role == "key" else dim, generator=generator(4 + g)) for g in range(heads)]
+    channels = torch.stack([rotary_groups(number.tolist(), half) if role == "key" else number for number in numbers])
+    of_channels = torch.zeros(heads, dim, dtype=torch.int64).scatter(1, channels, widths.repeat_interleave(16, 1))
+    return of_channels.flatten(), channels.to(DEVICE)
+
+
+def make_quantizer(channels: int, kind: str, bits: int, share: float, widths: Tensor | None = None) -> Quantizer:
     scheme = Scheme(datatype="nf", bits=bits, outliers=min(share, 0.1))
     if kind == "token":
         return TokenQuantizer(scheme, int_codebook(2**bits)).to(DEVICE)
@@ -31,7 +43,9 @@ def make_quantizer(channels: int, kind: str, bits: int, share: float) -> Quantiz
     zero = torch.randn(channels, generator=generator(2))
     if kind == "channel":
         return ChannelQuantizer(scheme, nf_codebook(2**bits), scale, zero).to(DEVICE)
-    widths = torch.randint(0, 7, (channels,), generator=generator(3)).to(torch.uint8)
+    if widths is None:
+        widths = torch.randint(0, 7, (channels,), generator=generator(3))
+    widths = widths.to(torch.uint8)
     codebooks: dict[int, Codebook] = {int(w): int_codebook(2 ** int(w)) for w in widths.unique()}
     return MixedQuantizer(Scheme(datatype="rdnuq", bits=2.4), codebooks, widths, scale, zero).to(DEVICE)
 
@@ -50,10 +64,16 @@ def rotate64(x: Tensor, frequencies: Tensor, positions: Tensor, factor: float = 
 
 
 def packed_tensor(
-    quantizer: Quantizer, x: Tensor, heads: int, role: str, lengths: list[int], whole: bool
+    quantizer: Quantizer,
+    x: Tensor,
+    heads: int,
+    role: str,
+    lengths: list[int],
+    half: int,
+    channels: Tensor | None = None,
 ) -> PackedTensor:
     """Row b holds the first `lengths[b]` tokens of `x` `[B, T, C]`; what is not stored is poisoned."""
-    packed = PackedTensor(quantizer, len(x), heads, x.shape[-1] // heads, DEVICE, role, whole)
+    packed = PackedTensor(quantizer, len(x), heads, x.shape[-1] // heads, DEVICE, role, half, channels)
     packed.reserve(max(lengths), exactly=True)
     for page in packed.pages:
         page.words.fill_(-1)
@@ -88,6 +108,7 @@ def run_case(
     pads: tuple[int, ...] | None = None,
     base: int = 0,
     factor: float = 1.0,
+    attend: Callable[..., Tensor] = attend_packed,
 ) -> float:
     """Relative RMS of a whole attention step, sinks, pages and chunk, against float64; `base` shifts all positions."""
     query_heads, kv_heads = heads
@@ -101,8 +122,9 @@ def run_case(
     }
     tensors, dense = [], []
     for kind, width, name, role in zip(kinds, bits, "kv", ("key", "value"), strict=True):
-        quantizer = make_quantizer(kv_heads * dim, kind, width, share)
-        tensor = packed_tensor(quantizer, x[name], kv_heads, role, list(lengths), rotary_dim is None)
+        widths, channels = make_groups(kv_heads, dim, role, half) if kind == "groups" else (None, None)
+        quantizer = make_quantizer(kv_heads * dim, kind, width, share, widths)
+        tensor = packed_tensor(quantizer, x[name], kv_heads, role, list(lengths), half, channels)
         tensors.append(tensor)
         tokens = torch.cat([tensor.read(page) for page in tensor.pages], dim=2) if tensor.pages else None
         dense.append(tokens)
@@ -132,7 +154,7 @@ def run_case(
         segments.append(DenseSegment(chunk[0], chunk[1], origins, None))
     scaling = dim**-0.5
     rotary = Rotary.of(frequencies, dim, factor)
-    output = attend_packed(query, positions, segments, rotary, scaling, kv_heads)
+    output = attend(query, positions, segments, rotary, scaling, kv_heads)
     assert output.dtype == dtype and output.shape == (batch, new, query_heads, dim)
 
     reference = []
@@ -182,7 +204,9 @@ def test_other_widths_and_heads(bits: int, dim: int) -> None:
     assert run_case(bits=(bits, bits), dim=dim, lengths=(100,)) < 2e-3
 
 
-@pytest.mark.parametrize("kinds", [("mixed", "mixed"), ("token", "token"), ("token", "channel"), ("mixed", "token")])
+@pytest.mark.parametrize(
+    "kinds", [("groups", "groups"), ("mixed", "mixed"), ("token", "token"), ("token", "channel"), ("mixed", "token")]
+)
 def test_axes_and_mixed_widths(kinds: tuple[str, str]) -> None:
     assert run_case(kinds=kinds, lengths=(150, 70)) < 2e-3
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deployment.layout import PAGE_BLOCKS, PackedTensor
-from deployment.order import ChannelOrder, FragmentOrder
+from deployment.order import ChannelOrder, GroupOrder, order_of, rotary_groups, uniform_order
 from deployment.streams import OutlierStreams, index_span
 from gradients.cli import UserError
 from quant.codebook import int_codebook, nf_codebook
@@ -160,27 +160,75 @@ def test_streams_with_room_hold_the_same_and_start_where_they_should(room: int) 
     assert len(roomy.index) == len(roomy.value) == 7 + 6 * room
 
 
-@pytest.mark.parametrize(("bits", "head_dim"), [(2, 64), (3, 128), (4, 256), (3, 64), (4, 64)])
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("head_dim", [32, 96, 128])
+@pytest.mark.parametrize("bits", range(7))
 @pytest.mark.parametrize("role", ["key", "value"])
-def test_fragments_hold_every_code_once(bits: int, head_dim: int, role: str) -> None:
-    order = FragmentOrder(bits, 2, head_dim, role, torch.device("cpu"))
-    index = order.geometry.index()
-    assert index.flatten().sort().values.tolist() == list(range(64 * head_dim))
+def test_groups_hold_every_code_at_its_bits(role: str, bits: int, head_dim: int) -> None:
+    order = uniform_order(bits, 2, head_dim, role, head_dim // 2, CPU)
     codes = torch.randint(0, 2**bits, (2, 3, 64, 2 * head_dim), dtype=torch.uint8)
     words = order.pack(codes)
     assert words.shape == (2, 3, order.words) and words.nbytes * 8 == codes.numel() * bits
     assert torch.equal(order.unpack(words), codes)
 
 
-def test_a_lane_holds_what_the_tensor_core_wants_of_it() -> None:
-    """m16n8k16: lane l has k = 2 (l mod 4) + {0, 1, 8, 9} of n = l div 4; two halves of a head in one unit."""
-    order = FragmentOrder(4, 1, 128, "key", torch.device("cpu"))
-    lanes = order.geometry.index().view(-1, 4, 8, 4, 8)  # warps by 4 units of a lane are words side by side
-    for lane in range(32):
-        token, channel = lanes[0, lane // 8, lane % 8, 0] // 128, lanes[0, lane // 8, lane % 8, 0] % 128
-        assert (token == lane // 4).all()
-        k = 2 * (lane % 4)
-        assert channel.tolist() == [k, k + 1, k + 8, k + 9, 64 + k, 65 + k, 72 + k, 73 + k]
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_groups_of_any_widths_and_channels(role: str) -> None:
+    widths = torch.tensor([[4, 0, 3, 1], [2, 6, 0, 5], [0, 0, 0, 0]])
+    heads = [torch.randperm(32 if role == "key" else 64) for _ in widths]
+    channels = torch.stack([rotary_groups(head.tolist(), 20) if role == "key" else head for head in heads])
+    order = GroupOrder(widths, channels, role)
+    of_channels = torch.zeros(3, 64, dtype=torch.int64).scatter(1, channels, widths.repeat_interleave(16, 1))
+    codes = (torch.randint(0, 64, (5, 64, 192)) % (1 << of_channels.flatten())).to(torch.uint8)
+    words = order.pack(codes)
+    assert words.shape == (5, 32 * int(widths.sum())) and order.offsets.flatten()[-5].item() == 32 * 16
+    assert torch.equal(order.unpack(words), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_a_lane_holds_what_the_tensor_core_wants_of_it(role: str, bits: int) -> None:
+    """m16n8k16: lane l has rows l div 4 and + 8, columns 2 (l mod 4) + {0, 1, 8, 9}; eight codes to a word of nibbles."""
+    order = uniform_order(bits, 1, 64, role, 32, CPU)
+    codes = torch.randint(0, 2**bits, (64, 64), dtype=torch.uint8)
+    words = order.pack(codes).view(4, -1)  # of groups
+    planes, bit = [plane for plane in (4, 2, 1) if bits & plane], 0
+    nibbles = torch.zeros(4, 32, 4, 8, dtype=torch.int64)  # group, lane, word, nibble
+    for plane in planes:
+        held = words[:, 32 * bit : 32 * (bit + plane)].view(4, 32, plane)
+        for n in range(4):
+            word = held[..., n * plane // 4].long()[..., None] >> 4 * torch.arange(8) + n * plane % 4
+            nibbles[:, :, n] |= (word & 2**plane - 1) << bit
+        bit += plane
+    for group, lane, n, j in [(0, 0, 0, 0), (0, 5, 1, 3), (1, 31, 3, 7), (2, 14, 2, 5), (3, 9, 0, 6)]:
+        row, column = lane // 4, lane % 4
+        if role == "key":  # pairs 16 i ... are groups 2 i (first halves) and 2 i + 1
+            token = 8 * (2 * n + j // 4) + row
+            channel = 16 * (group // 2) + 32 * (group % 2) + 2 * column + (0, 1, 8, 9)[j % 4]
+        else:
+            token, channel = 16 * column + (8 * n + j) % 16, 16 * group + 8 * (n // 2) + row
+        assert nibbles[group, lane, n, j] == codes[token, channel]
+
+
+def test_groups_are_refused_that_are_none() -> None:
+    channels = rotary_groups(range(32), 32).expand(2, -1)
+    for widths, places in [
+        (torch.full((2, 3), 4), channels),
+        (torch.full((2, 4), 7), channels),
+        (torch.full((2, 4), -1), channels),
+        (torch.full((2, 4), 4), torch.zeros_like(channels)),
+    ]:
+        with pytest.raises(ValueError, match="bits|widths|channel"):
+            GroupOrder(widths, places, "key")
+
+
+def test_heads_that_make_no_groups_go_channel_by_channel() -> None:
+    quantizer = make_quantizer("key", 3)
+    assert isinstance(order_of(quantizer, HEADS, HEAD_DIM, "key"), ChannelOrder)
+    assert isinstance(order_of(make_quantizer("value", 3), 3, 64, "key"), GroupOrder)
+    assert isinstance(order_of(make_quantizer("value", 8), 3, 64, "key"), ChannelOrder)
 
 
 def test_channels_follow_one_another_at_their_own_widths() -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from deployment import native
 from deployment.cache import PackedLayer
-from deployment.order import FragmentOrder, fragment_words
+from deployment.order import half_words, uniform_order
 from deployment.rope import Rope
 from deployment.step import attend_with_torch
 from gradients.models import decoder
@@ -111,15 +111,12 @@ def test_batches_and_several_queries(
 def test_every_row_has_its_words(bits: int, role: str) -> None:
     """What row 0 says of its columns must hold for all rows, and every element must occur once."""
     for dim in (64, 128, 256):
-        order = FragmentOrder(bits, 1, dim, role, torch.device("cpu"))
-        which, columns = fragment_words(order)
+        order = uniform_order(bits, 1, dim, role, dim // 2, torch.device("cpu"))
+        which, columns = half_words(order)
         codes = torch.randint(0, 2**bits, (64, dim), generator=torch.Generator().manual_seed(dim)).to(torch.uint8)
-        words = order.pack(codes)
-        if bits == 3:
-            spare = [(part >> 3 & 0x11111111) << bit for bit, part in enumerate(words.view(3, -1))]
-            words = torch.cat([words, spare[0] | spare[1] | spare[2]])
-        width = 2 if bits == 2 else 4
-        fields = words[which.long()][..., None] >> width * torch.arange(columns.shape[1]) & 2**bits - 1
+        nibbles = uniform_order(4, 1, dim, role, dim // 2, torch.device("cpu")).pack(codes)
+        halves = nibbles.view(torch.int16).int()
+        fields = halves[which.long()][..., None] >> 4 * torch.arange(4) & 15
         tile = torch.empty(columns.numel(), which.shape[1], dtype=torch.int64)
         tile[columns.flatten().long()] = fields.transpose(1, 2).flatten(0, 1).long()
         assert torch.equal(tile, (codes.T if role == "key" else codes).long())

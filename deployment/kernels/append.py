@@ -17,9 +17,8 @@ from torch import Tensor
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
 from deployment.kernels.step import step_kernel
-from deployment.kernels.tiles import FRAGMENT_ORDER
+from deployment.kernels.unpack import source_of
 from deployment.layout import PackedTensor, Page
-from deployment.order import ChannelOrder, FragmentOrder, fragment_index, fragment_place
 from quant.outliers import outliers_per_end
 from quant.quantizer import TokenQuantizer
 
@@ -51,10 +50,8 @@ class Side:
 
     @property
     def placing(self) -> tuple[int, int]:
-        """The source of codes, as tiles.py numbers them; bits of fragments, or the planes of channels."""
-        order = self.packed.order
-        fragments = isinstance(order, FragmentOrder)
-        return (FRAGMENT_ORDER.value, order.bits) if fragments else (0, self.packed.tables.planes)  # type: ignore[attr-defined]
+        """The order of codes, as unpack.py numbers them, and which planes they have."""
+        return source_of(self.packed.order), self.packed.tables.planes
 
     @property
     def element_bits(self) -> int:
@@ -72,10 +69,9 @@ class Side:
 
     def pointers(self, page: Page) -> tuple[Tensor, ...]:
         """Everything that `put_token` (step.py) reads and writes."""
-        tables, order = self.packed.tables, self.packed.order
-        place = fragment_place(order) if isinstance(order, FragmentOrder) else page.words
+        tables = self.packed.tables
         table = (tables.scale, tables.zero, tables.width, tables.first_boundary, tables.boundaries, tables.offset)
-        return (self.x, self.sinks, *self.page_pointers(page), *table, place)
+        return (self.x, self.sinks, *self.page_pointers(page), *table, tables.slot)
 
     def constants(self) -> tuple[int, ...]:
         """In the order in which `put_token` (step.py) wants them."""
@@ -168,8 +164,7 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
     )
     if packed.feedback is not None:
         x = feed_back(packed, x, codes, ranges, side.dynamic)  # what outliers are stored as
-    geometry: dict[str, Any] = dict(zip(("SOURCE", "BITS"), side.placing, strict=True))
-    fragments = isinstance(order, FragmentOrder)
+    placing: dict[str, Any] = dict(zip(("SOURCE", "PLANES"), side.placing, strict=True))
     for page in side.pages:
         store_kernel[(batch * heads,)](
             x,
@@ -182,7 +177,7 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
             overflow,
             tables.width,
             tables.offset,
-            fragment_index(order) if isinstance(order, FragmentOrder) else page.words,
+            tables.channel,
             tokens,
             page.start,
             page.blocks,
@@ -192,11 +187,10 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
             G=heads,
             D=dim,
             LANES=max(16, triton.next_power_of_2(dim)),
-            UNITS=order.geometry.units if fragments else 1,  # type: ignore[attr-defined]
             DYNAMIC=side.dynamic,
             OUTLIERS=page.outliers is not None,
             SPAN=packed.span,
-            **geometry,
+            **placing,
             num_warps=8,
         )
 
@@ -208,4 +202,4 @@ def _places(page: Page) -> int:
 def takes(packed: PackedTensor) -> bool:
     """Whether the kernels can store what this quantizer makes; a cap on outliers takes a sort they lack."""
     capped = packed.quantizer.scheme.outlier_cap is not None
-    return not capped and isinstance(packed.order, ChannelOrder | FragmentOrder)
+    return not capped

@@ -18,8 +18,8 @@ from deployment.kernels.encode import (
     ties,
     token_range,
 )
-from deployment.kernels.store import list_begin, room_end, store_channels, store_fragments
-from deployment.kernels.tiles import FRAGMENT_ORDER
+from deployment.kernels.store import list_begin, room_end, store_channels, store_groups
+from deployment.kernels.unpack import IN_GROUPS, KEYS_IN_GROUPS
 
 _OUTLIER = tl.constexpr(256)  # a code that no code of 8 bits is
 
@@ -106,7 +106,7 @@ def store_kernel(
     overflow,  # [1] int32, set where a stream is full
     width,
     offset,
-    place,  # [units, codes] int32, of fragments
+    channel_at,  # [C] int32, of groups: which channel of the head comes where
     tokens,
     page_start,
     blocks,
@@ -117,8 +117,7 @@ def store_kernel(
     D: tl.constexpr,
     LANES: tl.constexpr,  # D, rounded up
     SOURCE: tl.constexpr,
-    BITS: tl.constexpr,  # of fragments; the planes of channels
-    UNITS: tl.constexpr,
+    PLANES: tl.constexpr,  # the union of all widths' binary digits
     DYNAMIC: tl.constexpr,
     OUTLIERS: tl.constexpr,
     SPAN: tl.constexpr,
@@ -138,12 +137,13 @@ def store_kernel(
         for block in range(low // 64, (high + 63) // 64):
             head = words + (b * blocks + block) * block_words
             first, row0 = block * 64, b * tokens + row
-            if SOURCE == FRAGMENT_ORDER:
-                head += g * (D * 2 * BITS)
-                store_fragments(head, codes, place, first, low, high, row0, g, BITS, UNITS, C, D)
+            if SOURCE >= IN_GROUPS:
+                tables = (width, offset, channel_at)
+                KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
+                store_groups(head, codes, tables, first, low, high, row0, g, PLANES, KEYS, C, D, LANES)
             else:
                 own, at = width + g * D, offset + g * D
-                store_channels(head, codes, at, own, first, low, high, row0, g, BITS, C, D, LANES)
+                store_channels(head, codes, at, own, first, low, high, row0, g, PLANES, C, D, LANES)
             token = first + slot
             new = (token >= low) & (token < high)
             if DYNAMIC:

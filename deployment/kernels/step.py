@@ -20,8 +20,8 @@ from deployment.kernels.encode import (
     ties,
     token_range,
 )
-from deployment.kernels.store import flip_channels, flip_fragments, list_begin, room_end
-from deployment.kernels.tiles import FRAGMENT_ORDER
+from deployment.kernels.store import flip_channels, flip_groups, list_begin, room_end
+from deployment.kernels.unpack import IN_GROUPS, KEYS_IN_GROUPS
 
 
 @triton.jit
@@ -62,12 +62,28 @@ def put_token(
     SIZES: tl.constexpr,  # G, D, D rounded up, C rounded up, sink tokens
 ):
     """Store the new token of one side of one head."""
-    x, sinks, words, scales, index, value, starts, ends, scale, zero, width, first, boundaries, offset, place = side
+    (
+        x,
+        sinks,
+        words,
+        scales,
+        index,
+        value,
+        starts,
+        ends,
+        scale,
+        zero,
+        width,
+        first,
+        boundaries,
+        offset,
+        places_in_head,
+    ) = side
     DYNAMIC: tl.constexpr = CONSTANTS[0]
     PER_END: tl.constexpr = CONSTANTS[1]
     OUTLIERS: tl.constexpr = CONSTANTS[2]
     SOURCE: tl.constexpr = CONSTANTS[3]
-    ORDER_BITS: tl.constexpr = CONSTANTS[4]
+    PLANES: tl.constexpr = CONSTANTS[4]
     WIDEST: tl.constexpr = CONSTANTS[5]
     SPAN: tl.constexpr = CONSTANTS[6]
     BITS: tl.constexpr = CONSTANTS[7]
@@ -109,10 +125,12 @@ def put_token(
         code = codes_of(normalised, channel, ok, width, first, boundaries, WIDEST)
         code = tl.where(outlier, 0, code)
         head = words + (b * blocks + block) * block_words
-        if SOURCE == FRAGMENT_ORDER:
-            flip_fragments(head + g * (D * 2 * ORDER_BITS), place, code, slot, lane, ok, ORDER_BITS, D)
+        if SOURCE >= IN_GROUPS:
+            places_in_head += g * D
+            KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
+            flip_groups(head, offset + g * D, width + g * D, places_in_head, code, slot, lane, ok, PLANES, KEYS)
         else:
-            flip_channels(head, offset + g * D, width + g * D, code, slot, lane, ok, ORDER_BITS)
+            flip_channels(head, offset + g * D, width + g * D, code, slot, lane, ok, PLANES)
         if OUTLIERS:
             begin = list_begin(starts, ends, stream, block, slot, blocks)
             limit = room_end(starts, stream, streams, places)

@@ -1,7 +1,7 @@
 """Codes into words, and outliers behind those of their stream: what the append kernels know of the layout.
 
-A block's worth of codes is written word by word (`store_fragments`, `store_channels`); the codes of a single token are
-bits scattered over words that hold other tokens, too, and those bits alone are flipped (`flip_fragments`, `flip_channels`).
+A block's worth of codes is written word by word (`store_groups`, `store_channels`); the codes of a single token are
+bits scattered over words that hold other tokens, too, and those bits alone are flipped (`flip_groups`, `flip_channels`).
 """
 
 import triton
@@ -9,48 +9,90 @@ import triton.language as tl
 
 
 @triton.jit
-def word_bits(code, j, BITS: tl.constexpr, WORD: tl.constexpr):
-    """What code number j of a unit (fragment order) puts into the unit's word number WORD; int32."""
-    nibble = j % 8 * 4
-    if BITS == 3:
-        own = tl.where(j // 8 == WORD, code << nibble, 0)
-        spare = ((code >> WORD) & 1) << (nibble + 3)
-        bits = tl.where(j >= 24, spare, own)
-    elif BITS == 2:
-        bits = code << (nibble + j // 8 * 2)
+def group_fields(lane, word, field, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """(token of the block, channel of the group) of the fields of a plane's words, see order.py."""
+    each: tl.constexpr = 4 // PLANE
+    n, j = word * each + field % each, field // each
+    if KEYS:
+        token, channel = 8 * (2 * n + j // 4) + lane // 4, 2 * (lane % 4) + j % 2 + 8 * (j // 2 % 2)
     else:
-        bits = code << nibble
-    return bits
+        token, channel = 16 * (lane % 4) + n % 2 * 8 + j, 8 * (n // 2) + lane // 4
+    return token, channel
 
 
 @triton.jit
-def store_fragments(
+def group_place(token, channel, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """(word of the group's plane, its first bit) of a token of the block and a channel of the group; inverse of `group_fields`."""
+    each: tl.constexpr = 4 // PLANE
+    if KEYS:
+        lane = token % 8 * 4 + channel % 8 // 2
+        n, j = token // 16, token // 8 % 2 * 4 + channel // 8 * 2 + channel % 2
+    else:
+        lane = channel % 8 * 4 + token // 16
+        n, j = channel // 8 * 2 + token // 8 % 2, token % 8
+    return lane * PLANE + n // each, 4 * j + n % each * PLANE
+
+
+@triton.jit
+def store_group_plane(
     words,
     codes,
-    place,
+    tables,
     block_token,
     low,
     high,
     row0,
     g,
-    BITS: tl.constexpr,
-    UNITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    KEYS: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
+    N: tl.constexpr,
 ):
-    """Write a block of a head in fragment order: tokens `low`, ..., `high - 1` from `codes`, earlier ones kept."""
-    CODES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    unit, j = tl.arange(0, UNITS), tl.arange(0, CODES)
-    element = tl.load(place + unit[:, None] * CODES + j[None, :])
-    token = block_token + element // D
-    new = (token >= low) & (token < high)
-    code = tl.load(codes + (row0 + token) * C + g * D + element % D, mask=new, other=0).to(tl.int32) & 255
-    kept = tl.where(token < low, (1 << BITS) - 1, 0)
-    for word in tl.static_range(3 if BITS == 3 else 1):
-        at = words + word * UNITS + unit
-        mask = tl.sum(word_bits(kept, j[None, :], BITS, word), 1)
-        fields = tl.sum(word_bits(code, j[None, :], BITS, word), 1)
-        tl.store(at, (tl.load(at) & mask) | fields)
+    """Write a plane of all groups of a head that have it."""
+    width, offset, channel_at = tables
+    number = tl.arange(0, N * 2 * PLANE)  # of a word of the plane: N / 16 groups of 32 lanes
+    group, lane, word = number // (32 * PLANE), number // PLANE % 32, number % PLANE
+    here = group * 16 < D
+    first_channel = tl.load(channel_at + g * D + group * 16, mask=here, other=0) + g * D
+    bits = tl.load(width + first_channel, mask=here, other=0)
+    shift = bits & (16 - 2 * PLANE)
+    at = words + tl.load(offset + first_channel, mask=here, other=0) + 32 * shift + lane * PLANE + word
+    present = here & ((bits & PLANE) != 0)
+    field = tl.arange(0, 32 // PLANE)[None, :]
+    slot, inner = group_fields(lane[:, None], word[:, None], field, PLANE, KEYS)
+    token = block_token + slot
+    new = present[:, None] & (token >= low) & (token < high)
+    channel = tl.load(channel_at + g * D + group[:, None] * 16 + inner, mask=new, other=0)
+    code = tl.load(codes + (row0 + token) * C + g * D + channel, mask=new, other=0).to(tl.int32) & 255
+    fields = tl.sum(((code >> shift[:, None]) & ((1 << PLANE) - 1)) << (PLANE * field), 1)
+    kept = tl.sum(tl.where(token < low, (1 << PLANE) - 1, 0) << (PLANE * field), 1)
+    tl.store(at, (tl.load(at, mask=present, other=0) & kept) | fields, mask=present)
+
+
+@triton.jit
+def store_groups(
+    words,
+    codes,
+    tables,  # width, offset, channel: as of `Tables`
+    block_token,
+    low,
+    high,
+    row0,
+    g,
+    PLANES: tl.constexpr,
+    KEYS: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Write a block of a head in groups: tokens `low`, ..., `high - 1` from `codes`, earlier ones kept."""
+    if PLANES & 4:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 4, KEYS, C, D, N)
+    if PLANES & 2:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 2, KEYS, C, D, N)
+    if PLANES & 1:
+        store_group_plane(words, codes, tables, block_token, low, high, row0, g, 1, KEYS, C, D, N)
 
 
 @triton.jit
@@ -83,7 +125,7 @@ def store_channels(
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Write a block of a head in channel order; as `store_fragments`."""
+    """Write a block of a head in channel order; as `store_groups`."""
     lane, token = tl.arange(0, N), block_token + tl.arange(0, 64)
     ok = lane < D
     bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
@@ -107,17 +149,25 @@ def flip(at, fields, mask, ok):
 
 
 @triton.jit
-def flip_fragments(words, place, code, slot, lane, ok, BITS: tl.constexpr, D: tl.constexpr):
-    """Write the codes of the block's token `slot`, channels `lane` of a head, in fragment order.
+def flip_group_plane(words, offset, width, inner, code, slot, ok, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """Write a plane of the codes of one token, in groups."""
+    word, bit = group_place(slot, inner, PLANE, KEYS)
+    shift = width & (16 - 2 * PLANE)
+    mask = tl.full(code.shape, (1 << PLANE) - 1, tl.int32) << bit
+    flip(words + offset + 32 * shift + word, (code >> shift) << bit, mask, ok & ((width & PLANE) != 0))
 
-    place: `[64, D]`, where an element comes: unit * codes of a unit + number within the unit.
-    """
-    CODES: tl.constexpr = 32 if BITS == 3 else 32 // BITS
-    at = tl.load(place + slot * D + lane, mask=ok, other=0)
-    unit, j = at // CODES, at % CODES
-    for word in tl.static_range(3 if BITS == 3 else 1):
-        mask = word_bits(tl.full(code.shape, (1 << BITS) - 1, tl.int32), j, BITS, word)
-        flip(words + word * (64 * D // CODES) + unit, word_bits(code, j, BITS, word), mask, ok & (mask != 0))
+
+@triton.jit
+def flip_groups(words, offset, width, slot_at, code, slot, lane, ok, PLANES: tl.constexpr, KEYS: tl.constexpr):
+    """Write the codes of the block's token `slot`, channels `lane` of a head, in groups."""
+    bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
+    inner = tl.load(slot_at + lane, mask=ok, other=0) % 16
+    if PLANES & 4:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 4, KEYS)
+    if PLANES & 2:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 2, KEYS)
+    if PLANES & 1:
+        flip_group_plane(words, start, bits, inner, code, slot, ok, 1, KEYS)
 
 
 @triton.jit
@@ -133,7 +183,7 @@ def flip_plane(words, offset, width, code, slot, ok, PLANE: tl.constexpr):
 
 @triton.jit
 def flip_channels(words, offset, width, code, slot, lane, ok, PLANES: tl.constexpr):
-    """As `flip_fragments`, in channel order."""
+    """As `flip_groups`, in channel order."""
     bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
     if PLANES & 8:
         flip_plane(words, start, bits, code, slot, ok, 8)

@@ -14,22 +14,35 @@ of `turn`, which are the same for every block (see `phase.py`).
 import triton
 import triton.language as tl
 
-from deployment.kernels.lookup import prepared, unpaired
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair, steps_of
-from deployment.kernels.tiles import DENSE, FRAGMENT_ORDER, arrange, channel_levels, units
-from deployment.kernels.tiles import block_words as block_words_of
+from deployment.kernels.store import group_place
+from deployment.order import GroupOrder, Order
+
+# where tokens come from: a plain tensor, or codes in one of two orders (order.py), groups of keys and of values being two
+DENSE = tl.constexpr(-1)
+CHANNEL_ORDER = tl.constexpr(0)
+IN_GROUPS = tl.constexpr(1)
+KEYS_IN_GROUPS = tl.constexpr(2)
+
+
+def source_of(order: Order) -> int:
+    """Which of these an order is."""
+    if not isinstance(order, GroupOrder):
+        return CHANNEL_ORDER.value
+    return (KEYS_IN_GROUPS if order.role == "key" else IN_GROUPS).value
 
 
 @triton.jit(do_not_specialize=["shift", "tokens", "first_block", "segment_blocks", "blocks", "room"])
 def unpack_kernel(
     words,  # [B, blocks, W] int32
     scales,  # [B, blocks * 64, 2] fp16
-    levels,  # the quantizer's tables (tables.py), as are the next five
+    levels,  # the quantizer's tables (tables.py), as are the next six
     scale,
     zero,
     width,
     offset,
     first_level,
+    slot,
     index,  # outliers (streams.py), as are the next three
     value,
     starts,
@@ -56,13 +69,11 @@ def unpack_kernel(
     CHANNELS: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     SOURCE: tl.constexpr,
-    BITS: tl.constexpr,  # of fragments; the planes of channels
-    GEOMETRY: tl.constexpr,
+    PLANES: tl.constexpr,  # the union of all widths' binary digits
     DYNAMIC: tl.constexpr,
     OUTLIERS: tl.constexpr,
     LIMITED: tl.constexpr,
     ROTATED: tl.constexpr,  # keys are, values are not
-    FAST: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Block `first_block + i` of every sequence and head, i the program's number; finite numbers where no token is."""
@@ -84,11 +95,9 @@ def unpack_kernel(
 
     # what belongs to this sequence, head and block
     words += (b * blocks + block) * block_words
-    if SOURCE == FRAGMENT_ORDER:
-        words += g * (D * 2 * BITS)
     scales += (b * blocks + block) * 128
     dense += b * dense_stride_b + g.to(tl.int64) * dense_stride_g + (block * 64).to(tl.int64) * dense_stride_t
-    tables = (levels, scale + g * D, zero + g * D, width + g * D, offset + g * D, first_level + g * D)
+    tables = (levels, scale + g * D, zero + g * D, width + g * D, offset + g * D, first_level + g * D, slot + g * D)
     source = (words, scales, tables, dense, dense_stride_t)
     outliers = (index, value, starts, ends)
     result += (stream * room + tl.program_id(0) * 64) * D
@@ -96,16 +105,8 @@ def unpack_kernel(
     ELEMENT: tl.constexpr = result.dtype.element_ty
 
     if ROTATED:
-        if SOURCE == FRAGMENT_ORDER:
-            first_words, second_words, third_words = block_words_of(words, BITS, GEOMETRY)
-            found = units(first_words, second_words, third_words, prepared(levels, BITS, FAST), BITS, FAST)
-            one, two = tl.split(arrange(found, GEOMETRY, FAST))
-            if FAST:
-                one, two = unpaired(one), unpaired(two)
-            a, b_half = tl.trans(one), tl.trans(two)
-        else:
-            a = raw_tile(source, token, first, token_ok, pair_ok, SOURCE, BITS, PAIRS)
-            b_half = raw_tile(source, token, second, token_ok, pair_ok, SOURCE, BITS, PAIRS)
+        a = raw_tile(source, token, first, token_ok, pair_ok, SOURCE, PLANES, PAIRS)
+        b_half = raw_tile(source, token, second, token_ok, pair_ok, SOURCE, PLANES, PAIRS)
         if SOURCE != DENSE:
             a = decoded(a, source, token, first, token_ok, pair_ok, DYNAMIC)
             b_half = decoded(b_half, source, token, second, token_ok, pair_ok, DYNAMIC)
@@ -129,14 +130,7 @@ def unpack_kernel(
         tl.store(to + first[None, :], (a * cos - b_half * sin).to(ELEMENT), mask=ok)
         tl.store(to + second[None, :], (b_half * cos + a * sin).to(ELEMENT), mask=ok)
     else:
-        if SOURCE == FRAGMENT_ORDER:
-            first_words, second_words, third_words = block_words_of(words, BITS, GEOMETRY)
-            found = units(first_words, second_words, third_words, prepared(levels, BITS, FAST), BITS, FAST)
-            tile = tl.reshape(arrange(found, GEOMETRY, FAST), (32 if FAST else 64, CHANNELS))
-            if FAST:
-                tile = unpaired(tile)
-        else:
-            tile = raw_tile(source, token, channel, token_ok, channel_ok, SOURCE, BITS, CHANNELS)
+        tile = raw_tile(source, token, channel, token_ok, channel_ok, SOURCE, PLANES, CHANNELS)
         if SOURCE != DENSE:
             tile = decoded(tile, source, token, channel, token_ok, channel_ok, DYNAMIC)
         tl.store(to + channel[None, :], tile.to(ELEMENT), mask=channel_ok[None, :])
@@ -146,16 +140,76 @@ def unpack_kernel(
 
 
 @triton.jit
-def raw_tile(source, token, channel, token_ok, channel_ok, SOURCE: tl.constexpr, BITS: tl.constexpr, N: tl.constexpr):
+def raw_tile(source, token, channel, token_ok, channel_ok, SOURCE: tl.constexpr, PLANES: tl.constexpr, N: tl.constexpr):
     """`[64, N]` fp32 of channels: elements of a plain tensor, zeros where no token is; or levels of codes."""
     words, _, tables, dense, dense_stride = source
     if SOURCE == DENSE:
         at = dense + token[:, None] * dense_stride + channel[None, :]
         tile = tl.load(at, mask=token_ok[:, None] & channel_ok[None, :], other=0).to(tl.float32)
     else:
-        levels, _, _, width, offset, first_level = tables
-        tile = tl.trans(channel_levels(words, levels, width, offset, first_level, channel, channel_ok, BITS, N))
+        levels, _, _, width, offset, first_level, slot = tables
+        bits = tl.load(width + channel, mask=channel_ok, other=0)
+        start = tl.load(offset + channel, mask=channel_ok, other=0)
+        base = tl.load(first_level + channel, mask=channel_ok, other=0)[None, :]
+        if SOURCE == CHANNEL_ORDER:
+            codes = tl.trans(channel_codes(words, start, bits, channel_ok, PLANES, N))
+        else:
+            inner = tl.load(slot + channel, mask=channel_ok, other=0) % 16
+            codes = group_codes(words, start, bits, token, inner, PLANES, SOURCE == KEYS_IN_GROUPS, N)
+        tile = tl.load(levels + base + codes, mask=channel_ok[None, :], other=0)
     return tile
+
+
+@triton.jit
+def group_codes(words, offset, width, token, inner, PLANES: tl.constexpr, KEYS: tl.constexpr, N: tl.constexpr):
+    """Codes `[64, N]` int32 of channels `inner` of their groups; words, offset and width as below."""
+    codes = tl.zeros([64, N], tl.int32)
+    if PLANES & 4:
+        codes |= group_plane(words, offset, width, token, inner, 4, KEYS)
+    if PLANES & 2:
+        codes |= group_plane(words, offset, width, token, inner, 2, KEYS)
+    if PLANES & 1:
+        codes |= group_plane(words, offset, width, token, inner, 1, KEYS)
+    return codes
+
+
+@triton.jit
+def group_plane(words, offset, width, token, inner, PLANE: tl.constexpr, KEYS: tl.constexpr):
+    """The bits of these codes that a plane holds, in their place."""
+    shift = (width & (16 - 2 * PLANE))[None, :]
+    word, bit = group_place(token[:, None], inner[None, :], PLANE, KEYS)
+    held = tl.load(words + offset[None, :] + 32 * shift + word, mask=((width & PLANE) != 0)[None, :], other=0)
+    return ((held >> bit) & ((1 << PLANE) - 1)) << shift
+
+
+@triton.jit
+def channel_codes(words, offset, width, ok, PLANES: tl.constexpr, N: tl.constexpr):
+    """Codes `[N, 64]` int32 of N channels in channel order.
+
+    words: pointer to the block's words. offset, width, ok: `[N]`. PLANES: the union of all widths' binary digits.
+    """
+    codes = tl.zeros([N, 64], tl.int32)
+    if PLANES & 8:
+        codes |= channel_plane(words, offset, width, ok, 8, N)
+    if PLANES & 4:
+        codes |= channel_plane(words, offset, width, ok, 4, N)
+    if PLANES & 2:
+        codes |= channel_plane(words, offset, width, ok, 2, N)
+    if PLANES & 1:
+        codes |= channel_plane(words, offset, width, ok, 1, N)
+    return codes
+
+
+@triton.jit
+def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr):
+    """The bits of `[N, 64]` codes that a plane of PLANE bits holds, in their place; 0 for channels without it."""
+    # the planes before this one are as many bits of the code as words of a group of 32 codes
+    shift = width & (16 - 2 * PLANE)
+    word = tl.arange(0, 2 * PLANE)[None, :]
+    at = words + offset[:, None] + word // PLANE * width[:, None] + shift[:, None] + word % PLANE
+    held = tl.load(at, mask=(ok & ((width & PLANE) != 0))[:, None], other=0)
+    fields = held[:, :, None] >> (tl.arange(0, 32 // PLANE) * PLANE)[None, None, :]
+    return tl.reshape(fields & ((1 << PLANE) - 1), [N, 64]) << shift[:, None]
 
 
 @triton.jit

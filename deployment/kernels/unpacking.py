@@ -9,14 +9,12 @@ from torch import Tensor
 
 from deployment.kernels.packed import DenseSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.tiles import CHANNEL_ORDER, DENSE, FRAGMENT_ORDER
-from deployment.kernels.unpack import bases_kernel, unpack_kernel
+from deployment.kernels.unpack import DENSE, bases_kernel, source_of, unpack_kernel
 from deployment.layout import PackedTensor, Page
-from deployment.order import FragmentOrder
 from quant.storage import BLOCK_TOKENS
 
 _ENTRIES = 256  # outliers at a time
-_TABLES = ("levels", "scale", "zero", "width", "offset", "first_level")
+_TABLES = ("levels", "scale", "zero", "width", "offset", "first_level", "slot")
 _STREAMS = ("index", "value", "starts", "ends")
 _STRIDES = ("dense_stride_b", "dense_stride_g", "dense_stride_t")
 
@@ -52,12 +50,8 @@ class Unpacking:
         shape = {"room": room, "G": heads, "D": dim, "ENTRIES": _ENTRIES}
         shape |= {"PAIRS": triton.next_power_of_2(dim // 2), "CHANNELS": triton.next_power_of_2(dim)}
         for source, result, rotated in zip(sources, (key, value), (True, False), strict=True):
-            is_fragments = source["SOURCE"] == FRAGMENT_ORDER
-            # permutes make fp16 levels, and are inline PTX
-            source["FAST"] = is_fragments and result.is_cuda and result.dtype == torch.float16
             source |= {**place, **shape, "result": result, "ROTATED": rotated}
-            # as many as fragments are laid out for, and channels have registers for
-            source["num_warps"] = 4 if dim <= 128 and source["SOURCE"] != CHANNEL_ORDER else 8
+            source["num_warps"] = 8
         return cls(sources, batch * heads)
 
     def run(self, first: int, blocks: int) -> None:
@@ -99,9 +93,8 @@ def _packed_arguments(packed: PackedTensor, page: Page) -> dict[str, Any]:
         **dict.fromkeys(_STRIDES, 0),
         "blocks": page.blocks,
         "block_words": order.words,
-        "SOURCE": FRAGMENT_ORDER if isinstance(order, FragmentOrder) else CHANNEL_ORDER,
-        "BITS": order.bits if isinstance(order, FragmentOrder) else tables.planes,
-        "GEOMETRY": order.geometry.constants() if isinstance(order, FragmentOrder) else (),
+        "SOURCE": source_of(order),
+        "PLANES": tables.planes,
         "DYNAMIC": page.scales is not None,
         "OUTLIERS": streams is not None and streams.index.numel() > 0,
     }
@@ -111,5 +104,5 @@ def _dense_arguments(tokens: Tensor) -> dict[str, Any]:
     tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
     unused = ("words", "scales", *_TABLES, *_STREAMS, "dense")
     strides = zip(_STRIDES, tokens.stride()[:3], strict=True)
-    constants = {"SOURCE": DENSE, "BITS": 0, "GEOMETRY": (), "DYNAMIC": False, "OUTLIERS": False}
+    constants = {"SOURCE": DENSE, "PLANES": 0, "DYNAMIC": False, "OUTLIERS": False}
     return {**dict.fromkeys(unused, tokens), **dict(strides), "blocks": 0, "block_words": 0, **constants}

@@ -1,0 +1,673 @@
+// Attention of a few queries over packed keys and values: `attend` takes a page apart, `combine` puts the parts together.
+//
+// A team of D / 32 warps attends to a part of one (sequence, KV head). Warp j has 16 rotary pairs, two groups of keys, and two groups of
+// values (order.py), so that scales, zeros and rotation of its channels stay in its registers. A chunk is 128 tokens:
+//
+//   scores    levels of codes (a table in shared memory of what every byte means), scaled and rotated by their place in a stretch of
+//             tokens: 16 tokens x 16 channels, first operand of a product whose 8 columns are (stretches of tokens) x (queries), each a query
+//             rotated back to the first token of its stretch. A warp knows its channels' share of a score; shares meet in shared memory
+//   softmax   a thread a token, with the largest score so far; only if one exceeds it by far all is rescaled
+//   values    levels, 16 channels x 16 tokens, times the weights, which hold the token's scale; zeros add up apart
+//
+// Outliers are lists: what an element exceeds its code's level by is added to a score, or to an output, as an integer. Teams are at
+// different places at the same time, and one loads its words 64 tokens ahead. Compiled by compile.py for one shape: HEAD_DIM, QUERIES (of a
+// tile: 1, 2, 4, 8), TEAMS, KEY_WIDTHS and VALUE_WIDTHS (bit w: groups of w bits occur), DYNAMIC (values have ranges of tokens), KEY_OUTLIERS,
+// VALUE_OUTLIERS, BFLOAT. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+#ifdef __CUDACC__
+#include "ptx.h"
+#else
+#include "lanes.h"
+#endif
+
+struct Side {  // keys, or values
+    const uint32_t *words, *entries, *ranges;  // [B, blocks, block_words]; pairs of fp16 levels; [B, blocks * 64] fp16 scale, zero
+    const float *scale, *zero, *floor;         // [G, D] of channels; floor: what code 0 is
+    const int *width, *offset, *channel;       // [G, D] of channels, of groups in a block; which channel comes where
+    const uint16_t *index, *value;             // outliers, as streams.py says
+    const int *starts, *ends;
+    int64_t block_words;
+    float lowest;  // level of code 0, where ranges are tokens'
+};
+
+struct Plain {  // a few tokens as they are: sinks, or not stored yet
+    const void *key, *value;           // [B, G, n, D] of their own dtype, strides below
+    const int64_t *origins, *limits;   // [B], plus shift: position of the first; positions from here on are not stored, or null
+    int64_t stride_b, stride_g, stride_t, shift;
+    int tokens, half;  // whether fp16, else as the queries
+};
+
+struct Params {
+    Side key, value;
+    Plain plain[2];
+    const void *query;                                // [B, H, S, D]
+    void *result;                                     // [B, S, H, D]
+    const int64_t *positions, *origins, *limits;      // [B, S]; [B], plus shift, as of plain tokens
+    const uint2 *steps;                               // [D / 2] turns a token, high and low
+    const float *factor, *turn;                       // [D / 2] of queries; [2, D / 2, 64] cos and sin of the tokens of a block
+    float *outputs, *state;                           // [parts, B, G, tiles, QUERIES, D]; and maximum, sum
+    int64_t query_b, query_h, query_s, shift;
+    float scaling;                                    // of scores, times log2 e
+    int new_tokens, group, heads, rotary_half;        // S, H / G, G, R / 2
+    int tokens, blocks, splits, tiles, items;         // of the page; parts of it, tiles of queries, all that teams take turns with
+    int first_part, parts;
+};
+
+constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
+constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
+constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
+constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 4096 : 16;  // of integers that outliers add
+constexpr float HIDDEN = -1e30f;
+
+DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
+DEVICE constexpr bool is_quad(int widths) { return only(widths) == 2; }  // four codes a byte, else two
+DEVICE constexpr int entries(int width, int widths) {
+    return !(widths >> width & 1) ? 0 : width == 0 ? 1 : width == 1 ? 18 : width == 4 || only(widths) > 1 ? 256 : width == 2 ? 52 : 120;
+}
+DEVICE constexpr int first_entry(int width, int widths) {
+    int sum = 0;
+    for (int w = 0; w < width; w++) sum += entries(w, widths);
+    return sum;
+}
+
+struct alignas(16) Team {
+    float scores[WARPS][CHUNK][QUERIES];  // a warp's shares
+    alignas(16) uint16_t scaled[QUERIES][CHUNK + 8];  // weights times scales of tokens
+    alignas(16) float delta[WARPS][4][8];             // by which columns are rotated from set to set
+#if QUERIES < 4
+    float column[WARPS][32][8];  // queries rotated back to the next set
+#endif
+    float raised[WARPS][QUERIES], shrink[QUERIES];
+    int end[QUERIES];  // tokens of the page that a query sees
+#if KEY_OUTLIERS
+    alignas(16) float query[PAIRS][QUERIES][2];  // rotated back to the part's first token
+    int key_sums[CHUNK][QUERIES];
+    float key_floor[D];
+#endif
+#if VALUE_OUTLIERS
+    int value_sums[QUERIES][D];
+    uint16_t weights[CHUNK][QUERIES];
+    float value_floor[D];
+    uint32_t ranges[CHUNK];
+#endif
+};
+
+struct Shared {  // an entry of 128 bytes has the levels of a byte for every lane, so that no two meet on a bank
+    alignas(128) uint32_t keys[first_entry(5, KEY_WIDTHS) * 32];
+    uint32_t values[first_entry(5, VALUE_WIDTHS) * 32];
+    uint2 turns[PAIRS];
+    Team team[TEAMS];
+};
+
+template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, int thread, int threads) {
+    for (int i = thread; i < first_entry(5, WIDTHS) * 8; i += threads) {
+        const int entry = i >> 3, at = 4 * (entry * 8 + ((i + entry) & 7));
+        const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
+        store4(table + at, a, b, a, b);
+    }
+}
+
+// Where a lane finds its copies of the entries of a width.
+template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int width, int lane) {
+    const uint32_t copy = is_quad(WIDTHS) ? 8 * (lane & 15) : 4 * lane;
+    uint32_t first = 0;
+    if (only(WIDTHS) < 0)
+#pragma unroll
+        for (int w = 0; w < 5; w++) first = width == w ? first_entry(w, WIDTHS) : first;
+    return shared_address(table) + 128 * first + copy;
+}
+
+DEVICE uint32_t entry_of(uint32_t own, uint32_t word, int byte) { return dp4a(word, 0x80u << (8 * byte), own); }
+
+template <int WIDTHS> DEVICE void load_group(uint32_t* w, const uint32_t* at, int width, int lane) {
+    at += (width == 4 ? 4 : 2) * lane;
+    if (width == 4) load4(w, at);
+    else if (!(WIDTHS & 3) || width >= 2) {
+        load2(w, at);
+        w[2] = width == 3 ? load1(at + 64 - lane) : 0;
+    } else if (only(WIDTHS) != 0) w[0] = width ? load1(at - lane) : 0, w[1] = w[2] = 0;
+}
+
+// The words of a lane and group as four words of nibbles; two words of four codes a byte are left.
+template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
+    if (is_quad(WIDTHS) || width == 4) return;
+    const uint32_t high = only(WIDTHS) == 3 ? 0xCCCCCCCCu : 0x44444444u;  // a table of its own does not mind the fourth bit
+    const uint32_t a = w[0], b = w[1], c = w[2];
+    if (only(WIDTHS) == 0) w[0] = w[1] = w[2] = w[3] = 0;
+    else if ((WIDTHS & 2) && width == 1) {
+        w[0] = a & 0x11111111u, w[1] = a >> 1 & 0x11111111u, w[2] = a >> 2 & 0x11111111u, w[3] = a >> 3 & 0x11111111u;
+    } else {  // where there are no third bits, or none at all, they are 0
+        w[0] = (a & 0x33333333u) | (c << 2 & high);
+        w[1] = (a >> 2 & 0x33333333u) | (c << 1 & high);
+        w[2] = (b & 0x33333333u) | (c & high);
+        w[3] = (b >> 2 & 0x33333333u) | (c >> 1 & high);
+    }
+}
+
+DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
+    const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
+    cos_sin_pi((float)(int)(turns >> 32) * 0x1p-31f, c, s);
+}
+
+DEVICE void pair_of(int channel, int half, int& pair, bool& second) {  // as of phase.py
+    second = channel >= half && (channel < 2 * half || channel >= PAIRS + half);
+    pair = channel - (second ? (channel < 2 * half ? half : PAIRS) : channel < half ? 0 : half);
+}
+
+DEVICE float element(const void* at, int64_t i, bool half) {
+    const uint16_t bits = ((const uint16_t*)at)[i];
+    return half ? from_half(bits) : as_float((uint32_t)bits << 16);
+}
+
+// What a thread knows of its team's item: part `split` of a page, for a tile of queries of one sequence and KV head.
+struct Worker {
+    const Params& P;
+    Shared& S;
+    Team& T;
+    const int team, tid, warp, lane, row, c;
+    int b, g, tile, split, held, last_block, first, last;
+    int64_t origin, stream;
+    int key_width[2], value_width[2];
+    uint32_t key_own[2], value_own[2];
+    const uint32_t *key_at, *value_at;
+    int pair[4];                      // of the lane's columns
+    uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
+    float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
+    uint32_t next[8], operand[2][2];
+#if QUERIES < 4
+    float (&column)[8];  // of the lane: where sets are long registers are dearer
+#else
+    float column[8];
+#endif
+    int key_begin, key_end, value_begin, value_end;
+
+    DEVICE Worker(const Params& p, Shared& s, int t, int thread)
+        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3)
+#if QUERIES < 4
+          , column(s.team[t].column[thread >> 5][thread & 31])
+#endif
+    {}
+
+    DEVICE void wait() { barrier(team + 1, THREADS); }
+    DEVICE int width_of(const Side& side, int group, int widths) {
+        return only(widths) >= 0 ? only(widths) : side.width[g * D + side.channel[g * D + 16 * group]];
+    }
+    DEVICE const uint32_t* group_at(const Side& side, int group) {
+        return side.words + (int64_t)b * P.blocks * side.block_words + side.offset[g * D + side.channel[g * D + 16 * group]];
+    }
+    // Words of a block, the last one for those beyond it; a warp's groups lie side by side.
+    template <int WIDTHS> DEVICE void load_block(int block, const Side& side, const uint32_t* at, const int* width) {
+        at += (int64_t)min(block, last_block) * side.block_words;
+        load_group<WIDTHS>(next, at, width[0], lane);
+        load_group<WIDTHS>(next + 4, at + 32 * width[0], width[1], lane);
+    }
+    DEVICE int64_t query_at(int number) {
+        return b * P.query_b + (g * P.group + number % P.group) * P.query_h + (int64_t)(number / P.group) * P.query_s;
+    }
+    DEVICE int64_t position_of(int number) {
+        return number < P.new_tokens * P.group ? P.positions[b * P.new_tokens + number / P.group] : -1;
+    }
+    // A pair of a query, rotated to the token that it is `tokens` after.
+    DEVICE void rotated(int number, int p, int64_t tokens, float& x, float& y) {
+        x = y = 0;
+        if (number >= P.new_tokens * P.group) return;
+        const int first_half = p < P.rotary_half ? p : p + P.rotary_half, second_half = p < P.rotary_half ? p + P.rotary_half : p + PAIRS;
+        const int64_t at = query_at(number);
+        const float scale = P.factor[p] * P.scaling, a = scale * element(P.query, at + first_half, !BFLOAT), d = scale * element(P.query, at + second_half, !BFLOAT);
+        float co, si;
+        turned(P.steps[p], tokens, co, si);
+        x = a * co - d * si, y = d * co + a * si;
+    }
+
+    DEVICE void begin(int item) {
+        split = item % P.splits;
+        const int rest = item / P.splits;
+        tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+        origin = P.origins[b] + P.shift;
+        const int64_t stored = P.limits[b] - origin;
+        held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
+        last_block = max((held + 63) / 64 - 1, 0);
+        const int chunks = (held + CHUNK - 1) / CHUNK, per = (chunks + P.splits - 1) / P.splits;
+        first = min(split * per, chunks), last = min(first + per, chunks);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            key_width[i] = width_of(P.key, 2 * warp + i, KEY_WIDTHS), value_width[i] = width_of(P.value, 2 * warp + i, VALUE_WIDTHS);
+            key_own[i] = own_entries<KEY_WIDTHS>(S.keys, key_width[i], lane), value_own[i] = own_entries<VALUE_WIDTHS>(S.values, value_width[i], lane);
+#pragma unroll
+            for (int n = 0; n < 4; n++) output[i][n] = 0;
+        }
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
+        key_at = group_at(P.key, 2 * warp), value_at = group_at(P.value, 2 * warp);
+        load_block<KEY_WIDTHS>(2 * first, P.key, key_at, key_width);
+        begin_keys();
+        if (tid < QUERIES) {
+            const int64_t seen = position_of(tile * QUERIES + tid) - origin + 1;
+            T.end[tid] = seen < 0 ? 0 : seen < held ? (int)seen : held;
+        }
+        begin_outliers();
+        wait();
+    }
+
+    // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
+    //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
+    DEVICE void begin_keys() {
+        float scale[4][2], zero[4][2];
+        const int* slots = P.key.channel + g * D + 32 * warp;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int k = 2 * c + (n & 1) + 8 * (n >> 1), one = slots[k], two = slots[16 + k];
+            pair[n] = one < P.rotary_half ? one : one - P.rotary_half;
+            scale[n][0] = P.key.scale[g * D + one], scale[n][1] = P.key.scale[g * D + two];
+            zero[n][0] = P.key.zero[g * D + one], zero[n][1] = P.key.zero[g * D + two];
+            float co, si;
+            turned(P.steps[pair[n]], SET, co, si);
+            if (row == 0) T.delta[warp][c][2 * n] = co, T.delta[warp][c][2 * n + 1] = si;
+        }
+#pragma unroll
+        for (int v = 0; v < EIGHTS; v++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float f[6][2];
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int n = 2 * h + e;
+                    const float co = P.turn[pair[n] * 64 + 8 * v + row], si = P.turn[(PAIRS + pair[n]) * 64 + 8 * v + row];
+                    f[0][e] = co * scale[n][0], f[1][e] = -si * scale[n][1], f[2][e] = co * scale[n][1], f[3][e] = si * scale[n][0];
+                    f[4][e] = co * zero[n][0] - si * zero[n][1], f[5][e] = co * zero[n][1] + si * zero[n][0];
+                }
+#pragma unroll
+                for (int i = 0; i < 6; i++) factors[v][h][i] = halves(f[i][0], f[i][1]);
+            }
+    }
+
+    DEVICE void anchor(int chunk) {
+        const int number = tile * QUERIES + row % QUERIES;
+        const int64_t tokens = position_of(number) - origin - chunk * CHUNK - row / QUERIES * STRETCH;
+#pragma unroll
+        for (int n = 0; n < 4; n++) rotated(number, pair[n], tokens, column[2 * n], column[2 * n + 1]);
+    }
+
+    // The columns as an operand, and on to those of the next set of tokens.
+    DEVICE void next_columns() {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) operand[h][i] = halves(column[4 * i + h], column[4 * i + 2 + h]);
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float co = T.delta[warp][c][2 * n], si = T.delta[warp][c][2 * n + 1], x = column[2 * n], y = column[2 * n + 1];
+            column[2 * n] = x * co + y * si, column[2 * n + 1] = y * co - x * si;
+        }
+    }
+
+    DEVICE void score_chunk(int chunk) {
+        if ((chunk - first) % ANCHOR == 0) anchor(chunk);
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
+#pragma unroll
+            for (int i = 0; i < 8; i++) w[i] = next[i];
+            if (block == 0) load_block<KEY_WIDTHS>(2 * chunk + 1, P.key, key_at, key_width);
+            else load_block<VALUE_WIDTHS>(2 * chunk, P.value, value_at, value_width);
+            expand<KEY_WIDTHS>(w, key_width[0]), expand<KEY_WIDTHS>(w + 4, key_width[1]);
+#pragma unroll
+            for (int u = 0; u < 4; u++) {
+                const int t16 = 4 * block + u;
+                if (t16 * 16 % SET == 0) next_columns();
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        if (!is_quad(KEY_WIDTHS)) level[u & 1][h][i] = shared1(entry_of(key_own[h], w[4 * h + u], i));
+                        else if (u % 2 == 0) shared2(entry_of(key_own[h], w[4 * h + u / 2], i), level[0][h][i], level[1][h][i]);
+                    }
+                score_tile(t16, level[u & 1]);
+            }
+        }
+    }
+
+    DEVICE void score_tile(int t16, uint32_t (*level)[4]) {
+        uint32_t one[4], two[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // token half i / 2, channel half i % 2
+            const uint32_t* f = factors[(2 * t16 + i / 2) % EIGHTS][i % 2];
+            const int to = 2 * (i % 2) + i / 2;
+            one[to] = fma2(level[1][i], f[1], fma2(level[0][i], f[0], f[4]));
+            two[to] = fma2(level[0][i], f[3], fma2(level[1][i], f[2], f[5]));
+        }
+        float d[4] = {0, 0, 0, 0};
+        multiply(d, one, operand[0][0], operand[0][1]);
+        multiply(d, two, operand[1][0], operand[1][1]);
+        const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
+        float* to = T.scores[warp][16 * t16 + row];
+        if (QUERIES == 1) {
+            if (c == stretch / 2) to[0] = d[stretch % 2], to[8] = d[2 + stretch % 2];
+        } else if (2 * c / QUERIES == stretch) {
+            const int q = 2 * c % QUERIES;
+            to[q] = d[0], to[q + 1] = d[1], to[8 * QUERIES + q] = d[2], to[8 * QUERIES + q + 1] = d[3];
+        }
+    }
+
+    DEVICE void weigh(float score, int q, int t, uint32_t range, float& p) {
+        p = exp2_of(score - highest[q] + LIFT);
+        T.scaled[q][t] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+#if VALUE_OUTLIERS
+        T.weights[t][q] = to_half(p);
+#endif
+    }
+
+    DEVICE void softmax(int chunk, const uint32_t* range) {
+        float score[EACH][QUERIES], p[EACH][QUERIES];
+        bool over = false;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int t = tid + i * THREADS;
+            if (t >= CHUNK) continue;
+#pragma unroll
+            for (int q = 0; q < QUERIES; q++) {
+                float s = T.scores[0][t][q];
+#pragma unroll
+                for (int w = 1; w < WARPS; w++) s += T.scores[w][t][q];
+#if KEY_OUTLIERS
+                s += T.key_sums[t][q] * (1 / KEY_UNIT), T.key_sums[t][q] = 0;
+#endif
+                score[i][q] = chunk * CHUNK + t < T.end[q] ? s : -infinity();
+                over |= score[i][q] > highest[q] + SLACK;
+                weigh(score[i][q], q, t, range[i], p[i][q]);
+            }
+#if VALUE_OUTLIERS
+            T.ranges[t] = range[i];
+#endif
+        }
+        if (barrier_any(team + 1, THREADS, over)) {
+            rescale(score);
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+#pragma unroll
+                for (int q = 0; q < QUERIES; q++)
+                    if (tid + i * THREADS < CHUNK) weigh(score[i][q], q, tid + i * THREADS, range[i], p[i][q]);
+            wait();
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int q = 0; q < QUERIES; q++)
+                if (tid + i * THREADS < CHUNK) {
+                    sum[q] += p[i][q];
+                    if (DYNAMIC) zeros[q] += p[i][q] * from_half(range[i] >> 16);
+                }
+    }
+
+    // The largest scores become those of this chunk, too; what was summed before shrinks.
+    DEVICE void rescale(float (*score)[QUERIES]) {
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) {
+            float x = HIDDEN;
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (tid + i * THREADS < CHUNK) x = maximum(x, score[i][q]);
+#pragma unroll
+            for (int k = 16; k; k >>= 1) x = maximum(x, shuffle_xor(x, k));
+            if (lane == 0) T.raised[warp][q] = x;
+        }
+        wait();
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) {
+            float x = highest[q];
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) x = maximum(x, T.raised[w][q]);
+            const float f = exp2_of(highest[q] - x);
+            highest[q] = x, sum[q] *= f, zeros[q] *= f, extra[q] *= f;
+            if (tid == 0) T.shrink[q] = f;
+        }
+        wait();
+        const float f = T.shrink[2 * c % QUERIES], e = T.shrink[(2 * c + 1) % QUERIES];
+#pragma unroll
+        for (int t = 0; t < 2; t++) output[t][0] *= f, output[t][1] *= e, output[t][2] *= f, output[t][3] *= e;
+    }
+
+    DEVICE void add_values(int chunk) {
+#pragma unroll
+        for (int block = 0; block < 2; block++) {
+            uint32_t w[8], weight[8];
+#pragma unroll
+            for (int i = 0; i < 8; i++) w[i] = next[i];
+            if (block == 0) load_block<VALUE_WIDTHS>(2 * chunk + 1, P.value, value_at, value_width);
+            else if (chunk + 1 < last) load_block<KEY_WIDTHS>(2 * chunk + 2, P.key, key_at, key_width);
+            expand<VALUE_WIDTHS>(w, value_width[0]), expand<VALUE_WIDTHS>(w + 4, value_width[1]);
+            const uint16_t* at = &T.scaled[row % QUERIES][64 * block + 16 * c];
+            read4(weight, at), read4(weight + 4, at + 8);
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+#pragma unroll
+                for (int t = 0; t < 2; t++) {
+                    const uint32_t *words = w + 4 * t, own = value_own[t];
+                    uint32_t a[4];
+                    if (is_quad(VALUE_WIDTHS)) {
+                        shared2(entry_of(own, words[0], k), a[0], a[2]), shared2(entry_of(own, words[1], k), a[1], a[3]);
+                        multiply(output[t], a, weight[k], weight[4 + k]);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) a[i] = shared1(entry_of(own, words[2 * (i & 1) + (k >> 1)], 2 * (k & 1) + (i >> 1)));
+                        multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
+                    }
+                }
+        }
+    }
+
+    // Where the list of a chunk ends: at its last block that exists.
+    DEVICE int list_end(const Side& side, int chunk) { return side.ends[stream * P.blocks + min(2 * chunk + 1, last_block)]; }
+    DEVICE int list_begin(const Side& side) { return first ? side.ends[stream * P.blocks + 2 * first - 1] : side.starts[stream]; }
+    DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
+
+    DEVICE void begin_outliers() {
+#if KEY_OUTLIERS
+        key_begin = list_begin(P.key), key_end = list_end(P.key, first);
+        for (int i = tid; i < PAIRS * QUERIES; i += THREADS) {
+            const int number = tile * QUERIES + i % QUERIES;
+            float* to = T.query[i / QUERIES][i % QUERIES];
+            rotated(number, i / QUERIES, position_of(number) - origin - first * CHUNK, to[0], to[1]);
+        }
+        T.key_floor[tid] = P.key.floor[g * D + tid];
+        for (int i = tid; i < CHUNK * QUERIES; i += THREADS) T.key_sums[0][i] = 0;
+#endif
+#if VALUE_OUTLIERS
+        value_begin = list_begin(P.value), value_end = list_end(P.value, first);
+        T.value_floor[tid] = P.value.floor[g * D + tid];
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) T.value_sums[q][tid] = 0;
+#endif
+    }
+
+#if KEY_OUTLIERS
+    DEVICE void add_key(uint32_t word, int chunk) {
+        const int place = word & 0xFFFF, channel = place % D, t = (place / D - chunk * CHUNK) & (SPAN - 1);
+        const float exceeds = KEY_UNIT * (from_half(word >> 16) - T.key_floor[channel]);
+        int p;
+        bool second;
+        pair_of(channel, P.rotary_half, p, second);
+        const uint32_t tokens = (chunk - first) * CHUNK + t;
+        const uint2 step = S.turns[p];
+        float co, si;  // the second half of a pair stands a quarter of a turn ahead
+        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * 1.4629180792671596e-9f, co, si);
+        co *= exceeds, si *= exceeds;
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
+    }
+#endif
+#if VALUE_OUTLIERS
+    DEVICE void add_value(uint32_t word, int chunk) {
+        const int place = word & 0xFFFF, channel = place % D, t = (place / D - chunk * CHUNK) & (SPAN - 1);
+        const uint32_t range = T.ranges[t];
+        const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
+        const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[q][channel], round_int(from_half(T.weights[t][q]) * exceeds));
+    }
+#endif
+
+    DEVICE void attend_chunk(int chunk) {
+        uint32_t range[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int t = tid + i * THREADS;
+            range[i] = DYNAMIC && t < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
+        }
+#if KEY_OUTLIERS  // loaded two rounds ahead
+        const int key_later = list_end(P.key, chunk + 1);
+        uint32_t key_one = entry(P.key, key_begin + tid, key_end), key_two = entry(P.key, key_begin + THREADS + tid, key_end);
+#endif
+        score_chunk(chunk);
+#if KEY_OUTLIERS
+#pragma unroll 1
+        for (int at = key_begin + tid; at < key_end; at += THREADS) {
+            const uint32_t word = key_one;
+            key_one = key_two, key_two = entry(P.key, at + 2 * THREADS, key_end);
+            add_key(word, chunk);
+        }
+        key_begin = key_end, key_end = key_later;
+#endif
+        wait();
+#if VALUE_OUTLIERS
+        const int value_later = list_end(P.value, chunk + 1);
+        uint32_t value_one = entry(P.value, value_begin + tid, value_end), value_two = entry(P.value, value_begin + THREADS + tid, value_end);
+#endif
+        softmax(chunk, range);
+        add_values(chunk);
+#if VALUE_OUTLIERS
+#pragma unroll 1
+        for (int at = value_begin + tid; at < value_end; at += THREADS) {
+            const uint32_t word = value_one;
+            value_one = value_two, value_two = entry(P.value, at + 2 * THREADS, value_end);
+            add_value(word, chunk);
+        }
+        value_begin = value_end, value_end = value_later;
+        wait();
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) extra[q] += T.value_sums[q][tid] * (1 / VALUE_UNIT), T.value_sums[q][tid] = 0;
+#endif
+    }
+
+    DEVICE float total_of(int which, int q) {
+        float x = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) x += T.scores[w][which][q];
+        return x;
+    }
+
+    DEVICE void finish() {
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) {
+#pragma unroll
+            for (int k = 16; k; k >>= 1) sum[q] += shuffle_xor(sum[q], k), zeros[q] += shuffle_xor(zeros[q], k);
+        }
+        wait();
+        if (lane == 0) {
+#pragma unroll
+            for (int q = 0; q < QUERIES; q++) T.scores[warp][0][q] = sum[q], T.scores[warp][1][q] = zeros[q], T.scores[warp][2][q] = highest[q];
+        }
+        wait();
+        const int64_t at = ((int64_t)(P.first_part + split) * (P.items / P.splits) + stream * P.tiles + tile) * QUERIES;
+        if (tid < QUERIES) P.state[2 * (at + tid)] = T.scores[0][2][tid], P.state[2 * (at + tid) + 1] = total_of(0, tid);
+#pragma unroll
+        for (int i = 0; i < 8; i++) {  // group i / 4, row i / 2 % 2 * 8
+            const int q = 2 * c + i % 2, channel = P.value.channel[g * D + 32 * warp + 16 * (i / 4) + 8 * (i / 2 % 2) + row];
+            const float o = output[i / 4][i % 4], scale = DYNAMIC ? 1 : P.value.scale[g * D + channel];
+            if (q >= QUERIES) continue;
+            const float zero = DYNAMIC ? total_of(1, q) : total_of(0, q) * P.value.zero[g * D + channel];
+            P.outputs[(at + q) * D + channel] = o * scale + zero;
+        }
+        wait();
+#if VALUE_OUTLIERS
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) P.outputs[(at + q) * D + tid] += extra[q];
+#endif
+    }
+};
+
+KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
+    Shared& S = *(Shared*)SHARED_MEMORY;
+    fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), TEAMS * THREADS);
+    fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), TEAMS * THREADS);
+    for (int i = thread_number(); i < PAIRS; i += TEAMS * THREADS) S.turns[i] = P.steps[i];
+    barrier_of_block();
+    const int team = thread_number() / THREADS;
+    Worker worker(P, S, team, thread_number() % THREADS);
+    for (int item = team * blocks_in_grid() + block_number(); item < P.items; item += TEAMS * blocks_in_grid()) {
+        worker.begin(item);
+        for (int chunk = worker.first; chunk < worker.last; chunk++) worker.attend_chunk(chunk);
+        worker.finish();
+    }
+}
+
+// One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
+KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
+    constexpr int ALL = 4 * D;
+    float* weight = (float*)SHARED_MEMORY;  // [parts + plain tokens], then [4 D], [64]
+    const int tokens = P.plain[0].tokens + P.plain[1].tokens, count = P.parts + tokens;
+    float *outputs = weight + count, *reduced = outputs + ALL;
+    const int t = thread_number(), lane = t % 32, heads = P.heads * P.group;
+    const int head = block_number() % heads, token = block_number() / heads % P.new_tokens, b = block_number() / heads / P.new_tokens, g = head / P.group;
+    const int number = token * P.group + head % P.group;
+    const int64_t position = P.positions[b * P.new_tokens + token];
+    const int64_t row = ((int64_t)(b * P.heads + g) * P.tiles) * QUERIES + number, per_part = (int64_t)(P.items / P.splits) * QUERIES;
+    float top = HIDDEN;
+    for (int i = t; i < P.parts; i += ALL) top = maximum(top, weight[i] = P.state[2 * (row + i * per_part)]);
+    for (int i = t / 32; i < tokens; i += ALL / 32) {
+        const bool second = i >= P.plain[0].tokens;
+        const Plain& plain = P.plain[second];
+        const int k = i - (second ? P.plain[0].tokens : 0);
+        const int64_t at = plain.origins[b] + plain.shift + k, key = b * plain.stride_b + g * plain.stride_g + k * plain.stride_t;
+        const int64_t query = b * P.query_b + head * P.query_h + token * P.query_s;
+        float score = 0;
+        for (int p = lane; p < PAIRS; p += 32) {
+            const int one = p < P.rotary_half ? p : p + P.rotary_half, two = p < P.rotary_half ? p + P.rotary_half : p + PAIRS;
+            const float x = element(plain.key, key + one, plain.half), y = element(plain.key, key + two, plain.half), scale = P.factor[p] * P.scaling;
+            float co, si;
+            turned(P.steps[p], at - position, co, si);
+            score += scale * ((x * co - y * si) * element(P.query, query + one, !BFLOAT) + (y * co + x * si) * element(P.query, query + two, !BFLOAT));
+        }
+#pragma unroll
+        for (int k = 16; k; k >>= 1) score += shuffle_xor(score, k);
+        const bool seen = at >= 0 && at <= position && (!plain.limits || at < plain.limits[b]);
+        if (lane == 0) weight[P.parts + i] = seen ? score : HIDDEN;
+        if (seen) top = maximum(top, score);
+    }
+#pragma unroll
+    for (int k = 16; k; k >>= 1) top = maximum(top, shuffle_xor(top, k));
+    if (lane == 0) reduced[t / 32] = top;
+    barrier_of_block();
+    for (int i = 0; i < ALL / 32; i++) top = maximum(top, reduced[i]);
+    float total = 0;
+    for (int i = t; i < count; i += ALL) {
+        const bool plain = i >= P.parts;
+        const float w = weight[i] == HIDDEN ? 0 : exp2_of(weight[i] - top + (plain ? LIFT : 0));
+        weight[i] = w, total += plain ? w : w * P.state[2 * (row + i * per_part) + 1];
+    }
+#pragma unroll
+    for (int k = 16; k; k >>= 1) total += shuffle_xor(total, k);
+    if (lane == 0) reduced[32 + t / 32] = total;
+    barrier_of_block();
+    const int channel = t % D;
+    float output = 0;
+#pragma unroll 8
+    for (int i = t / D; i < P.parts; i += 4) output += weight[i] * P.outputs[(row + i * per_part) * D + channel];
+    for (int i = t / D; i < tokens; i += 4) {
+        const bool second = i >= P.plain[0].tokens;
+        const Plain& plain = P.plain[second];
+        const int64_t at = b * plain.stride_b + g * plain.stride_g + (i - (second ? P.plain[0].tokens : 0)) * plain.stride_t;
+        const float w = weight[P.parts + i];
+        if (w != 0) output += w * element(plain.value, at + channel, plain.half);
+    }
+    outputs[t] = output;
+    barrier_of_block();
+    if (t >= D) return;
+    total = 0;
+    for (int i = 0; i < ALL / 32; i++) total += reduced[32 + i];
+    output = (outputs[t] + outputs[D + t] + outputs[2 * D + t] + outputs[3 * D + t]) / (total == 0 ? 1 : total);
+    ((uint16_t*)P.result)[((int64_t)(b * P.new_tokens + token) * heads + head) * D + t] = BFLOAT ? to_bfloat(output) : to_half(output);
+}
+
+GLOBAL sizes(int* out) { out[0] = sizeof(Shared), out[1] = sizeof(Params); }

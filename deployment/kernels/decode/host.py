@@ -1,0 +1,260 @@
+"""Host side of decode.cu: which work it takes, its parameters, and its launches. Nothing waits for the device."""
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
+from deployment.kernels.phase import Rotary
+from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of
+from deployment.layout import PackedTensor, Page
+from deployment.order import GroupOrder
+
+MOST_QUERIES = 16  # of a KV head; beyond, a block is worth unpacking once for all of them
+HEAD_DIMS = (64, 96, 128, 256)
+_MOST_BITS = 4
+_MOST_PLAIN = 64  # tokens that `combine` attends to on the side
+_LOG2_E = math.log2(math.e)
+_entries: WeakKeyDictionary[PackedTensor, Tensor] = WeakKeyDictionary()
+
+
+def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    """A structure of decode.cu; "a b" are two fields of one type."""
+    each = [(one, kind) for names, kind in fields for one in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": each})
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+Side = _structure(
+    "Side",
+    ("words entries ranges scale zero floor width offset channel index value starts ends", _POINTER),
+    ("block_words", _LONG),
+    ("lowest", _FLOAT),
+)
+Plain = _structure(
+    "Plain",
+    ("key value origins limits", _POINTER),
+    ("stride_b stride_g stride_t shift", _LONG),
+    ("tokens half", _INT),
+)
+Params = _structure(
+    "Params",
+    ("key value", Side),
+    ("plain", Plain * 2),
+    ("query result positions origins limits steps factor turn outputs state", _POINTER),
+    ("query_b query_h query_s shift", _LONG),
+    ("scaling", _FLOAT),
+    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts", _INT),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decode.cu is compiled for; widths are bit masks, and flags 0 or 1."""
+
+    head_dim: int
+    queries: int
+    teams: int
+    key_widths: int
+    value_widths: int
+    dynamic: int
+    key_outliers: int
+    value_outliers: int
+    bfloat: int
+
+    def defines(self) -> dict[str, int]:
+        """As macros."""
+        return {name.upper(): value for name, value in asdict(self).items()}
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of `attend`, `sizeof(Shared)`."""
+        dim, queries, keys, values = self.head_dim, self.queries, self.key_outliers, self.value_outliers
+        team = dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2 + dim * 4
+        team += 32 * dim if queries < 4 else 0
+        team += _padded(4 * (dim // 32 * queries + 2 * queries))
+        team += keys * _padded(8 * dim // 2 * queries + 4 * CHUNK * queries + 4 * dim)
+        team += values * _padded(4 * queries * dim + 2 * CHUNK * queries + 4 * dim + 4 * CHUNK)
+        tables = 128 * sum(len(table) for widths in (self.key_widths, self.value_widths) for table in _bytes_of(widths))
+        return _padded(tables + 4 * dim + self.teams * team, 128)
+
+
+def _padded(size: int, to: int = 16) -> int:
+    return -(-size // to) * to
+
+
+def _bytes_of(widths: int) -> list[Tensor]:
+    """The bytes that have entries in a table, for every width that occurs: two codes each, or four of 2 bits; see decode.cu."""
+    alone = widths & (widths - 1) == 0
+    sizes = {0: 1, 1: 18, 2: 256 if alone else 52, 3: 256 if alone else 120, 4: 256}
+    return [torch.arange(size) for width, size in sizes.items() if widths >> width & 1]
+
+
+def entries_of(packed: PackedTensor) -> Tensor:
+    """Pairs of fp16 levels, `[entries]` int32 (`[entries, 2]` if all groups have 2 bits), on the device."""
+    if packed not in _entries:
+        assert isinstance(packed.order, GroupOrder)
+        tables, widths, parts = packed.tables, packed.order.occurring, []
+        for width, byte in zip(widths, _bytes_of(_mask(widths)), strict=True):
+            first = int(tables.first_level[tables.width == width][0])
+            levels = tables.levels[first : first + 2**width].half().cpu().view(torch.int16).long() & 0xFFFF
+            shifts = (0, 2) if widths == (2,) else (0,)
+            pairs = [levels[byte >> s & 2**width - 1] | levels[byte >> s + 4 & 2**width - 1] << 16 for s in shifts]
+            parts.append(torch.stack([torch.where(pair < 2**31, pair, pair - 2**32) for pair in pairs], dim=-1))
+        _entries[packed] = torch.cat(parts).int().to(packed.device)
+    return _entries[packed]
+
+
+def _mask(widths: Sequence[int]) -> int:
+    return sum(1 << width for width in widths)
+
+
+def takes(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: int) -> bool:
+    """Whether `attend` can do it, here and now; where only the installation is to blame, that is said once."""
+    if not query.is_cuda or not fits(query, segments, rotary, kv_heads):
+        return False
+    from deployment.kernels.decode.compile import available
+
+    return available(query.device)
+
+
+def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: int) -> bool:
+    """Whether decode.cu has words for it."""
+    packed = [segment for segment in segments if isinstance(segment, PackedSegment)]
+    plain = [segment for segment in segments if isinstance(segment, DenseSegment)]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[3] in HEAD_DIMS
+        and query.shape[1] // kv_heads * query.shape[2] <= MOST_QUERIES
+        and len(packed) > 0
+        and len(plain) <= 2
+        and sum(segment.tokens for segment in plain) <= _MOST_PLAIN
+        and all(segment.key.dtype in (torch.float16, query.dtype) for segment in plain)
+        and all(_is_grouped(segment.key) and _is_grouped(segment.value) for segment in packed[:1])
+        and packed[0].key_page.scales is None
+        and packed[0].key.rotary_half == rotary.half
+    )
+
+
+def _is_grouped(packed: PackedTensor) -> bool:
+    return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
+
+
+Run = Callable[
+    [str, Shape, int, int, int, ctypes.Structure], None
+]  # kernel, shape, blocks, threads, shared bytes, Params
+
+
+def attend(
+    query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
+) -> Tensor:
+    """As `attend_packed` (packed.py)."""
+    from deployment.kernels.decode.compile import most_shared, runner
+
+    run = runner(query.device)
+    return attend_by(run, most_shared(query.device), query, positions, segments, rotary, scaling, kv_heads)
+
+
+def attend_by(
+    run: Run,
+    most_shared: int,
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    scaling: float,
+    kv_heads: int,
+) -> Tensor:
+    """`attend` by any means of running a kernel."""
+    batch, heads, new, dim = query.shape
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    group, packed = heads // kv_heads, [segment for segment in segments if isinstance(segment, PackedSegment)]
+    rows = min(8, 1 << (new * group - 1).bit_length())
+    tiles, streams = -(-new * group // rows), batch * kv_heads
+    result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
+    params = Params(
+        query=query.data_ptr(), result=result.data_ptr(), positions=positions.data_ptr(), steps=rotary.steps.data_ptr(),
+        factor=rotary.factor.data_ptr(), turn=rotary.turn.data_ptr(), query_b=query.stride(0), query_h=query.stride(1),
+        query_s=query.stride(2), scaling=scaling * _LOG2_E, new_tokens=new, group=group, heads=kv_heads,
+        rotary_half=rotary.half, tiles=tiles,
+    )  # fmt: skip
+    kept: list[object] = [query, positions]
+    plain = [segment for segment in segments if isinstance(segment, DenseSegment)]
+    for number, segment in enumerate(plain):
+        key, value = _of_equal_strides(segment)
+        kept += [key, value]
+        params.plain[number] = _plain(segment, key, value)
+    shapes = [_shape(segment, rows, dim, query.dtype == torch.bfloat16, most_shared) for segment in packed]
+    count = multiprocessors(query.device)
+    splits = [
+        parts_of(segment.tokens, streams * tiles, count * shape.teams)
+        for segment, shape in zip(packed, shapes, strict=True)
+    ]
+    params.parts = sum(splits)
+    outputs = query.new_empty(params.parts * streams * tiles * rows, dim, dtype=torch.float32)
+    state = query.new_empty(params.parts * streams * tiles * rows, 2, dtype=torch.float32)
+    params.outputs, params.state = outputs.data_ptr(), state.data_ptr()
+    for segment, shape, parts in zip(packed, shapes, splits, strict=True):
+        params.key, params.value = _side(segment.key, segment.key_page), _side(segment.value, segment.value_page)
+        params.origins, params.limits = segment.origins.data_ptr(), segment.limits.data_ptr()
+        params.shift, params.tokens, params.blocks = segment.start, segment.tokens, segment.key_page.blocks
+        params.splits, params.items = parts, streams * tiles * parts
+        blocks = min(count, params.items)
+        run("attend", shape, blocks, shape.teams * dim, shape.shared_bytes, params)
+        params.first_part += parts
+    shared = 4 * (params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 64)
+    run("combine", shapes[0], batch * new * heads, 4 * dim, shared, params)
+    return result
+
+
+def _shape(segment: PackedSegment, rows: int, dim: int, bfloat: bool, most_shared: int) -> Shape:
+    """As many teams as registers and shared memory are good for."""
+    key, value = segment.key.order, segment.value.order
+    assert isinstance(key, GroupOrder) and isinstance(value, GroupOrder)
+    outliers = [
+        int(page.outliers is not None and page.outliers.index.numel() > 0)
+        for page in (segment.key_page, segment.value_page)
+    ]
+    dynamic = int(segment.value_page.scales is not None)
+    widths = _mask(key.occurring), _mask(value.occurring)
+    for teams in range(teams_for(dim, rows), 0, -1):
+        shape = Shape(dim, rows, teams, *widths, dynamic, *outliers, int(bfloat))
+        if shape.shared_bytes <= most_shared:
+            return shape
+    raise ValueError(f"{shape} needs {shape.shared_bytes} bytes of shared memory; there are {most_shared}")
+
+
+def teams_for(dim: int, queries: int) -> int:
+    """Teams of D threads in a block: what was fastest on an H100, one of 2 to 5, with enough registers for each."""
+    return max(1, (512 if queries == 1 else 384) // dim)
+
+
+def _of_equal_strides(segment: DenseSegment) -> tuple[Tensor, Tensor]:
+    key, value = segment.key, segment.value
+    if key.stride() != value.stride() or key.stride(-1) != 1:
+        key, value = key.contiguous(), value.contiguous()
+    return key, value
+
+
+def _plain(segment: DenseSegment, key: Tensor, value: Tensor) -> ctypes.Structure:
+    limits = None if segment.limits is None else segment.limits.data_ptr()
+    pointers = key.data_ptr(), value.data_ptr(), segment.origins.data_ptr(), limits
+    return Plain(*pointers, *key.stride()[:3], segment.start, segment.tokens, key.dtype == torch.float16)
+
+
+def _side(packed: PackedTensor, page: Page) -> ctypes.Structure:
+    tables = packed.tables
+    if page.outliers is not None:
+        page.outliers = page.outliers.with_starts()
+    streams = page.outliers
+    fixed = (tables.scale, tables.zero, tables.floor, tables.width, tables.offset, tables.channel)
+    lists = (None,) * 4 if streams is None else (streams.index, streams.value, streams.starts, streams.ends)
+    tensors = (page.words, entries_of(packed), page.scales, *fixed, *lists)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return Side(*pointers, packed.order.words, tables.lowest)

@@ -1,0 +1,110 @@
+"""decode.cu against the torch definition, as host C++ with lanes in random order; test_kernels_attention.py does it on a GPU."""
+
+import ctypes
+from typing import Any
+
+import decode_on_cpu
+import pytest
+import torch
+from conftest import all_pairs
+from test_kernels_attention import LENGTHS, run_case
+
+from deployment.kernels.decode import host
+
+pytestmark = [
+    pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself runs"),
+]
+
+
+def error(**case: Any) -> float:
+    return run_case(attend=decode_on_cpu.attend, **case)
+
+
+@pytest.mark.parametrize("length", LENGTHS[1:])
+def test_awkward_lengths(length: int) -> None:
+    assert error(lengths=(length,)) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits"),
+    all_pairs(
+        [64, 96, 128, 256],
+        [(2, 2), (3, 3), (4, 4), (1, 2), (2, 3), (4, 1)],
+        lambda dim, bits: dim == 128 or bits == {64: (2, 3), 96: (4, 1), 256: (3, 3)}[dim],
+    ),
+)
+def test_widths_and_heads(dim: int, bits: tuple[int, int]) -> None:
+    assert error(bits=bits, dim=dim, heads=(2, 1), lengths=(70,)) < 2e-3
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (3, 1), (8, 1), (5, 1)])
+def test_groups_of_queries(heads: tuple[int, int]) -> None:
+    assert error(heads=heads, lengths=(300,)) < 2e-3
+
+
+@pytest.mark.parametrize("kinds", [("groups", "groups"), ("channel", "channel"), ("groups", "token")])
+def test_mixed_widths_and_axes(kinds: tuple[str, str]) -> None:
+    assert error(kinds=kinds, lengths=(150, 70), dim=128) < 2e-3
+
+
+def test_a_model_in_bfloat16() -> None:
+    assert error(dtype=torch.bfloat16, lengths=(300, 1)) < 6e-3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_shares_of_outliers(share: float) -> None:
+    assert error(share=share, lengths=(260,)) < 2e-3
+
+
+def test_outliers_beyond_the_span_of_an_index() -> None:
+    assert error(dim=256, heads=(1, 1), lengths=(600,), share=0.1) < 2e-3
+
+
+def test_nothing_but_outliers() -> None:
+    assert error(kinds=("channel", "channel"), share=1.0, lengths=(64, 31)) < 2e-3
+
+
+@pytest.mark.parametrize(("exact_chunk", "new"), [(True, 5), (False, 1), (False, 5)])
+def test_several_queries(exact_chunk: bool, new: int) -> None:
+    assert error(new=new, lengths=(140, 30), exact_chunk=exact_chunk, heads=(6, 2)) < 2e-3
+
+
+def test_padding_inside_the_chunk() -> None:
+    assert error(new=9, lengths=(0, 90), pads=(4, 0), sinks=0, heads=(2, 2)) < 2e-3
+
+
+@pytest.mark.parametrize("sinks", [0, 5, 40])
+def test_plain_tokens(sinks: int) -> None:
+    assert error(lengths=(70, 3), sinks=sinks, heads=(6, 2), dim=96, rotary_dim=48) < 2e-3
+
+
+@pytest.mark.parametrize("rotary_dim", [16, 32])
+def test_partial_rotary_embeddings(rotary_dim: int) -> None:
+    assert error(rotary_dim=rotary_dim, lengths=(200,), factor=1.2, kinds=("groups", "token")) < 2e-3
+
+
+def test_angles_are_exact_at_ten_million() -> None:
+    near, far = (error(lengths=(200,), base=base) for base in (0, 10_000_000))
+    assert far < 1.2 * near
+
+
+def test_angles_stay_exact_in_a_long_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are rotated on from set to set; one team goes through everything here."""
+    monkeypatch.setattr(host, "parts_of", lambda *_: 1)
+    assert error(lengths=(9000,), heads=(1, 1), share=0.0) < 2e-3
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_order_of_lanes_does_not_matter(seed: int) -> None:
+    def attend(*arguments: Any) -> torch.Tensor:
+        return decode_on_cpu.attend(*arguments, seed=seed)
+
+    assert run_case(attend=attend, lengths=(400,), heads=(8, 2), share=0.05) < 2e-3
+
+
+@pytest.mark.parametrize("outliers", [0, 1])
+@pytest.mark.parametrize(("dim", "queries", "widths"), [(64, 1, 16), (96, 2, 8), (128, 4, 31), (256, 8, 4)])
+def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int) -> None:
+    shape = host.Shape(dim, queries, 2, widths, 4, 1, outliers, outliers, 0)
+    assert decode_on_cpu.sizes(shape) == (shape.shared_bytes, ctypes.sizeof(host.Params))
