@@ -301,7 +301,12 @@ class PackedCache(Cache):
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]
                 layers[layer] = PackedLayer(
-                    sides["key"], sides["value"], quantizers.scheme.sink_tokens, capacity, exact_chunk, rotary_half(config, layer)
+                    sides["key"],
+                    sides["value"],
+                    quantizers.scheme.sink_tokens,
+                    capacity,
+                    exact_chunk,
+                    rotary_half(config, layer),
                 )
         super().__init__(layers=layers)
 

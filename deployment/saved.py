@@ -31,7 +31,7 @@ from gradients.records import checksum
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
 
-SCHEMA = 1  # to be raised whenever order.py, streams.py or the meaning of any tensor here changes
+SCHEMA = 2  # to be raised whenever order.py, streams.py or the meaning of any tensor here changes
 Messages = list[dict[str, str]]
 
 

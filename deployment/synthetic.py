@@ -122,7 +122,9 @@ def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torc
     writing does. Numbers are drawn on the host, so that all devices hold the same. Raises `UserError` for 2^31 outliers
     or more.
     """
-    few = PackedLayer(layer.quantizers["key"], layer.quantizers["value"], layer.sink_tokens, rotary_half=layer.rotary_half)
+    few = PackedLayer(
+        layer.quantizers["key"], layer.quantizers["value"], layer.sink_tokens, rotary_half=layer.rotary_half
+    )
     layer.lazy_initialization(*[torch.empty(1, shape.kv_heads, 0, shape.head_dim, device=device)] * 2)
     # outliers' indices repeat with the span
     period = max(PAGE_BLOCKS, *(packed.span // BLOCK_TOKENS for packed in layer.packed.values()))

@@ -204,7 +204,9 @@ def test_other_widths_and_heads(bits: int, dim: int) -> None:
     assert run_case(bits=(bits, bits), dim=dim, lengths=(100,)) < 2e-3
 
 
-@pytest.mark.parametrize("kinds", [("groups", "groups"), ("mixed", "mixed"), ("token", "token"), ("token", "channel"), ("mixed", "token")])
+@pytest.mark.parametrize(
+    "kinds", [("groups", "groups"), ("mixed", "mixed"), ("token", "token"), ("token", "channel"), ("mixed", "token")]
+)
 def test_axes_and_mixed_widths(kinds: tuple[str, str]) -> None:
     assert run_case(kinds=kinds, lengths=(150, 70)) < 2e-3
 

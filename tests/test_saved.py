@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache, PackedLayer
-from deployment.order import ChannelOrder, FragmentOrder
+from deployment.order import ChannelOrder, GroupOrder, uniform_order
 from deployment.pages import one_page
 from deployment.saved import load_cache, quantizers_digest, save_cache
 from gradients.cli import UserError
@@ -91,7 +91,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(
     cache, tokens = PackedCache(quantizers, model.config), make_tokens(2, 130)
     fill(model, cache, tokens, padding=70)
     layer = cache.layers[0]
-    assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "rd" in scheme else FragmentOrder)
+    assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "rd" in scheme else GroupOrder)
     save_cache(tmp_path / "cache", cache, quantizers, model.config, tokens)
 
     saved = load_cache(tmp_path / "cache", quantizers, model.config)
@@ -233,7 +233,7 @@ def flip(_content: dict, tensors: dict[str, Tensor]) -> None:
         (lambda path: rewrite(path, flip), "tensor layers.1.value.words was altered"),
         (
             lambda path: rewrite(path, lambda content, _: content.update(schema=99)),
-            "has schema 99, this version reads 1",
+            "has schema 99, this version reads 2",
         ),
         (lambda path: rewrite(path, lambda content, _: content.pop("slots")), "is damaged"),
         (lambda path: rewrite(path, lambda _, tensors: tensors.pop("layers.0.key.ends")), "not a complete|damaged"),
@@ -291,10 +291,12 @@ def test_orders_are_those_of_the_schema() -> None:
     """If this fails, codes lie elsewhere in their words than in files already written: raise SCHEMA in saved.py."""
     codes = torch.arange(BLOCK_TOKENS * 128).view(1, BLOCK_TOKENS, 128) * 2654435761 >> 7
     words = [
-        FragmentOrder(bits, 2, 64, kind, torch.device("cpu")).pack((codes % 2**bits).to(torch.uint8))
+        uniform_order(bits, 2, 64, kind, 32, torch.device("cpu")).pack((codes % 2**bits).to(torch.uint8))
         for bits in (2, 3, 4)
         for kind in KINDS
     ]
+    widths = torch.tensor([[4, 0, 3, 1], [2, 6, 5, 2]])
+    words += [GroupOrder(widths, torch.stack([torch.arange(64)] * 2), "value").pack((codes % 2).to(torch.uint8))]
     words += [ChannelOrder(torch.full((128,), bits)).pack((codes % 2**bits).to(torch.uint8)) for bits in range(1, 7)]
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in words)).hexdigest()
-    assert digest.startswith("8f64713fb529b32f")
+    assert digest.startswith("f2676e579cdabf17")

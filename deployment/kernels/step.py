@@ -62,7 +62,23 @@ def put_token(
     SIZES: tl.constexpr,  # G, D, D rounded up, C rounded up, sink tokens
 ):
     """Store the new token of one side of one head."""
-    x, sinks, words, scales, index, value, starts, ends, scale, zero, width, first, boundaries, offset, places_in_head = side
+    (
+        x,
+        sinks,
+        words,
+        scales,
+        index,
+        value,
+        starts,
+        ends,
+        scale,
+        zero,
+        width,
+        first,
+        boundaries,
+        offset,
+        places_in_head,
+    ) = side
     DYNAMIC: tl.constexpr = CONSTANTS[0]
     PER_END: tl.constexpr = CONSTANTS[1]
     OUTLIERS: tl.constexpr = CONSTANTS[2]

@@ -158,9 +158,7 @@ def flip_group_plane(words, offset, width, inner, code, slot, ok, PLANE: tl.cons
 
 
 @triton.jit
-def flip_groups(
-    words, offset, width, slot_at, code, slot, lane, ok, PLANES: tl.constexpr, KEYS: tl.constexpr
-):
+def flip_groups(words, offset, width, slot_at, code, slot, lane, ok, PLANES: tl.constexpr, KEYS: tl.constexpr):
     """Write the codes of the block's token `slot`, channels `lane` of a head, in groups."""
     bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
     inner = tl.load(slot_at + lane, mask=ok, other=0) % 16
