@@ -198,20 +198,26 @@ class GroupOrder:
         ordered = torch.zeros(*words.shape[:-1], groups, LANES * _LANE_CODES, dtype=torch.uint8, device=words.device)
         for width, group, columns in self._columns:
             own = words.unflatten(-1, columns.shape) if len(group) == groups else words[..., columns]
-            codes: Tensor | None = None
-            for plane in planes(width):
-                held = own[..., LANES * plane.shift : LANES * (plane.shift + plane.width)]
-                nibbles = _widened(held, plane.width, plane.shift % 4)
-                if plane.shift >= 4:
-                    codes = unpack(codes, 4) | unpack(nibbles, 4) << 4
-                else:
-                    codes = nibbles if codes is None else codes.bitwise_or_(nibbles)
-            codes = codes if width > 4 else unpack(codes, 4)
+            codes = _codes_of_words(own, width)
             if len(group) == groups:
                 ordered = codes
             else:
                 ordered[..., group, :] = codes
         return _gathered(ordered.flatten(-2), self._places).unflatten(-1, (BLOCK_TOKENS, -1))
+
+
+def _codes_of_words(words: Tensor, width: int) -> Tensor:
+    """Codes `[..., 1024]` uint8 of groups `[..., 32 w]` of `width` bits, in the order of nibbles."""
+    parts: list[Tensor | None] = [None, None]  # nibbles of the lower four bits, and of the others
+    for plane in planes(width):
+        held = words[..., LANES * plane.shift : LANES * (plane.shift + plane.width)]
+        nibbles, number = _widened(held, plane.width, plane.shift % 4), plane.shift // 4
+        before = parts[number]
+        parts[number] = nibbles if before is None else before.bitwise_or_(nibbles)
+    low, high = parts
+    assert low is not None
+    codes = unpack(low, 4)
+    return codes if high is None else codes | unpack(high, 4) << 4
 
 
 def _narrowed(nibbles: Tensor, bits: int, shift: int) -> Tensor:

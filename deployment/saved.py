@@ -28,7 +28,7 @@ from gradients.checked import (
     open_checked,
     write_checked,
 )
-from gradients.cli import UserError, note
+from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, decoder, kv_shape
 from gradients.placement import module_device
@@ -36,7 +36,7 @@ from gradients.weights import weights_digest
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
 
-# to be raised whenever order.py, streams.py or the meaning of any tensor here changes; 1 had no digest and no weights
+# to be raised whenever order.py, streams.py or the meaning of any tensor here changes; 1 had another order of codes
 SCHEMA = 2
 FILE = Artefact("cache", "kvquant_cache", SCHEMA, "read the text again with --save-cache")
 Messages = list[dict[str, str]]
@@ -121,14 +121,14 @@ class SavedCache:
     messages: Messages | None  # if the text is a conversation
     quantizers: Quantizers
     fingerprint: Fingerprint
-    weights: str  # digest of the model's; empty where it is not known
+    weights: str  # digest of the model's
     tensors: dict[str, Tensor]
     name: str
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raise `UserError` unless the cache was made with a model of this config and these weights."""
         difference = self.fingerprint.difference(Fingerprint.of(model.config))
-        if not difference and self.weights and self.weights != (present := weights_digest(model)):
+        if not difference and self.weights != (present := weights_digest(model)):
             difference = f"other weights, digest {self.weights} against {present}"
         if difference:
             raise UserError(
@@ -194,8 +194,10 @@ def read_cache(path: str | Path, quantizers: Quantizers) -> SavedCache:
     """
     with open_checked(path, FILE) as file:
         content = file.content
+        if not file.has_digest:
+            raise file.error("is of an older version, whose codes lie in another order")
         fingerprint = Fingerprint.from_json(content["fingerprint"])
-        weights = content["weights"] if file.has_digest else ""
+        weights = content["weights"]
         if not isinstance(weights, str):
             raise file.error(f"is damaged (weights {weights!r:.40} are no digest)")
         _check_quantizers(str(path), content, quantizers)
@@ -205,8 +207,6 @@ def read_cache(path: str | Path, quantizers: Quantizers) -> SavedCache:
         messages = content["messages"]
         if messages is not None and not _are_messages(messages):
             raise file.error(f"is damaged (messages {messages!r:.40} are no conversation)")
-    if not weights:
-        note(f"cache {str(path)!r} is of an older version, which did not say of which weights it is")
     return SavedCache(tokens, lengths, content["slots"], messages, quantizers, fingerprint, weights, tensors, str(path))
 
 

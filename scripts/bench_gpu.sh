@@ -12,11 +12,9 @@
 #               sanitize    every kernel on small shapes, watched by compute-sanitizer: memcheck, racecheck
 #               smollm2     a real MODEL and its QUANTIZERS against the CPU, on a TEXT (pydoc)
 #               bench       attention of one layer against fp16
-#               tune        the same with each of CHANGES to the kernels' tuning
 #               generate    whole models: decode and prefill from several CACHES at CONTEXTS
 #     SHAPES    llama-7b llama-3-8b
 #     SCHEMES   nuq4-1% nuq3-1% nuq2-1%      each against fp16, in the same process
-#     CHANGES   chunk=256 stages=2 entries=256
 #     CACHES    fp16 nuq4-1% ...             those of scripts/benchmark_generate.py
 #     CONTEXTS  32K 128K 512K 1M             of generate
 #     PYTHON    python3, which has the requirements; nothing is installed
@@ -33,7 +31,6 @@ parts=${PARTS:-tests bench}
 read -ra shapes <<<"${SHAPES:-llama-7b llama-3-8b}"
 read -ra schemes <<<"${SCHEMES:-nuq4-1% nuq3-1% nuq2-1%}"
 read -ra caches <<<"${CACHES:-fp16 nuq4-1% nuq3-1% nuq2-1% nuq2 fp16-dynamic fp16-static hqq4 quanto4}"
-read -ra changes <<<"${CHANGES:-chunk=256 stages=2 entries=256}"
 read -ra contexts <<<"${CONTEXTS:-32K 128K 512K 1M}"
 read -ra quantizers <<<"${QUANTIZERS:-}"
 device=cuda tests=(tests/test_kernels_*.py tests/test_graphed.py) many=8
@@ -41,7 +38,7 @@ short=(2K 16K 128K) long=(512K 1M)
 models=("${shapes[@]}") steps=() check=() whole=()
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}
 if [[ -n ${DRY:-} ]]; then
-    device=cpu tests=(tests/test_kernels_lookup.py) many=2 models=(tiny) contexts=(128)
+    device=cpu tests=(tests/test_kernels_schedule.py) many=2 models=(tiny) contexts=(128)
     short=(64 128) long=(192)
     steps=(--schemes nuq2 --context 64 --chunk 20)
     check=(--windows 2 --seqlen 64 --prompts 1 --prompt-tokens 16 --new-tokens 4 --prefill-chunk 32 --limit 1)
@@ -116,16 +113,6 @@ if [[ $parts == *bench* ]]; then
     benchmark batch 60 "$many" decode,append "${short[@]}"
     benchmark long 90 1 decode "${long[@]}"
     table
-fi
-if [[ $parts == *tune* ]]; then
-    for change in "${changes[@]}"; do
-        for shape in "${shapes[@]}"; do
-            for scheme in "${schemes[@]}"; do
-                run "tune-$change-$(basename "$shape")-$scheme" 60 "$python" -m deployment.benchmark --device "$device" --ops decode \
-                    --shape "$shape" --scheme "$scheme" --tune "$change" --contexts "${short[@]}" --results "$out/tune.jsonl"
-            done
-        done
-    done
 fi
 if [[ $parts == *generate* ]]; then
     left=$((deadline - SECONDS))

@@ -187,23 +187,33 @@ def of_gpus(name: str, table: Callable[[list[Row]], tuple[list[str], list[list[s
 def instructions() -> str:
     """Machine instructions per element, as counted last."""
     cells = []
-    for row in {(row["target"], row["bits"], row["group"]): row for row in rows_of("instructions")}.values():
-        parts = ("keys", "values", "mean", "queries", "outliers", "rest", "whole")
-        spills = sum(row["spills"].values())
-        what = [row["target"], str(row["bits"]), str(row["group"])]
-        cells.append([*what, *(f"{row[part]:.2f}" for part in parts), str(row["registers"]), str(spills)])
-    header = ["GPU", "bits", "G", "keys", "values", "mean", "queries", "outliers", "rest", "whole", "registers"]
-    return markdown([*header, "spills in loops"], cells)
+    rows = [row for row in rows_of("instructions") if "teams" in row]  # those of the kernel in Triton had other columns
+    for row in {(row["target"], row["bits"], row["queries"]): row for row in rows}.values():
+        what = [row["target"], str(row["bits"] or "2, 3, 4"), str(row["queries"]), str(row["teams"])]
+        counts = [f"{row[part]:.2f}" for part in ("loop", "outliers", "whole")]
+        cells.append([*what, *counts, str(row["registers"]), str(row["usual_spills"]), f"{row['shared'] / 1024:.0f}"])
+    header = ["GPU", "bits", "queries", "teams", "loop", "outliers", "whole", "registers", "spills in loops"]
+    return markdown([*header, "shared memory, KiB"], cells)
 
 
 def roofline() -> str:
     """What memory and instructions allow at most, as counted last."""
     cells = []
-    for row in {(row["machine"], row["shape"], row["scheme"]): row for row in rows_of("roofline")}.values():
+    rows = [row for row in rows_of("roofline") if "shared_us" in row]
+    for row in {(row["machine"], row["shape"], row["scheme"]): row for row in rows}.values():
         what = [row["machine"], row["shape"], str(row["group"]), row["scheme"], f"{row['instructions']:.1f}"]
-        times = [f"{row[name]:.0f}" for name in ("memory_us", "issue_us", "alu_us", "fp16_us")]
+        times = [f"{row[name]:.0f}" for name in ("memory_us", "shared_us", "issue_us", "fp16_us")]
         cells.append([*what, *times, row["bound"], f"{row['most_speedup']:.1f}x"])
-    header = ["GPU", "shape", "queries to a KV head", "scheme", "instructions", "memory, us", "issue, us", "ALU, us"]
+    header = [
+        "GPU",
+        "shape",
+        "queries to a KV head",
+        "scheme",
+        "instructions",
+        "memory, us",
+        "shared memory, us",
+        "issue, us",
+    ]
     return markdown([*header, "fp16, us", "bound", "at most"], cells)
 
 

@@ -1,4 +1,4 @@
-"""What decode attention over a packed cache can reach at most: memory against instructions.
+"""What decode attention over a packed cache can reach at most: memory, shared memory and instructions.
 
     python -m scripts.roofline                                   # llama-7b, llama-3-8b, llama-3-70b on three GPUs
     python -m scripts.roofline --schemes nuq3-1% --context 1M --results scripts/results/roofline.jsonl
@@ -6,12 +6,12 @@
 Every element of the cache has to be read, and dequantized by so many instructions. Three things take their time:
 
     memory   bits stored per element, as `deployment.plan` counts them / what a large copy reaches
-    issue    instructions per element of the whole kernel (`scripts/machine_code.py`) / 128 lanes a clock and multiprocessor
-    alu      those of them that permute, shift and mask / 64 lanes
+    shared   two bytes of levels per element / 128 bytes a clock and multiprocessor
+    issue    instructions per element of the whole kernel (`scripts/compile_kernels.py`) / 128 lanes a clock and multiprocessor
 
 and the longest is the bound: no schedule is faster. Attention over fp16 needs two bytes an element, and is taken to reach the
-memory's rate. Not counted: waiting, instructions of less than full rate other than `alu`, atomics that meet, what a
-program does once, putting the parts together. A kernel that issues in seven slots of ten is a good one.
+memory's rate. Not counted: waiting, instructions of less than full rate, what else goes through shared memory, what a
+team does once, putting the parts together.
 
 Rows are one layer and one new token of one sequence.
 """
@@ -19,8 +19,6 @@ Rows are one layer and one new token of one sequence.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import triton
 
 from deployment.plan import parse_tokens
 from deployment.shapes import ModelShape, named_config
@@ -31,7 +29,8 @@ from quant.scheme import Scheme
 from scripts.compile_kernels import HEAD_DIM, compile_for
 
 FP16_BYTES = 2
-ISSUE_LANES, ALU_LANES = 128, 64  # of a multiprocessor in a clock, on sm_80 and sm_90
+LEVEL_BYTES = 2
+ISSUE_LANES, SHARED_BYTES = 128, 128  # of a multiprocessor in a clock, on sm_80 and sm_90
 SHAPES = ("llama-7b", "llama-3-8b", "llama-3-70b")  # 1, 4 and 8 query heads to a KV head
 SCHEMES = ("nuq4-1%", "nuq3-1%", "nuq2-1%")
 
@@ -53,15 +52,13 @@ MACHINES = {
 }
 
 
-def bounds(
-    machine: Machine, elements: float, bytes_per_element: float, instructions: float, alu: float
-) -> dict[str, Any]:
+def bounds(machine: Machine, elements: float, bytes_per_element: float, instructions: float) -> dict[str, Any]:
     """Microseconds that each resource needs for so many elements, the bound, and how much faster than fp16 it is at most."""
     lanes = machine.multiprocessors * machine.clock
     seconds = {
         "memory": elements * bytes_per_element / machine.bandwidth,
+        "shared": elements * LEVEL_BYTES / (lanes * SHARED_BYTES),
         "issue": elements * instructions / (lanes * ISSUE_LANES),
-        "alu": elements * alu / (lanes * ALU_LANES),
     }
     fp16 = elements * FP16_BYTES / machine.bandwidth
     bound = max(seconds, key=lambda name: seconds[name])
@@ -96,24 +93,21 @@ def roofline(shapes: Sequence[str], schemes: Sequence[str], context: int) -> lis
     for machine_name, machine in MACHINES.items():
         for name, layer in layers.items():
             for scheme in map(Scheme.parse, schemes):
-                counts, alu = _instructions(machine.target, scheme, layer.group)
+                instructions = _instructions(machine.target, scheme, layer.group)
                 stored = layer.bytes_per_element[str(scheme)]
                 row = {"machine": machine_name, "shape": name, "group": layer.group, "scheme": str(scheme)}
                 row |= {"context": context, "bits_per_element": round(8 * stored, 3)}
-                row |= {"instructions": counts["whole"], "alu_instructions": round(alu, 2)}
+                row |= {"instructions": instructions}
                 elements = 2 * context * layer.channels
-                rows.append({**row, **bounds(machine, elements, stored, counts["whole"], alu)})
+                rows.append({**row, **bounds(machine, elements, stored, instructions)})
     return rows
 
 
-def _instructions(target: int, scheme: Scheme, group: int) -> tuple[dict[str, Any], float]:
-    """(counts of the kernel, its instructions per element that permute, shift and mask)."""
+def _instructions(target: int, scheme: Scheme, group: int) -> float:
+    """Of the kernel, per element."""
     if scheme.allocated or scheme.bits not in (2, 3, 4) or (scheme.key_axis, scheme.value_axis) != ("channel", "token"):
         raise UserError(f"scheme {scheme} takes another kernel; use one of 2, 3 or 4 bits, such as nuq3-1%")
-    counts, runs = compile_for(target, int(scheme.bits), group, outliers=scheme.outliers)
-    everything = sum(run.instructions for run in runs)
-    alu = sum(run.times * (run.kinds()["PRMT"] + run.kinds()["LOP3/SHF"]) for run in runs)
-    return counts, counts["whole"] * alu / everything
+    return float(compile_for(target, int(scheme.bits), group, outliers=scheme.outliers)["whole"])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -128,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     rows = roofline(arguments.shapes, schemes, arguments.context)
     print(format_table(rows))
     for row in rows:
-        append_row(arguments.results, row, packages=("torch", "triton"))
-    return {"triton": triton.__version__, "rows": rows}
+        append_row(arguments.results, row, packages=("torch",))
+    return {"rows": rows}
 
 
 if __name__ == "__main__":

@@ -51,15 +51,6 @@ def test_other_parts_are_asked_for(tmp_path: Path) -> None:
     assert int(asked[5].split("--seconds ")[1].split()[0]) < 270
 
 
-def test_changes_of_the_tuning_are_timed_one_by_one(tmp_path: Path) -> None:
-    done, asked = run(tmp_path, PARTS="tune", SHAPES="llama-7b", SCHEMES="nuq2-1%", CHANGES="entries=256 chunk=128")
-    assert done.returncode == 0 and [line.split("--tune ")[1].split()[0] for line in asked] == [
-        "entries=256",
-        "chunk=128",
-    ]
-    assert all("--ops decode --shape llama-7b --scheme nuq2-1%" in line for line in asked)
-
-
 def test_parts_without_what_they_need_are_left_out(tmp_path: Path) -> None:
     done, asked = run(tmp_path, PARTS="sanitize smollm2", SANITIZER=str(tmp_path / "none"), MODEL="smol")
     assert done.returncode == 0 and not asked

@@ -73,7 +73,7 @@ def test_ways_to_attend_in_fp16_agree() -> None:
     shape, device = Shape(4, 2, 32), torch.device("cpu")
     case = make_case(shape, Scheme.parse("nuq3"), 70, 2, device, seed=0)
     torch.manual_seed(5)
-    calls = decode_calls(case, shape, kernels=False)
+    calls = decode_calls(case, shape)
     assert list(calls) == ["sdpa", "sdpa folded"]
     expected = calls["sdpa"]()
     assert torch.allclose(calls["sdpa folded"]().view_as(expected), expected, atol=2e-3)
@@ -93,30 +93,6 @@ def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "broken is left out: no such backend" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="none of broken, broken too"):
         fastest({"broken": ["broken"], "broken too": ["broken"]}, torch.device("cpu"))  # type: ignore[dict-item]
-
-
-def test_other_numbers_of_the_tuning_are_tried_and_undone(llama_folder: Path) -> None:
-    from deployment.kernels.tuning import tuned, tuning_of
-
-    device = torch.device("cpu")
-    before = tuning_of(device)
-    with tuned(entries=256):
-        with tuned(chunk=128):
-            assert (tuning_of(device).entries, tuning_of(device).chunk) == (256, 128)
-        assert tuning_of(device).chunk == before.chunk
-    assert tuning_of(device) == before
-    command = ["--shape", str(llama_folder), "--contexts", "130", "--ops", "decode", "--device", "cpu"]
-    (row,) = main([*command, "--tune", "chunk=128", "stages=2"])["rows"]
-    assert row["tuned"] == {"chunk": 128, "stages": 2} and tuning_of(device) == before
-    wrong = {
-        "chunk=100": "powers of two",
-        "stages=3": "powers of two",
-        "speed=2": "with a name of registers, waves",
-        "chunk": "NAME=NUMBER",
-    }
-    for change, reason in wrong.items():
-        with pytest.raises(UserError, match=reason):
-            main([*command, "--tune", change])
 
 
 def test_a_graph_s_first_calls_wait_for_those_before(monkeypatch: pytest.MonkeyPatch) -> None:

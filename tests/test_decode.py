@@ -1,6 +1,7 @@
 """decode.cu against the torch definition, as host C++ with lanes in random order; test_kernels_attention.py does it on a GPU."""
 
 import ctypes
+from dataclasses import replace
 from typing import Any
 
 import decode_on_cpu
@@ -10,6 +11,7 @@ from conftest import all_pairs
 from test_kernels_attention import LENGTHS, run_case
 
 from deployment.kernels.decode import host
+from deployment.kernels.packed import attend_packed
 
 pytestmark = [
     pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
@@ -101,6 +103,44 @@ def test_the_order_of_lanes_does_not_matter(seed: int) -> None:
         return decode_on_cpu.attend(*arguments, seed=seed)
 
     assert run_case(attend=attend, lengths=(400,), heads=(8, 2), share=0.05) < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("case", "fits"),
+    [
+        ({"new": 8, "heads": (2, 1)}, True),
+        ({"new": 9, "heads": (2, 1)}, False),
+        ({"dtype": torch.float32}, False),
+        ({"dim": 32}, False),
+        ({"bits": (5, 4)}, False),
+        ({"kinds": ("mixed", "token")}, False),
+        ({"kinds": ("token", "token")}, False),
+        ({"sinks": 65}, False),
+        ({"lengths": (0,)}, False),
+    ],
+)
+def test_what_is_taken(case: dict[str, Any], fits: bool) -> None:
+    """All else goes the general way."""
+    found = []
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        query, _, segments, rotary, _, kv_heads = arguments
+        found.append(host.fits(query, segments, rotary, kv_heads))
+        return attend_packed(*arguments)
+
+    assert run_case(attend=attend, **{"lengths": (70,), **case}) < 2e-3
+    assert found == [fits]
+
+
+def test_another_rotary_embedding_than_the_layout_s_is_not_taken() -> None:
+    """Keys lie in pairs of one embedding; with another's they would be rotated wrongly."""
+
+    def attend(query: torch.Tensor, positions: torch.Tensor, segments: Any, rotary: Any, *rest: Any) -> torch.Tensor:
+        assert host.fits(query, segments, rotary, 2)
+        assert not host.fits(query, segments, replace(rotary, half=rotary.half // 2), 2)
+        return attend_packed(query, positions, segments, rotary, *rest)
+
+    assert run_case(attend=attend, lengths=(70,)) < 2e-3
 
 
 @pytest.mark.parametrize("outliers", [0, 1])

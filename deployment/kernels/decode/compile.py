@@ -58,7 +58,8 @@ def architecture(device: torch.device) -> str:
 @cache
 def most_shared(device: torch.device) -> int:
     """Bytes of shared memory that a block may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's own stubs do not know all of them
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache

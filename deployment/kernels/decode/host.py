@@ -200,10 +200,10 @@ def attend_by(
     outputs = query.new_empty(params.parts * streams * tiles * rows, dim, dtype=torch.float32)
     state = query.new_empty(params.parts * streams * tiles * rows, 2, dtype=torch.float32)
     params.outputs, params.state = outputs.data_ptr(), state.data_ptr()
-    for segment, shape, parts in zip(packed, shapes, splits, strict=True):
-        params.key, params.value = _side(segment.key, segment.key_page), _side(segment.value, segment.value_page)
-        params.origins, params.limits = segment.origins.data_ptr(), segment.limits.data_ptr()
-        params.shift, params.tokens, params.blocks = segment.start, segment.tokens, segment.key_page.blocks
+    for page, shape, parts in zip(packed, shapes, splits, strict=True):
+        params.key, params.value = _side(page.key, page.key_page), _side(page.value, page.value_page)
+        params.origins, params.limits = page.origins.data_ptr(), page.limits.data_ptr()
+        params.shift, params.tokens, params.blocks = page.start, page.tokens, page.key_page.blocks
         params.splits, params.items = parts, streams * tiles * parts
         blocks = min(count, params.items)
         run("attend", shape, blocks, shape.teams * dim, shape.shared_bytes, params)
@@ -222,9 +222,9 @@ def _shape(segment: PackedSegment, rows: int, dim: int, bfloat: bool, most_share
         for page in (segment.key_page, segment.value_page)
     ]
     dynamic = int(segment.value_page.scales is not None)
-    widths = _mask(key.occurring), _mask(value.occurring)
+    widths = [_mask(key.occurring), _mask(value.occurring)]
     for teams in range(teams_for(dim, rows), 0, -1):
-        shape = Shape(dim, rows, teams, *widths, dynamic, *outliers, int(bfloat))
+        shape = Shape(dim, rows, teams, widths[0], widths[1], dynamic, outliers[0], outliers[1], int(bfloat))
         if shape.shared_bytes <= most_shared:
             return shape
     raise ValueError(f"{shape} needs {shape.shared_bytes} bytes of shared memory; there are {most_shared}")
