@@ -66,35 +66,14 @@ def steps_of(steps, pair, ok):
 
 
 @triton.jit
-def phase_of(position, high, low, SIGNED: tl.constexpr = True):
-    """The angles' fractions of a turn, times 2^32, as int32 that wrap; arguments broadcast.
-
-    Of negative positions (padding), too, unless SIGNED is false: then theirs are numbers without a meaning.
-    """
+def cos_sin(position, high, low):
+    """(cos, sin) fp32 of positions (padding has negative ones), within 3e-7 of the exact values; arguments broadcast."""
     t = position.to(tl.int32).to(tl.uint32, bitcast=True)
     turns = t * high.to(tl.uint32, bitcast=True) + tl.umulhi(t, low.to(tl.uint32, bitcast=True))
-    phase = turns.to(tl.int32, bitcast=True)
-    if SIGNED:  # 2^32 more than a negative position stand in t, which `low` turns into once itself
-        phase -= tl.where(position < 0, low, 0)
-    return phase
-
-
-@triton.jit
-def cos_sin_of(phase, QUICK: tl.constexpr):
-    """(cos, sin) fp32 of `phase_of`, within 3e-7 of the exact values; QUICK: the GPU's own approximations, within 6e-7."""
+    # 2^32 more than a negative position stand in t, which `low` turns into once itself
+    phase = turns.to(tl.int32, bitcast=True) - tl.where(position < 0, low, 0)
     angle = phase.to(tl.float32) * 1.4629180792671596e-09
-    if QUICK:
-        cos = tl.inline_asm_elementwise("cos.approx.f32 $0,$1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
-        sin = tl.inline_asm_elementwise("sin.approx.f32 $0,$1;", "=f,f", [angle], tl.float32, is_pure=True, pack=1)
-    else:
-        cos, sin = tl.cos(angle), tl.sin(angle)
-    return cos, sin
-
-
-@triton.jit
-def cos_sin(position, high, low, QUICK: tl.constexpr = False):
-    """(cos, sin) fp32 of positions (padding has negative ones), arguments broadcast."""
-    return cos_sin_of(phase_of(position, high, low), QUICK)
+    return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
@@ -116,17 +95,3 @@ def second_of_pair(pair, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr):
     else:
         channel = pair + tl.where(pair < ROTARY_HALF, ROTARY_HALF, HALF)
     return channel
-
-
-@triton.jit
-def pair_of(channel, ROTARY_HALF: tl.constexpr, HALF: tl.constexpr):
-    """(pair, whether it is the second half) of a channel."""
-    if ROTARY_HALF == HALF:
-        is_second = channel >= HALF
-        pair = channel - tl.where(is_second, HALF, 0)
-    else:
-        is_second = ((channel >= ROTARY_HALF) & (channel < 2 * ROTARY_HALF)) | (channel >= HALF + ROTARY_HALF)
-        shift = tl.where(is_second, tl.where(channel < 2 * ROTARY_HALF, ROTARY_HALF, HALF), 0)
-        shift += tl.where((channel >= 2 * ROTARY_HALF) & (channel < HALF + ROTARY_HALF), ROTARY_HALF, 0)
-        pair = channel - shift
-    return pair, is_second
