@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_artefact import rewrite
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -246,3 +247,23 @@ def test_q_norm_and_foreign_forms_refuse_feedback() -> None:
         Scheme.parse("nuq3+fb", key_rope="post")
     with pytest.raises(UserError, match="drop q_norm"):
         Scheme.parse("nuq2+fb", q_norm=True)
+
+
+@pytest.mark.parametrize("fault", ["order", "lower", "missing"])
+def test_artefacts_with_another_feedback_than_was_fitted_are_refused(
+    fault: str, records: Records, tmp_path: Path
+) -> None:
+    path = tmp_path / "fb.safetensors"
+    fit(records, Scheme.parse("nuq3+fb")).save(path)
+
+    def change(tensors: dict[str, Tensor], _content: object) -> None:
+        if fault == "order":
+            tensors["layers.1.key.order"][0, 0] = tensors["layers.1.key.order"][0, 1]
+        elif fault == "lower":
+            tensors["layers.0.value.feedback"][1, 3, 2] = 0.25
+        else:
+            del tensors["layers.0.value.feedback"]
+
+    messages = {"order": "no permutation", "lower": "strictly upper triangular", "missing": "lacks tensor"}
+    with pytest.raises(UserError, match=messages[fault]):
+        load_quantizers(rewrite(path, tmp_path / "changed.safetensors", change))
