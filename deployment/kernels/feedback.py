@@ -1,7 +1,7 @@
 """Error feedback of new tokens (quant/feedback.py) on the device, bit for bit: between `encode_kernel` and `store_kernel`.
 
-A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that what channel is next can be picked
-out without asking another thread. Rows of the matrix come in the head's order, its columns in that of the channels, so that
+A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that the channel that is next can be picked
+out without asking another thread; a single token has its channels spread over the threads. Rows of the matrix come in the head's order, its columns in that of the channels, so that
 nothing is ever permuted. The kernel must be compiled without fused multiply-adds: each product and each sum is rounded.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from deployment.kernels.encode import TINY, half
 from deployment.layout import PackedTensor
 
-TOKENS = 32  # of a program
+TOKENS = 32  # of a program, where there are several
 _OUTLIER = tl.constexpr(256)  # what `encode_kernel` writes for the code of one
 
 
@@ -66,13 +66,14 @@ def feedback_kernel(
         z = tl.load(ranges + row * 2 + 1, mask=there, other=0).to(tl.float32)
     for i in range(D):
         now = tl.load(order + g * D + i)
+        handed_on = tl.load(matrix + (g.to(tl.int64) * D + i) * D + lane, mask=lane < D, other=0).to(tl.float32)
         channel = g * D + now
         if not DYNAMIC:
             s = tl.load(scale + channel) + tl.zeros([TILE], tl.float32)
             z = tl.load(zero + channel) + tl.zeros([TILE], tl.float32)
         here = (lane == now)[:, None]
         target = tl.sum(tl.where(here, y, 0.0), 0)
-        kept = tl.sum(tl.where(here, code, 0), 0) == _OUTLIER
+        kept = tl.load(codes + row * (G * D) + channel, mask=there, other=0) == _OUTLIER
         normalised = tl.div_rn(target - z, tl.maximum(s, TINY))
         found = tl.zeros([TILE], tl.int32)
         bits, base = tl.load(width + channel) + found, tl.load(first_boundary + channel)
@@ -84,7 +85,6 @@ def feedback_kernel(
         value = tl.load(levels + tl.load(first_level + channel) + found, mask=there, other=0) * s + z
         error = target - tl.where(kept, half(target).to(tl.float32), value)
         code = tl.where(here & (code != _OUTLIER), found[None, :], code)
-        handed_on = tl.load(matrix + (g.to(tl.int64) * D + i) * D + lane, mask=lane < D, other=0).to(tl.float32)
         # whose turn has come stays what it was, a zero's sign included
         y = tl.where((turn > i)[:, None], y - handed_on[:, None] * error[None, :], y)
     tl.store(codes + at, code.to(tl.int16), mask=ok)
@@ -97,7 +97,8 @@ def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dy
     assert fed is not None
     targets = torch.empty(codes.shape, dtype=torch.float16, device=x.device)
     options: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
-    feedback_kernel[(batch * triton.cdiv(tokens, TOKENS), heads)](
+    tile = TOKENS if tokens > 1 else 1
+    feedback_kernel[(batch * triton.cdiv(tokens, tile), heads)](
         x,
         *x.stride()[:3],
         codes,
@@ -119,7 +120,7 @@ def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dy
         LANES=max(16, triton.next_power_of_2(dim)),
         DYNAMIC=dynamic,
         WIDEST=tables.widest,
-        TILE=TOKENS,
+        TILE=tile,
         **options,
     )
     return targets.view(batch, tokens, heads, dim).transpose(1, 2)
