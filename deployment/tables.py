@@ -75,7 +75,6 @@ class FeedbackTables:
     """A feedback whose matrix has its columns in the order of the channels, so that kernels permute nothing."""
 
     order: Tensor  # [G, D] int32: which channel of the head comes i-th
-    rank: Tensor  # [G, D] int32: the inverse
     matrix: Tensor  # [G, D, D] fp16: row i is what the channel that comes i-th hands on to each
 
     @classmethod
@@ -86,7 +85,7 @@ class FeedbackTables:
             return None
         columns = feedback.order[:, None, :].expand_as(feedback.matrix)
         matrix = torch.zeros_like(feedback.matrix).scatter_(2, columns, feedback.matrix)
-        return cls(feedback.order.int().contiguous(), feedback.order.argsort(dim=1).int(), matrix)
+        return cls(feedback.order.int().contiguous(), matrix)
 
 
 def _places(order: Order, channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,6 @@ def feedback_kernel(
     first_level,
     levels,
     order,  # [G, D] int32
-    rank,  # [G, D] int32, its inverse
     matrix,  # [G, D, D] fp16: row i belongs to the channel that comes i-th
     tokens,  # S
     G: tl.constexpr,
@@ -56,9 +55,6 @@ def feedback_kernel(
     x_at = x + b * stride_b + g.to(tl.int64) * stride_g + token.to(tl.int64)[None, :] * stride_s + lane[:, None]
     y = tl.load(x_at, mask=ok, other=0).to(tl.float32)
     row = b * tokens + token
-    at = row[None, :] * (G * D) + g * D + lane[:, None]
-    code = tl.load(codes + at, mask=ok, other=0).to(tl.int32)
-    turn = tl.load(rank + g * D + lane, mask=lane < D, other=0)
     s = tl.zeros([TILE], tl.float32) + 1
     z = tl.zeros([TILE], tl.float32)
     if DYNAMIC:
@@ -73,7 +69,8 @@ def feedback_kernel(
             z = tl.load(zero + channel) + tl.zeros([TILE], tl.float32)
         here = (lane == now)[:, None]
         target = tl.sum(tl.where(here, y, 0.0), 0)
-        kept = tl.load(codes + row * (G * D) + channel, mask=there, other=0) == _OUTLIER
+        at = row * (G * D) + channel
+        kept = tl.load(codes + at, mask=there, other=0) == _OUTLIER
         normalised = tl.div_rn(target - z, tl.maximum(s, TINY))
         found = tl.zeros([TILE], tl.int32)
         bits, base = tl.load(width + channel) + found, tl.load(first_boundary + channel)
@@ -83,12 +80,11 @@ def feedback_kernel(
             boundary = tl.load(boundaries + base + probe - 1, mask=there & (step > 0), other=float("inf"))
             found = tl.where(normalised > boundary, probe, found)
         value = tl.load(levels + tl.load(first_level + channel) + found, mask=there, other=0) * s + z
+        # stored at once: what comes later changes what has had its turn no more
+        tl.store(codes + at, found.to(tl.int16), mask=there & (kept == 0))
+        tl.store(targets + at, half(target), mask=there)
         error = target - tl.where(kept, half(target).to(tl.float32), value)
-        code = tl.where(here & (code != _OUTLIER), found[None, :], code)
-        # whose turn has come stays what it was, a zero's sign included
-        y = tl.where((turn > i)[:, None], y - handed_on[:, None] * error[None, :], y)
-    tl.store(codes + at, code.to(tl.int16), mask=ok)
-    tl.store(targets + at, half(y), mask=ok)
+        y -= handed_on[:, None] * error[None, :]
 
 
 def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dynamic: bool) -> Tensor:
@@ -112,7 +108,6 @@ def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dy
         tables.first_level,
         tables.levels,
         fed.order,
-        fed.rank,
         fed.matrix,
         tokens,
         G=heads,
