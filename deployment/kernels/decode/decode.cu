@@ -57,7 +57,7 @@ constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
 constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
-constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 4096 : 16;  // of integers that outliers add
+constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
 
 DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
