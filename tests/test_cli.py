@@ -140,10 +140,13 @@ def test_gguf_weights_point_at_the_conversion(
     )
 
 
-ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+ENCODINGS = [
+    pytest.param({"PYTHONIOENCODING": "ascii"}, id="ascii output", marks=pytest.mark.slow),
+    pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, id="C locale"),
+]
 
 
-@pytest.mark.parametrize("environment", ENCODINGS, ids=["ascii output", "C locale"])
+@pytest.mark.parametrize("environment", ENCODINGS)
 def test_text_that_a_stream_cannot_take(llama_folder: Path, quantizers_file: Path, environment: dict[str, str]) -> None:
     """An answer goes on with other characters; a prompt whose bytes were misread ends in a line."""
     prompt = "na\u00efve \u4f60\u597d cach\u00e9"

@@ -23,7 +23,10 @@ MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
 PAIRS = [(first, then, "torch") for first in MODES for then in MODES]
 
 
-@pytest.mark.parametrize(("first", "then", "backend"), [*PAIRS, ("inference", "grad", "triton")])  # interpreted: slow
+INTERPRETED = pytest.param("inference", "grad", "triton", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("first", "then", "backend"), [*PAIRS, INTERPRETED])
 def test_modes_may_change_between_steps(
     make_model: Callable[[str], PreTrainedModel],
     quantizers: Quantizers,
