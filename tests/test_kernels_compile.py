@@ -102,6 +102,40 @@ def test_what_reads_and_writes_words_compiles(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-2000:]
 
 
+_FEEDBACK = """
+import re, subprocess, sys, tempfile
+from pathlib import Path
+import triton.backends.nvidia
+from deployment.kernels.feedback import TOKENS, feedback_kernel
+
+tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+kinds = types(_fp16="x ranges targets matrix", _i16="codes", _i32="width first_boundary first_level order", _fp32="scale zero boundaries levels")
+for target in (80, 90):
+    for tile in (1, TOKENS):
+        constants = dict(G=32, D=128, LANES=128, DYNAMIC=tile == 1, WIDEST=4, TILE=tile)
+        signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in feedback_kernel.arg_names}
+        made = triton.compile(ASTSource(feedback_kernel, signature, constants, {}), target=GPUTarget("cuda", target, 32),
+            options={"num_warps": 1, "enable_fp_fusion": False})
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(made.asm["cubin"])
+            used = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        print(target, tile, made.asm["ptx"].count("fma.rn.f32"), re.search(r"STACK:(\\d+)", used)[1])
+"""
+
+
+def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    script = tmp_path / "feedback.py"
+    script.write_text(_GENERAL.split("def compiled")[0] + _FEEDBACK)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 32), (90, 1), (90, 32)]
+    assert all((fused, stack) == (0, 0) for _, _, fused, stack in counts), counts
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_no_kernel_is_compiled_twice_for_another_context() -> None:
