@@ -12,6 +12,7 @@ from test_artefact import rewrite
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gradients.__main__ import main as record
 from gradients.cli import UserError
 from gradients.fisher import record_window
 from gradients.models import KINDS, KVSite, kv_sites
@@ -23,7 +24,10 @@ from quant.feedback import ChannelBooks, Feedback
 from quant.fit import fit
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+from quant.results import read_rows
 from quant.scheme import Scheme
+from scripts.ablate_feedback import IDEAS
+from scripts.ablate_feedback import main as ablate
 
 HEADS, DIM = 2, 6
 SCHEMES = ["nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "int4+fb", "nf3-2%+fb"]
@@ -267,3 +271,20 @@ def test_artefacts_with_another_feedback_than_was_fitted_are_refused(
     messages = {"order": "no permutation", "lower": "strictly upper triangular", "missing": "lacks tensor"}
     with pytest.raises(UserError, match=messages[fault]):
         load_quantizers(rewrite(path, tmp_path / "changed.safetensors", change))
+
+
+def test_the_ablation_compares_every_idea_on_windows_it_has_not_seen(
+    record_arguments: list[str], records: Records, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="4 windows, 4 of moments; record at least 2, and --moment-windows beyond them"):
+        ablate(["--records", str(records.folder)])
+    folder, results = tmp_path / "records", tmp_path / "rows.jsonl"
+    record([*record_arguments, "--windows", "2", "--moment-windows", "4", "--output", str(folder)])
+    ablate(["--records", str(folder), "--schemes", "nuq2", "int3", "--results", str(results)])
+    rows = {(row["scheme"], row["idea"]): row["error_ratio"] for row in read_rows(results)}
+    assert len(rows) == 2 * len(IDEAS)
+    assert rows["nuq2", "none"] == rows["int3", "none"] == 1
+    # int's levels are not fitted, so that refitting changes nothing
+    kept, fitted = list(IDEAS)[1:3]
+    assert rows["int3", kept] == rows["int3", fitted]
+    assert rows["nuq2", kept] != rows["nuq2", fitted]
