@@ -80,6 +80,17 @@ def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]
         sys.exit(EXIT_BAD_INPUT)
     if summary is not None:
         print(json.dumps(summary), flush=True)
+    end_process_group()
+
+
+def end_process_group() -> None:
+    """Part from the other processes of a launcher, if there are any.
+
+    Threads of a group that outlive the interpreter end a process now and then as if it had failed.
+    """
+    distributed = sys.modules.get("torch.distributed")  # whoever has a group has imported it
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:

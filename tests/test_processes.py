@@ -30,7 +30,7 @@ import json, os, sys
 from deployment.evaluate import main as deployed
 from deployment.generate import main as generate
 from gradients.__main__ import main as record
-from gradients.cli import UserError
+from gradients.cli import UserError, end_process_group
 from quant.evaluate import main as evaluate
 from scripts.reproduce_tables import main as tables
 
@@ -44,6 +44,7 @@ commands = (record, evaluate, deployed, deployed, tables, generate)
 summaries = [said(main, arguments) for main, arguments in zip(commands, json.loads(sys.argv[1]), strict=True)]
 with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
     json.dump(summaries, file)
+end_process_group()
 """
 
 
