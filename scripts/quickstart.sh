@@ -40,7 +40,7 @@ main() {
 
     stage "Fit quantizers"
     for scheme in "${schemes[@]}"; do
-        keep "fit-$scheme" "$python" -m quant.fit --records "$output/records" --scheme "$scheme" \
+        keep "fit-$scheme" "$python" -m quant.fit --records "$output/records" --scheme "$scheme" --jobs 2 \
             --output "$(quantizers_of "$scheme")"
     done
 
