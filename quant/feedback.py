@@ -17,6 +17,7 @@ its own (no fused multiply-add), so that any device finds the same codes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ class Feedback:
             y[i + 1 :] -= (target - value) * handed_on[i, i + 1 :]
         return self._back(codes), self._back(y)
 
-    @property
+    @cached_property
     def _channel(self) -> Tensor:
         """Which of the C channels is quantized i-th in each head, `[D, G]`."""
         heads, dim = self.order.shape

@@ -152,9 +152,13 @@ class TokenQuantizer:
         if self.feedback is None:
             codes, targets = self.codebook.encode(normalise(x, *ranges)), x
         else:
-            books = ChannelBooks.shared(self.codebook, x.shape[-1])
-            codes, targets = self.feedback.encode(x, outliers, *ranges, books)
+            codes, targets = self.feedback.encode(x, outliers, *ranges, self._books)
         return Encoded(codes, outliers, kept_exactly(targets, outliers), scale, zero), targets
+
+    @cached_property
+    def _books(self) -> ChannelBooks:
+        assert self.feedback is not None
+        return ChannelBooks.shared(self.codebook, self.feedback.order.numel())
 
     @property
     def channels(self) -> Mapping[int, slice | Tensor]:
