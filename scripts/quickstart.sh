@@ -59,7 +59,7 @@ main() {
     tail -n 1 "$output/generation.log" >"$output/generation.json"
 
     stage "Summary"
-    keep table "$python" "$repository/scripts/quickstart_table.py" --records "$output/records" \
+    keep table "$python" "$repository/scripts/report/quickstart_table.py" --records "$output/records" \
         "${results[@]}"
     printf '\n%d minutes %d seconds; everything is in %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$output"
 }

@@ -14,11 +14,18 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
-from scripts.gpu_tables import device_table, generate_table, prefill_table, processes_table, sharded_table, speed_table
-from scripts.long_tables import all_measured, decoding_in_float32
-from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
-from scripts.paper_tables import corpus_table
-from scripts.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
+from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
+from scripts.experiments.paper_tables import corpus_table
+from scripts.report.gpu_tables import (
+    device_table,
+    generate_table,
+    prefill_table,
+    processes_table,
+    sharded_table,
+    speed_table,
+)
+from scripts.report.long_tables import all_measured, decoding_in_float32
+from scripts.report.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "quant/README.md", "deployment/kernels/README.md")

@@ -4,7 +4,7 @@ r"""Regenerate the paper's perplexity and ablation tables for a model, with the 
     python -m scripts.reproduce_tables --model ./smollm2 --records records/ --text notes.txt:50-100 --seqlen 512 \
         --windows 12 --tables axes datatypes outliers --other-records pydoc=records-pydoc/ --results tables.jsonl
 
-One JSONL row per cell (`scripts/paper_tables.py` lists them); cells that the results file already holds are not run
+One JSONL row per cell (`scripts/experiments/paper_tables.py` lists them); cells that the results file already holds are not run
 again, and an interrupted run continues. Cells that ask for the same evaluation share it. Under `accelerate launch`
 (`torchrun` on CPUs) the windows of every cell are split over processes. Windows do not begin with <bos>, as in the paper's code,
 and so should those of the records: record with --no-bos.
@@ -25,7 +25,7 @@ from gradients.text import Corpus
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_corpus, result_identity
 from quant.fit import fit
 from quant.results import is_of, read_rows
-from scripts.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
+from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
 
 _BATCH = 4  # evaluations between two writes: they share the unquantized pass
 

@@ -1,4 +1,4 @@
-"""`scripts/bench_gpu.sh` with an interpreter that only writes down what it is asked to run."""
+"""`scripts/bench/gpu.sh` with an interpreter that only writes down what it is asked to run."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ def run(folder: Path, code: int = 0, **variables: str) -> tuple[subprocess.Compl
     stub, log = folder / "python", folder / "log"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
     stub.chmod(0o755)
-    command = ["bash", str(REPOSITORY / "scripts" / "bench_gpu.sh"), str(folder / "out")]
+    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "gpu.sh"), str(folder / "out")]
     environment = {**os.environ, "PYTHON": str(stub), **variables}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return done, log.read_text().splitlines() if log.exists() else []
@@ -43,10 +43,10 @@ def test_other_parts_are_asked_for(tmp_path: Path) -> None:
     parts = {"PARTS": "sanitize smollm2 generate", "MODEL": "smol", "QUANTIZERS": "q4.st q3.st", "TEXT": "notes.txt"}
     done, asked = run(tmp_path, **parts, SANITIZER=str(tmp_path / "python"), CONTEXTS="32K", CACHES="fp16 nuq2")
     assert done.returncode == 0 and len(asked) == 3 + 2 + 2
-    assert asked.pop(0) == "-m scripts.small_steps --device cuda"  # compiles the kernels
+    assert asked.pop(0) == "-m scripts.checks.small_steps --device cuda"  # compiles the kernels
     assert asked[0].startswith("--tool memcheck --error-exitcode 9") and "--tool racecheck" in asked[1]
-    assert asked[1].endswith("-m scripts.small_steps --device cuda")
-    assert "scripts.check_device smol q3.st --device cuda --text notes.txt --results" in asked[3]
+    assert asked[1].endswith("-m scripts.checks.small_steps --device cuda")
+    assert "scripts.checks.device smol q3.st --device cuda --text notes.txt --results" in asked[3]
     assert "--shape llama-3-8b --caches fp16 nuq2 --contexts 32K --seconds" in asked[5]
     assert int(asked[5].split("--seconds ")[1].split()[0]) < 270
 
@@ -58,6 +58,6 @@ def test_parts_without_what_they_need_are_left_out(tmp_path: Path) -> None:
 
 
 def test_without_a_folder_it_says_what_it_takes() -> None:
-    command = ["bash", str(REPOSITORY / "scripts" / "bench_gpu.sh")]
+    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "gpu.sh")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "SCHEMES   nuq4-1% nuq3-1% nuq2-1%" in done.stderr

@@ -1,4 +1,4 @@
-"""`scripts/bench_multi_gpu.sh` and what it calls: caches filled with blocks, sharded decoding, processes compared."""
+"""`scripts/bench/multi_gpu.sh` and what it calls: caches filled with blocks, sharded decoding, processes compared."""
 
 import importlib
 import os
@@ -21,10 +21,10 @@ from gradients.models import KINDS, load_model
 from quant.results import read_rows
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
-from scripts import random_model
-from scripts.benchmark_sharded import add_equality, largest, main
-from scripts.random_model import config_of, device_map_of, spread
-from scripts.sharded_decoding import Request, Sharded, rounded_context
+from scripts.bench import random_model
+from scripts.bench.random_model import config_of, device_map_of, spread
+from scripts.bench.sharded import add_equality, largest, main
+from scripts.bench.sharded_decoding import Request, Sharded, rounded_context
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=64)
 CPU = torch.device("cpu")
@@ -157,33 +157,33 @@ def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "arguments", "said"),
     [
-        ("benchmark_sharded", ["--devices", "cuda:97"], "device 'cuda:97' is not there; use cpu, disk, or one of"),
-        ("benchmark_sharded", ["--devices", "cpu", "cpu"], "devices cpu cpu name one of them twice"),
-        ("benchmark_sharded", ["--devices", "disk"], "device disk computes nothing and cannot be the first"),
-        ("benchmark_sharded", ["--devices", "cpu", "--contexts", "longest"], "give --device-memory"),
-        ("benchmark_sharded", ["--devices", "cpu", "--contexts", "long"], "'long' is not a positive number such as"),
-        ("benchmark_sharded", ["--new-tokens", "2"], "--new-tokens 2: the first 2 are not timed"),
-        ("benchmark_sharded", ["--layers", "5"], "--layers 5 exceeds the 4 of shape 'tiny'; lower it"),
+        ("sharded", ["--devices", "cuda:97"], "device 'cuda:97' is not there; use cpu, disk, or one of"),
+        ("sharded", ["--devices", "cpu", "cpu"], "devices cpu cpu name one of them twice"),
+        ("sharded", ["--devices", "disk"], "device disk computes nothing and cannot be the first"),
+        ("sharded", ["--devices", "cpu", "--contexts", "longest"], "give --device-memory"),
+        ("sharded", ["--devices", "cpu", "--contexts", "long"], "'long' is not a positive number such as"),
+        ("sharded", ["--new-tokens", "2"], "--new-tokens 2: the first 2 are not timed"),
+        ("sharded", ["--layers", "5"], "--layers 5 exceeds the 4 of shape 'tiny'; lower it"),
         (
-            "benchmark_sharded",
+            "sharded",
             ["--device-memory", "1GiB", "--contexts", "longest", "--scheme", "nuq9"],
             "bits 9 is not",
         ),
-        ("benchmark_sharded", ["--contexts", "longest", "--device-memory", "1MB"], "not even one block fits"),
-        ("benchmark_processes", ["--processes", "1"], "--processes 1 is what several are compared with"),
-        ("benchmark_processes", ["--device", "cuda", "--processes", "99"], "--processes 99 need a GPU each"),
+        ("sharded", ["--contexts", "longest", "--device-memory", "1MB"], "not even one block fits"),
+        ("processes", ["--processes", "1"], "--processes 1 is what several are compared with"),
+        ("processes", ["--device", "cuda", "--processes", "99"], "--processes 99 need a GPU each"),
         ("random_model", ["--shape", "llama-9b", "--output", "x"], "llama-9b"),
     ],
 )
 def test_bad_input(
     module: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"benchmark_sharded": ["--shape", "tiny"], "benchmark_processes": ["--model", "none"]}.get(module, [])
-    if "--devices" not in arguments and module == "benchmark_sharded":
+    given = {"sharded": ["--shape", "tiny"], "processes": ["--model", "none"]}.get(module, [])
+    if "--devices" not in arguments and module == "sharded":
         given += ["--devices", "cpu"]
     monkeypatch.setattr(sys, "argv", [module, *given, *arguments])
     with pytest.raises(SystemExit) as stopped:
-        run_command(importlib.import_module(f"scripts.{module}").main)
+        run_command(importlib.import_module(f"scripts.bench.{module}").main)
     error = capsys.readouterr().err.strip()
     assert stopped.value.code == 2 and said in error and len(error.splitlines()) == 1
 
@@ -203,7 +203,7 @@ def run_script(folder: Path, *arguments: str, code: int = 0, **variables: str) -
     stub, log = folder / "python", folder / "log"
     stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
     stub.chmod(0o755)
-    command = ["bash", str(REPOSITORY / "scripts" / "bench_multi_gpu.sh"), *arguments]
+    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), *arguments]
     environment = {**os.environ, "PYTHON": str(stub), "GPUS": "8", **variables}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     return done, log.read_text().splitlines() if log.exists() else []
@@ -218,8 +218,8 @@ def test_the_script_asks_for_every_part(tmp_path: Path) -> None:
     assert any("--filled prefill" in line for line in sharded) and any("128K longest" in line for line in sharded)
     assert all("cuda:7" in line for line in longest) and any("--contexts 10000000 longest" in line for line in longest)
     assert any("--device-memory" in line for line in longest) and {"nuq2", "nuq3-1%"} <= set(" ".join(longest).split())
-    assert any("scripts.random_model" in line for line in asked)
-    assert any("scripts.benchmark_processes" in line and "--processes 2" in line for line in asked)
+    assert any("scripts.bench.random_model" in line for line in asked)
+    assert any("scripts.bench.processes" in line and "--processes 2" in line for line in asked)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_failures_are_told(tmp_path: Path) -> None:
 def test_the_script_dry(tmp_path: Path) -> None:
     """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""
     environment = {**os.environ, "PYTHON": sys.executable, "DRY": "1", "BUDGET": "1500", "SCHEMES": "nuq3-1%"}
-    command = ["bash", str(REPOSITORY / "scripts" / "bench_multi_gpu.sh"), str(tmp_path)]
+    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     sharded, processes, longest = (

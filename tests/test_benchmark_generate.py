@@ -1,4 +1,4 @@
-"""`python -m scripts.benchmark_generate` on a tiny model, and the caches it fills."""
+"""`python -m scripts.bench.generate` on a tiny model, and the caches it fills."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts.benchmark_generate import main
-from scripts.fp16_caches import attending, full_cache, stored_bytes
-from scripts.small_steps import relative_error
+from scripts.bench.fp16_caches import attending, full_cache, stored_bytes
+from scripts.bench.generate import main
+from scripts.checks.small_steps import relative_error
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -38,7 +38,7 @@ def tiny() -> PreTrainedModel:
 
 
 def test_everything_asked_for_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.benchmark_generate._STEPS", (1, 2))
+    monkeypatch.setattr("scripts.bench.generate._STEPS", (1, 2))
     results = tmp_path / "rows.jsonl"
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "nuq3-1%", "hqq4", "--device", "cpu"]
     rows = main([*arguments, "--chunks", "8", "--prefill-context", "70", "--results", str(results)])["rows"]
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 137 GiB")
 
-    monkeypatch.setattr("scripts.benchmark_generate.full_cache", full)
+    monkeypatch.setattr("scripts.bench.generate.full_cache", full)
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "fp16-static", "--device", "cpu"]
     rows = main([*arguments, "--chunks"])["rows"]
     assert [(row["cache"], row["error"]) for row in rows] == [

@@ -1,4 +1,4 @@
-"""`scripts/benchmark_processes.py`: how commands are launched, and what is compared of one process and of several."""
+"""`scripts/bench/processes.py`: how commands are launched, and what is compared of one process and of several."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from gradients.cli import UserError
 from quant.results import read_rows
-from scripts import benchmark_processes
-from scripts.benchmark_processes import Finished, command_line, compare_figures, compare_files
+from scripts.bench import processes
+from scripts.bench.processes import Finished, command_line, compare_figures, compare_files
 
 
 def test_several_processes_are_started_by_a_launcher() -> None:
@@ -66,7 +66,7 @@ def test_rows_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             summary |= {"windows": 4, "recorded_now": 2 if several else 4, "tokens_per_second": 90.0}
         return Finished(summary, 2.0 if several else 3.0)
 
-    monkeypatch.setattr(benchmark_processes, "run", pretended)
+    monkeypatch.setattr(processes, "run", pretended)
     arguments = [
         "--model",
         "m",
@@ -79,7 +79,7 @@ def test_rows_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         "--results",
         str(tmp_path / "rows"),
     ]
-    benchmark_processes.main(arguments)
+    processes.main(arguments)
     rows = read_rows(tmp_path / "rows")
     assert [row["command"] for row in rows] == ["gradients", "quant.fit", "quant.evaluate", "deployment.evaluate"]
     assert [row.get("speedup") for row in rows] == [2.0, None, 1.5, 1.5] and all(row["identical"] for row in rows)
@@ -89,8 +89,6 @@ def test_rows_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_commands_own_words_are_passed_on() -> None:
     with pytest.raises(UserError, match="^that was bad$"):
-        benchmark_processes.run(
-            [sys.executable, "-c", "import sys; print('error: that was bad', file=sys.stderr); sys.exit(2)"]
-        )
+        processes.run([sys.executable, "-c", "import sys; print('error: that was bad', file=sys.stderr); sys.exit(2)"])
     with pytest.raises(RuntimeError, match="ended with 3"):
-        benchmark_processes.run([sys.executable, "-c", "raise SystemExit(3)"])
+        processes.run([sys.executable, "-c", "raise SystemExit(3)"])

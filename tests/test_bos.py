@@ -19,7 +19,7 @@ from quant.evaluate import main as evaluate_main
 from quant.fit import main as fit_main
 from quant.prompts import Prompter
 from quant.results import read_rows
-from scripts.passkey import main as passkey_main
+from scripts.retrieval.passkey import main as passkey_main
 
 BOS = 0
 

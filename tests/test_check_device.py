@@ -1,4 +1,4 @@
-"""`python -m scripts.check_device`, on the CPU against itself."""
+"""`python -m scripts.checks.device`, on the CPU against itself."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from gradients.cli import UserError
 from quant.artefact import Quantizers
 from quant.results import read_rows
-from scripts.check_device import _main_with_exit_code, distances, greedy, main, rounded_otherwise
+from scripts.checks.device import _main_with_exit_code, distances, greedy, main, rounded_otherwise
 
 
 @pytest.fixture

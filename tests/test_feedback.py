@@ -26,8 +26,8 @@ from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts.ablate_feedback import IDEAS
-from scripts.ablate_feedback import main as ablate
+from scripts.experiments.ablate_feedback import IDEAS
+from scripts.experiments.ablate_feedback import main as ablate
 
 HEADS, DIM = 2, 6
 SCHEMES = ["nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "int4+fb", "nf3-2%+fb"]

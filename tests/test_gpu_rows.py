@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from gradients.cli import UserError
-from scripts import figures, plot_speed
-from scripts.gpu_tables import device_table, generate_table, prefill_table, processes_table, sharded_table, speed_table
+from scripts.report import figures, plot_speed
+from scripts.report.gpu_tables import (
+    device_table,
+    generate_table,
+    prefill_table,
+    processes_table,
+    sharded_table,
+    speed_table,
+)
 
 Row = dict[str, Any]
 

@@ -14,8 +14,8 @@ from gradients.cli import UserError
 from gradients.records import Records
 from quant.evaluate import main as evaluate_main
 from quant.results import is_of, read_rows
-from scripts.passkey import main as passkey_main
 from scripts.reproduce_tables import main as tables_main
+from scripts.retrieval.passkey import main as passkey_main
 from scripts.sweep_schemes import main as sweep_main
 
 SaveModel = Callable[[PreTrainedModel, Path], Path]

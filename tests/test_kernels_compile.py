@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from scripts.compile_kernels import SHARED_LIMIT, chunk_loop, expected_rounds
+from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_rounds
 
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks, without outliers and with 1 %, by bits and queries: the larger number of both targets, plus 0.15
@@ -22,7 +22,7 @@ LOOPS = {(4, 1): 2.8, (4, 4): 3.2, (3, 1): 3.3, (3, 4): 3.7, (2, 1): 2.6, (2, 4)
 def decode_kernels() -> list[dict[str, Any]]:
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         pytest.skip("NVIDIA's compiler is not installed (pip install -e .[cuda])")
-    from scripts.compile_kernels import compile_for
+    from scripts.checks.compile_kernels import compile_for
 
     return [compile_for(target, *kernel, outliers=0) for target in SHARED_LIMIT for kernel in LOOPS]
 

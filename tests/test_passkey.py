@@ -16,7 +16,7 @@ from quant.passkey import DESCRIPTION, INFORMATION, LEAD, QUESTION, PasskeyTask,
 from quant.prompts import Prompter
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts.passkey import main as passkey_main
+from scripts.retrieval.passkey import main as passkey_main
 
 
 @pytest.mark.parametrize("tokens", [300, 301, 377, 1000])

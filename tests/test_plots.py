@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from gradients.cli import UserError
 from gradients.models import KINDS
@@ -20,7 +21,7 @@ from gradients.rope import rotate
 from quant.fit import fit
 from quant.quantizer import token_range
 from quant.scheme import Scheme
-from scripts import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
+from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
 
 Draw = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -343,7 +344,7 @@ def test_labels_are_spread_out(wanted: list[float], placed: list[float]) -> None
 
 @pytest.mark.parametrize("plot", ["speed", "methods", "needle"])
 def test_a_missing_file_of_results_is_called_missing(plot: str, tmp_path: Path) -> None:
-    main = import_module(f"scripts.plot_{plot}").main
+    main = import_module(f"scripts.report.plot_{plot}").main
     with pytest.raises(UserError, match=r"none.jsonl' does not exist; give a JSONL file"):
         main(["--results", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "plot.png")])
 
@@ -352,5 +353,5 @@ def test_a_missing_file_of_results_is_called_missing(plot: str, tmp_path: Path) 
 def test_the_committed_pictures_are_not_overwritten_unasked(plot: str) -> None:
     default = figures.plot_parser(plot, None).get_default("output")
     assert default == Path(f"{plot}.png") and not default.is_absolute()
-    committed = Path(figures.__file__).parent / "results" / "plots" / default
+    committed = REPOSITORY / "scripts" / "results" / "plots" / default
     assert committed.exists() and committed.resolve() != default.resolve()

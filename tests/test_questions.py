@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from gradients.cli import UserError
 from quant.prompts import Prompter
-from scripts import needle, ruler_tasks
-from scripts.haystack import Haystack
-from scripts.needle import NeedleTask
-from scripts.ruler_tasks import NAMES, TASKS
+from scripts.retrieval import needle, tasks
+from scripts.retrieval.haystack import Haystack
+from scripts.retrieval.needle import NeedleTask
+from scripts.retrieval.tasks import NAMES, TASKS
 
 LONG = {"cwe": 6500, "fwe": 900, "niah_multiquery": 900}  # what a byte for a token makes of these
 
@@ -142,12 +142,12 @@ def test_frequent_words(prompter: Prompter) -> None:
 
 
 def test_no_name_hides_in_another() -> None:
-    adjectives, nouns = ruler_tasks.ADJECTIVES.split(), ruler_tasks.NOUNS.split()
+    adjectives, nouns = tasks.ADJECTIVES.split(), tasks.NOUNS.split()
     assert not any(one.endswith(other) for one, other in permutations(adjectives, 2))
     assert not any(one.startswith(other) for one, other in permutations(nouns, 2))
     assert len(set(NAMES)) == len(NAMES)
     with pytest.raises(UserError, match="lower --lengths"):
-        ruler_tasks.things(random.Random(0), len(NAMES) + 1)
+        tasks.things(random.Random(0), len(NAMES) + 1)
 
 
 @pytest.mark.parametrize("task", TASKS)

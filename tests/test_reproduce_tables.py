@@ -10,9 +10,9 @@ from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from gradients.records import Records
 from quant.results import read_rows
-from scripts.benchmark_fit_shape import main as fit_shape_main
-from scripts.benchmark_simulation import main as simulation_main
-from scripts.paper_tables import MODELS, TABLES, Table, corpus_table
+from scripts.bench.fit_shape import main as fit_shape_main
+from scripts.bench.simulation import main as simulation_main
+from scripts.experiments.paper_tables import MODELS, TABLES, Table, corpus_table
 from scripts.readme_tables import cell_table
 from scripts.reproduce_tables import main, paper_model
 

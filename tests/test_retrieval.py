@@ -14,7 +14,8 @@ from gradients.cli import UserError, run_command
 from quant.artefact import Quantizers
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts import figures, needle, plot_needle, retrieval, ruler
+from scripts.report import figures, plot_needle
+from scripts.retrieval import needle, ruler, shared
 
 # the commands
 
@@ -73,8 +74,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
             raise KeyboardInterrupt
         return reply(*a, **kwargs)
 
-    reply = retrieval.reply
-    monkeypatch.setattr("scripts.retrieval.reply", interrupted)
+    reply = shared.reply
+    monkeypatch.setattr("scripts.retrieval.shared.reply", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.main(arguments)
     kept = results.read_text()
@@ -207,7 +208,7 @@ def test_a_heat_map_shows_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no rows of scripts.needle"),
+        ([], "no rows of scripts.retrieval.needle"),
         ([ROWS[0], row("nuq3", 3, 1024, 0.5, 1, model="other")], "mix evaluations"),
         ([{"scheme": "nuq2"}], "lacks 'model'"),
         ([{**ROWS[0], "found": 1} | {"context": 1}, {k: v for k, v in ROWS[0].items() if k != "found"}], "no rows of"),

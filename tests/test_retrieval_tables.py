@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from scripts.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
+from scripts.report.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
 
 
 def row(scheme: str, context: int, share: float, mode: str = "simulated", **fields: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The arithmetic of `scripts/roofline.py`, with counts made up."""
+"""The arithmetic of `scripts/checks/roofline.py`, with counts made up."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from gradients.cli import UserError
 
 pytest.importorskip("triton")
 
-from scripts import roofline
+from scripts.checks import roofline
 
 MACHINE = roofline.Machine(target=80, multiprocessors=10, clock=1e9, bandwidth=1e12)
 

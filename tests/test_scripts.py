@@ -13,8 +13,8 @@ from gradients.records import Records
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
 from scripts import sweep_schemes
-from scripts.quickstart_table import table_rows
 from scripts.readme_tables import DOCUMENTS, TABLES, with_tables
+from scripts.report.quickstart_table import table_rows
 from scripts.sweep_schemes import main as sweep_main
 
 
@@ -31,6 +31,15 @@ def test_an_outdated_table_is_noticed() -> None:
     assert renewed.startswith("before\n<!-- table: schemes -->\n| scheme |") and renewed.endswith(
         "<!-- end -->\nafter\n"
     )
+
+
+def test_every_script_has_a_line_in_their_readme() -> None:
+    folder = REPOSITORY / "scripts"
+    text = (folder / "README.md").read_text()
+    commands = [path for path in folder.rglob("*.py") if "run_command(main)" in path.read_text()]
+    assert len(commands) > 20
+    for path in [*commands, *folder.rglob("*.sh")]:
+        assert f"{path.stem}`" in text or f"{path.name}`" in text, path
 
 
 def test_files_that_the_readme_lists_exist() -> None:

@@ -1,0 +1,214 @@
+"""Time our codebook fit against scikit-learn's k-means, and compare how well the codebooks fit.
+
+    python -m scripts.bench.fit --records records/
+    python -m scripts.bench.fit --records records/ --scheme nuq2-1% --layers 0 15 29 --results scripts/results/fit.jsonl
+
+For the keys and the values of every layer, in one process, on the same records, three things are timed:
+
+    fit      `quant.fit.fit_side`, all of it: quantiles of every channel or ranges of every token, normalisation,
+             selection of outliers, Fisher weights, histogram, dynamic programming
+    search   its last two steps alone, from normalised inliers and their weights to levels: what k-means does
+    sklearn  `KMeans(n_clusters=L, n_init="auto", max_iter=50, random_state=0).fit`, with sample weights, on the
+             same normalised inliers and weights, float32 as they are; their preparation is not counted
+
+Reading the records is in none of them. The error is the weighted squared error over all inliers, in float64 and
+with every point at its own place; the histogram that our search looks at does not enter.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+
+from gradients.cli import UserError, command_parser, format_table, run_command
+from gradients.models import KINDS, Kind
+from gradients.progress import progress
+from gradients.records import Records
+from quant.artefact import axis_of
+from quant.codebook import Codebook, nuq_codebook
+from quant.kmeans import Histogram, weighted_error
+from quant.quantizer import ChannelQuantizer, Quantizer, normalise
+from quant.results import append_row
+from quant.scheme import Scheme
+from quant.side import Side, fit_side, kmeans_weights
+
+Points = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One layer's keys or values: seconds, and weighted squared errors."""
+
+    layer: int
+    kind: Kind
+    points: int
+    fit: float
+    search: float
+    sklearn: float
+    our_error: float
+    sklearn_error: float
+
+    def row(self) -> dict[str, Any]:
+        """A line of the table; an error ratio of at most 1 means that ours fits at least as well."""
+        return {
+            "layer": self.layer,
+            "kind": self.kind,
+            "inliers": self.points,
+            "fit ms": self.fit * 1e3,
+            "search ms": self.search * 1e3,
+            "sklearn ms": self.sklearn * 1e3,
+            "sklearn/fit": self.sklearn / self.fit,
+            "sklearn/search": self.sklearn / self.search,
+            "our error/sklearn's": f"{self.our_error / self.sklearn_error:.5f}",
+        }
+
+
+def compare(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Comparison:
+    """Fit one layer's keys or values both ways."""
+    side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
+    quantizer, fit_seconds = timed(lambda: fit_side(side, scheme, axis_of(scheme, kind) == "channel"))
+    points, weights = inliers(side, quantizer)
+    _, search_seconds = timed(lambda: search(points, weights, scheme.levels))
+    centres, sklearn_seconds = timed(lambda: sklearn_centres(points, weights, scheme.levels))
+    exact_points, exact_weights = points.astype(np.float64), weights.astype(np.float64)
+    our_error, sklearn_error = (
+        weighted_error(exact_points, exact_weights, np.sort(levels.astype(np.float64)))
+        for levels in (quantizer.codebook.levels.numpy(), centres)
+    )
+    return Comparison(
+        layer=layer,
+        kind=kind,
+        points=len(points),
+        fit=fit_seconds,
+        search=search_seconds,
+        sklearn=sklearn_seconds,
+        our_error=our_error,
+        sklearn_error=sklearn_error,
+    )
+
+
+def timed(work: Callable[[], Result]) -> tuple[Result, float]:
+    """What `work` returns, and the seconds it took."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def inliers(side: Side, quantizer: Quantizer) -> tuple[Points, Points]:
+    """(points, weights), each `[n]`: the normalised elements that `quantizer` has to code, and what their errors cost."""
+    x = side.activation.float()
+    encoded = quantizer.encode(x)
+    if isinstance(quantizer, ChannelQuantizer):
+        scale, zero = quantizer.scale, quantizer.zero
+    else:
+        assert encoded.scale is not None and encoded.zero is not None
+        scale, zero = encoded.scale.float(), encoded.zero.float()
+    coded = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
+    # a range rounded to fp16 may end just short of its extreme elements
+    points = normalise(x, scale, zero).clamp(-1, 1)
+    weights = kmeans_weights(quantizer.scheme, side.fisher.float(), scale)
+    return points[coded].numpy(), weights[coded].numpy()
+
+
+def search(points: Points, weights: Points, levels: int) -> Codebook:
+    """The codebook of normalised inliers, as `fit_side` finds it."""
+    histogram = Histogram.empty(-1, 1)
+    histogram.add(points, weights)
+    return nuq_codebook(histogram, levels)
+
+
+def sklearn_centres(points: Points, weights: Points, levels: int) -> Points:
+    """The baseline: `[L]` cluster centres, in no order."""
+    kmeans = KMeans(n_clusters=levels, n_init="auto", max_iter=50, random_state=0)
+    return kmeans.fit(points[:, None], sample_weight=weights).cluster_centers_[:, 0]
+
+
+def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """Totals over layers, keys and values."""
+    fit, search, sklearn = (sum(getattr(c, name) for c in comparisons) for name in ("fit", "search", "sklearn"))
+    error_ratios = [c.our_error / c.sklearn_error for c in comparisons]
+    return {
+        "layer_sides": len(comparisons),
+        "inliers": sum(c.points for c in comparisons),
+        "fit_seconds": round(fit, 3),
+        "search_seconds": round(search, 3),
+        "sklearn_seconds": round(sklearn, 3),
+        "sklearn_over_fit": round(sklearn / fit, 2),
+        "sklearn_over_search": round(sklearn / search, 2),
+        "larger_error_than_sklearn": sum(ratio > 1 for ratio in error_ratios),
+        "worst_error_ratio": max(error_ratios),
+        "median_error_ratio": float(np.median(error_ratios)),
+    }
+
+
+def identity(records: Records) -> dict[str, Any]:
+    """What was fitted."""
+    manifest = records.manifest
+    return {
+        "model": Path(manifest.model).name,
+        "text": Path(manifest.text).name,
+        "seqlen": manifest.seqlen,
+        "windows": manifest.windows,
+        "records": manifest.digest,
+    }
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = command_parser("scripts.bench.fit", __doc__)
+    parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
+    parser.add_argument("--scheme", default="nuq3-1%", help="nuqBITS[-P%%]")
+    parser.add_argument("--layers", type=int, nargs="+", help="default: all")
+    parser.add_argument("--results", type=Path, help="append the summary as a row to this JSONL file")
+    return parser.parse_args(argv)
+
+
+def chosen_layers(arguments: argparse.Namespace, records: Records) -> Sequence[int]:
+    """The layers to compare. Raises `UserError` for one that was not recorded."""
+    recorded = records.manifest.fingerprint.cached_layers
+    unknown = set(arguments.layers or ()) - set(recorded)
+    if unknown:
+        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
+    return arguments.layers or recorded
+
+
+def compare_all(records: Records, scheme: Scheme, layers: Sequence[int]) -> Iterator[Comparison]:
+    """One comparison for the keys and one for the values of each layer."""
+    for layer in progress(layers, desc=f"fitting {scheme} twice", unit="layer"):
+        for kind in KINDS:
+            yield compare(records, scheme, layer, kind)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
+    arguments = parse_arguments(argv)
+    scheme = Scheme.parse(arguments.scheme)
+    if scheme.datatype != "nuq":
+        raise UserError(f"--scheme {arguments.scheme} fits no codebook; give a nuq scheme, such as nuq3-1%")
+    records = Records.open(arguments.records)
+    layers = chosen_layers(arguments, records)
+    compare(records, scheme, layers[0], "key")  # warm-up: threads, caches and imports of both sides
+    comparisons = list(compare_all(records, scheme, layers))
+    print(format_table([comparison.row() for comparison in comparisons]))
+    result = {"benchmark": "fit", "scheme": scheme.describe(), **summarise(comparisons)}
+    print(
+        f"\n{result['layer_sides']} layer sides: fit {result['fit_seconds']:.1f} s, of it search "
+        f"{result['search_seconds']:.1f} s; scikit-learn {result['sklearn_seconds']:.1f} s, "
+        f"{result['sklearn_over_fit']:.1f} times the fit, {result['sklearn_over_search']:.1f} times the search\n"
+        f"our error is larger than scikit-learn's in {result['larger_error_than_sklearn']} of them "
+        f"(ours/scikit-learn's: median {result['median_error_ratio']:.4f}, worst {result['worst_error_ratio']:.6f})"
+    )
+    append_row(arguments.results, {**result, **identity(records)}, packages=("torch", "numpy", "scikit-learn"))
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,290 @@
+"""Tokens per second and memory of whole models, from our cache and from others.
+
+    python -m scripts.bench.generate --shape llama-7b --contexts 32K 128K --seconds 500 --results results/generate.jsonl
+    python -m scripts.bench.generate --shape llama-3-8b --contexts 1M --caches nuq2-1% nuq2 --modes graph --chunks
+    python -m scripts.bench.generate --shape tiny --contexts 128 --caches fp16 nuq3-1% --chunks 16     # on a CPU, to try it
+
+The model has random weights of a named shape in fp16, and the cache is full of random tokens from the start
+(`"filled": "synthetic"`): neither changes what is timed. A row is one cache at one context and
+
+    decode     greedy steps of one sequence, as they are (`eager`) and recorded in a CUDA graph (`graph`; only caches that
+               are written in place); the peak of allocated memory during them, weights and cache included
+    prefill    forwards of a chunk of tokens behind `--prefill-context` others, logits of the last token only
+
+Caches are schemes, such as nuq3-1%, or those of scripts/bench/fp16_caches.py. What runs out of memory, or is not installed,
+is a row that says so. Nothing is begun after `--seconds`; rows are written as they are measured.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache
+from deployment.devices import current
+from deployment.filled import filled_cache, random_model, synthetic_artefact
+from deployment.graphed import graphed, record
+from deployment.plan import parse_tokens
+from deployment.shapes import SHAPES, named_config
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from quant.results import append_row
+from quant.scheme import Scheme
+from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
+
+CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
+MODES = ("eager", "graph")
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_STEPS = (4, 64)  # measured at least and at most
+_MEASURED_SECONDS = 2.0  # of each, about
+_WARM_STEPS = 3  # the first compiles, the second records
+_CHUNKS_EACH = 3  # forwards of a chunk; the first compiles
+
+Row = dict[str, Any]
+Forward = Callable[[Tensor], Tensor]
+
+
+class Benchmark:
+    """One model, and everything that is measured of it."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments, self.deadline = arguments, time.monotonic() + arguments.seconds
+        self.device = torch.device(arguments.device)
+        self.config = _config(arguments.shape, arguments.layers, max(*arguments.contexts, arguments.prefill_context))
+        dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.config.dtype = dtype
+        self.model: PreTrainedModel = random_model(self.config, dtype, self.device)
+        self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.rows: list[Row] = []
+
+    @property
+    def late(self) -> bool:
+        """Whether nothing more is to be begun."""
+        return time.monotonic() > self.deadline
+
+    def run(self) -> list[Row]:
+        """Measure everything there is time for."""
+        asked = self.arguments
+        for context in asked.contexts:
+            for name in asked.caches:
+                self._attempt(name, {"op": "decode", "context": context}, self._decode)
+        for name in asked.caches if asked.chunks else ():
+            self._attempt(name, {"op": "prefill", "context": asked.prefill_context}, self._prefill)
+        return self.rows
+
+    def _attempt(self, name: str, row: Row, measure: Callable[[str, Row], None]) -> None:
+        """Measure, and write down what prevents it."""
+        if self.late:
+            print(f"left out   {row['op']} {name} at {row['context']}: no time left", flush=True)
+            return
+        row = {
+            "shape": self.arguments.shape,
+            "layers": self.config.num_hidden_layers,
+            "cache": name,
+            "filled": "synthetic",
+            **row,
+        }
+        reason = None
+        try:
+            with current(self.device):
+                measure(name, row)
+        except ImportError:
+            reason = "not installed"
+        except torch.OutOfMemoryError:
+            reason = "out of memory"
+        except Exception as error:  # of a library, say: the others are to be measured all the same
+            if isinstance(error, UserError):
+                raise
+            reason = f"{type(error).__name__}: {_first_line(error)}"
+        if reason is not None:
+            self._add({**row, "error": reason})
+        gc.collect()  # what the exception held
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _add(self, row: Row) -> None:
+        self.rows.append(row)
+        append_row(self.arguments.results, row, packages=("torch", "transformers", "triton"))
+        result = row.get("error") or f"{row['tokens_per_second']:.1f} tokens/s"
+        how = row.get("mode") or f"{row.get('chunk', '')}"
+        print(f"{row['op']} {row['cache']} at {row['context']} {how}: {result}", flush=True)
+
+    @contextmanager
+    def _full(self, name: str, context: int, spare: int) -> Iterator[Cache]:
+        """A full cache with room for `spare` tokens more, and the model attending to it."""
+        capacity = context + spare
+        with torch.inference_mode(), ExitStack() as stack:
+            if is_known(name):
+                cache: Cache = full_cache(name, self.config, context, capacity, self.device)
+                stack.enter_context(attending(self.model, name))
+            else:
+                artefact = synthetic_artefact(Scheme.parse(name), self.config)
+                cache = filled_cache(artefact, self.config, context, capacity, self.device)
+                stack.enter_context(packed_attention(self.model))
+            yield cache
+
+    def _decode(self, name: str, row: Row) -> None:
+        spare = len(self.arguments.modes) * (_WARM_STEPS + 2 * _STEPS[1])
+        with self._full(name, row["context"], spare) as cache:
+            held = cache.nbytes() if isinstance(cache, PackedCache) else stored_bytes(cache)
+            row |= {"weight_bytes": self.weights, "cache_bytes": held}
+            for mode in self.arguments.modes:
+                if self.late:
+                    break
+                if mode == "graph" and is_known(name) and name not in IN_PLACE:
+                    continue  # what is copied to another place with every token cannot be replayed
+                measured: Row
+                try:
+                    with self._steps(cache, mode) as forward:
+                        measured = self._timed_steps(forward)
+                except torch.OutOfMemoryError:
+                    measured = {"error": "out of memory"}
+                except RuntimeError as error:
+                    if mode == "eager":
+                        raise
+                    measured = {"error": f"not recorded: {_first_line(error)}"}
+                self._add({**row, "mode": mode, **measured})
+
+    @contextmanager
+    def _steps(self, cache: Cache, mode: str) -> Iterator[Forward]:
+        """One step: ids `[1, 1]` to logits `[1, 1, V]`."""
+
+        def forward(ids: Tensor) -> Tensor:
+            return self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+
+        if mode == "eager":
+            yield forward
+        elif self.device.type != "cuda":
+            raise RuntimeError(f"graphs are recorded on CUDA devices, not on {self.device}")
+        elif isinstance(cache, PackedCache):
+            with graphed(self.model, cache) as steps:
+                yield forward
+            if steps.obstacle is not None:
+                raise RuntimeError(steps.obstacle)
+        else:
+            ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            forward(ids)
+            replay, logits = record(lambda: forward(ids))
+
+            def replayed(new: Tensor) -> Tensor:
+                ids.copy_(new)
+                replay()
+                return logits
+
+            yield replayed
+
+    def _timed_steps(self, forward: Forward) -> Row:
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._seconds(forward, ids, _WARM_STEPS)
+        first = self._seconds(forward, ids, _STEPS[0]) / _STEPS[0]
+        steps = min(_STEPS[1], max(_STEPS[0], int(_MEASURED_SECONDS / first)))
+        seconds = self._seconds(forward, ids, steps) / steps
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        measured = {"steps": steps, "ms_per_token": round(1e3 * seconds, 3), "tokens_per_second": round(1 / seconds, 2)}
+        return {**measured, "peak_bytes": peak}
+
+    def _seconds(self, forward: Forward, ids: Tensor, steps: int) -> float:
+        """Of greedy steps; the device is waited for at the end only."""
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            ids = forward(ids)[:, -1].argmax(-1, keepdim=True)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _prefill(self, name: str, row: Row) -> None:
+        spare = _CHUNKS_EACH * sum(self.arguments.chunks)
+        with self._full(name, row["context"], spare) as cache:
+            for chunk in self.arguments.chunks:
+                if self.late:
+                    break
+                ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)
+                times = []
+                for _ in range(_CHUNKS_EACH):
+                    self._wait()
+                    started = time.perf_counter()
+                    self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+                    self._wait()
+                    times.append(time.perf_counter() - started)
+                best = min(times[1:])
+                self._add(
+                    {**row, "chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+
+
+def _config(shape: str, layers: int | None, context: int) -> PreTrainedConfig:
+    config = LlamaConfig(**TINY, vocab_size=1000) if shape == "tiny" else named_config(shape)
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.max_position_embeddings = max(config.max_position_embeddings, 2 * context)
+    return config
+
+
+def _cache_name(text: str) -> str:
+    if not is_known(text):
+        try:
+            Scheme.parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is none of {', '.join(NAMES)}, and no scheme ({error})"
+            ) from error
+    return text
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Decode rows and prefill rows, or what came instead."""
+    lines = []
+    for row in rows:
+        cells = {name: row.get(name, "") for name in ("op", "cache", "context", "mode", "chunk", "tokens_per_second")}
+        for name in ("cache_bytes", "peak_bytes"):
+            cells[name.replace("bytes", "GB")] = round(row[name] / 1e9, 2) if row.get(name) else ""
+        lines.append({**cells, "error": row.get("error", "")})
+    return format_table(lines) if lines else "no rows"
+
+
+def main(argv: Sequence[str] | None = None) -> Row:
+    """The command; returns its JSON summary."""
+    parser = command_parser("scripts.bench.generate", __doc__)
+    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], default="llama-7b")
+    parser.add_argument("--layers", type=positive_int, help="fewer than the model has, to try things")
+    parser.add_argument(
+        "--caches", type=_cache_name, nargs="+", default=list(CACHES), help=f"schemes, {', '.join(NAMES)}"
+    )
+    parser.add_argument("--contexts", type=parse_tokens, nargs="+", default=[1 << 15, 1 << 17])
+    parser.add_argument("--modes", choices=MODES, nargs="+", default=list(MODES))
+    parser.add_argument(
+        "--chunks", type=positive_int, nargs="*", default=[256, 512, 1024, 2048], help="none: no prefill"
+    )
+    parser.add_argument("--prefill-context", type=parse_tokens, default=1 << 15, help="tokens before the chunk (32K)")
+    parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun later (540)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", help="JSONL file to append to")
+    rows = Benchmark(parser.parse_args(argv)).run()
+    print(_table(rows))
+    return {"rows": rows}
+
+
+if __name__ == "__main__":
+    run_command(main)

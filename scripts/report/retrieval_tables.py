@@ -1,0 +1,98 @@
+"""The README's tables of retrieval, from rows of `scripts.retrieval.passkey`, `scripts.retrieval.needle` and `scripts.retrieval.ruler`.
+
+Each function takes rows and returns a table's header and lines. A cell shows the share of the answers found and, in
+brackets, the NLL of the expected answer in nats: what is found says whether a cache is usable, the NLL how far it is from
+that, also where so few questions are asked, or so hard ones, that nothing is found at all.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+from scripts.retrieval.tasks import TASKS
+
+Row = dict[str, Any]
+Table = tuple[list[str], list[list[str]]]
+
+WAYS = ("simulated", "every token quantized", "chunk exact")
+
+
+def passkey_table(rows: Sequence[Row]) -> Table:
+    """The share of pass keys retrieved and the NLL of their digits, a column for each context; simulated."""
+    cells = {(row["scheme"], row["context"]): row for row in rows if row["mode"] != "packed"}
+    contexts = sorted({context for _, context in cells})
+    lines = [
+        [scheme, *(shown([cells[scheme, one]] if (scheme, one) in cells else [], "retrieved") for one in contexts)]
+        for scheme in dict.fromkeys(scheme for scheme, _ in cells)
+    ]
+    return ["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], lines
+
+
+def needle_table(rows: Sequence[Row]) -> Table:
+    """A sentence hidden in a long text: a column for each length, over the depths at which all schemes were asked."""
+    cells, schemes = simulated_cells(rows, "depth")
+    places = [
+        place for place in dict.fromkeys(key[1:] for key in cells) if all((one, *place) in cells for one in schemes)
+    ]
+    lengths = sorted({length for length, _ in places})
+    lines = []
+    for scheme in schemes:
+        own = {length: [cells[scheme, *place] for place in places if place[0] == length] for length in lengths}
+        bits = own[lengths[-1]][0]["bits_per_element"]
+        lines.append([scheme, f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own.values())])
+    return ["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines
+
+
+def ruler_table(rows: Sequence[Row]) -> Table:
+    """RULER's synthetic tasks: a line for each length and scheme, a column for each task."""
+    cells, schemes = simulated_cells(rows, "task")
+    tasks, lengths = {task for *_, task in cells}, sorted({length for _, length, _ in cells})
+    shown_tasks = [task for task in TASKS if task in tasks]
+    lines = []
+    for length, scheme in product(lengths, schemes):
+        own = ([cells[scheme, length, task]] if (scheme, length, task) in cells else [] for task in shown_tasks)
+        lines.append([scheme, str(length), *(shown(some, "found", "nll_per_token") for some in own)])
+    return ["found (NLL per token)", "tokens", *shown_tasks], lines
+
+
+def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> Table:
+    """Cells that ran through the packed cache, beside the same cells simulated.
+
+    With `--no-exact-chunk` every token reads a quantized past, as simulated, and the length of a chunk is a matter of
+    speed alone: where it varies, all runs stand in the cell, the longest chunk first.
+    """
+    rows = [("passkey", "retrieved", row) for row in passkey]
+    rows += [(f"ruler {row['task']}", "found", row) for row in ruler]
+    cells: dict[tuple[str, int, str], dict[str, dict[int, str]]] = {}
+    for test, share, row in rows:
+        runs = cells.setdefault((test, row["context"], row["scheme"]), {}).setdefault(way(row), {})
+        runs[row.get("prefill_chunk", 0)] = shown([row], share)
+    lines = []
+    for (test, context, scheme), found in sorted(cells.items(), key=lambda cell: cell[0][:2]):
+        if found.keys() & set(WAYS[1:]):
+            runs_of = (found.get(one, {}) for one in WAYS)
+            texts = ("; ".join(runs[chunk] for chunk in sorted(runs, reverse=True)) for runs in runs_of)
+            lines.append([test, str(context), scheme, *texts])
+    return ["test", "tokens", "scheme", WAYS[0], *(f"packed, {one}" for one in WAYS[1:])], lines
+
+
+def way(row: Row) -> str:
+    """How a row ran; a chunk of the prompt that sees itself exactly is another way than one that is quantized first."""
+    if row["mode"] != "packed":
+        return str(row["mode"])
+    return WAYS[2] if row["exact_chunk"] else WAYS[1]
+
+
+def simulated_cells(rows: Sequence[Row], part: str) -> tuple[dict[Any, Row], list[str]]:
+    """Rows by scheme, length and `part` of a test, and the schemes, the largest first; packed ones left out."""
+    simulated = [row for row in rows if row["mode"] != "packed"]
+    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
+    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
+
+
+def shown(rows: Sequence[Row], share: str, nll: str = "answer_nll") -> str:
+    """The means of two fields over rows, `75 % (0.20)`; nothing of none."""
+    if not rows:
+        return ""
+    found, cost = (sum(row[field] for row in rows) / len(rows) for field in (share, nll))
+    return f"{100 * found:.0f} % ({cost:.2f})"
