@@ -1,7 +1,7 @@
 """Record keys, values and their Fisher information at every site of a model.
 
 The Fisher information of an activation is its squared gradient under the loss, the diagonal approximation of
-KVQuant (arXiv 2401.18079, section 3.2): an error e in element i changes the loss by about F_i * e^2 / 2. One
+KVQuant (arXiv 2401.18079, section 3.3): an error e in element i changes the loss by about F_i * e^2 / 2. One
 window costs one forward and one backward of the mean next-token loss. Parameters are frozen, so the graph starts
 at the first site; a tensor hook squares each gradient as soon as it exists and lets it go. Summed over the window's
 tokens, the products of a head's gradients are kept too: the whole matrix, for error feedback (quant/feedback.py).

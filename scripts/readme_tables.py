@@ -1,6 +1,6 @@
 """Write the result tables of the READMEs from the rows in `scripts/results/`.
 
-    python -m scripts.readme_tables            # rewrite README.md and those of quant and the kernels
+    python -m scripts.readme_tables            # rewrite README.md and those of results, quant and the kernels
     python -m scripts.readme_tables --check    # exit with 2 if one of them differs from the rows
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME picks a function below.
@@ -16,6 +16,7 @@ from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
 from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.experiments.paper_tables import corpus_table
+from scripts.report import summary
 from scripts.report.gpu_tables import (
     device_table,
     generate_table,
@@ -28,7 +29,7 @@ from scripts.report.long_tables import all_measured, decoding_in_float32
 from scripts.report.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "quant/README.md", "deployment/kernels/README.md")
+DOCUMENTS = ("README.md", "scripts/results/README.md", "quant/README.md", "deployment/kernels/README.md")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -60,7 +61,7 @@ def scheme_table(rows: Sequence[Row]) -> str:
         ]
         for row in sorted(rows, key=lambda row: float(row["bits_per_element"]))
     ]
-    return markdown(["scheme", "bits/element", "perplexity", "change", "KL (nats)", "same top token"], cells)
+    return markdown(["scheme", "bits/element", "perplexity", "change", "KL (nats)", "top-1 agreement"], cells)
 
 
 def percent(share: float, style: str) -> str:
@@ -225,6 +226,12 @@ def roofline() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": lambda: summary.headline(rows_of("schemes"), rows_of("gpu-benchmark")),
+    "summary_quality": lambda: markdown(*summary.quality_table(rows_of("schemes"))),
+    "summary_speed": lambda: markdown(*summary.speed_table(rows_of("gpu-benchmark"))),
+    "summary_long": lambda: markdown(
+        *summary.long_table(rows_of("gpu-generate"), rows_of("gpu-multi-sharded"), rows_of("long"))
+    ),
     "schemes": schemes,
     "all_schemes": all_schemes,
     "laboratory": laboratory,
@@ -257,7 +264,7 @@ def with_tables(text: str) -> str:
 def main(argv: Sequence[str] | None = None) -> Row:
     """The command; returns its JSON summary."""
     parser = command_parser("scripts.readme_tables", __doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a README is out of date")
     arguments = parser.parse_args(argv)
     changed = []
     for name in DOCUMENTS:

@@ -42,21 +42,6 @@ def test_every_script_has_a_line_in_their_readme() -> None:
         assert f"{path.stem}`" in text or f"{path.name}`" in text, path
 
 
-def test_files_that_the_readme_lists_exist() -> None:
-    tree = (REPOSITORY / "README.md").read_text().split("```\ngradients/")[1].split("```")[0].splitlines()
-    folder, listed = "gradients/", set()
-    for line in tree[1:]:
-        if not line.startswith(" "):
-            folder = line.split()[0]
-            continue
-        listed |= {folder + name.strip(",") for name in line.split() if name.strip(",").endswith(".py")}
-    for path in listed:
-        assert (REPOSITORY / path).exists(), path
-    stages = ("gradients", "quant", "deployment")
-    present = {f"{stage}/{p.name}" for stage in stages for p in (REPOSITORY / stage).glob("*.py")}
-    assert present - listed == {f"{stage}/__init__.py" for stage in stages}
-
-
 def test_quickstart_table(records: Records) -> None:
     result = {"scheme": "nuq3-1%", "bits_per_element": 3.5, "perplexity": 11.0, "baseline_nll": math.log(10), "kl": 0.1}
     plain, quantized = table_rows([result], records.manifest.fingerprint)
