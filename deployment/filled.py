@@ -1,4 +1,4 @@
-"""A model of any shape with random weights, and packed caches of it that are full from the start: for measuring.
+"""Packed caches of synthetic tokens for any model, full from the start: for measuring.
 
 Nothing that is timed depends on the numbers, but for the share of outliers, which is as the scheme says
 (synthetic.py). One layer is filled by the append path itself, with random keys and values, chunk by chunk; the others
@@ -7,7 +7,7 @@ get copies of its bytes, so that a million tokens take seconds. Rows of such cac
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from deployment.cache import PackedCache, PackedLayer
 from deployment.kernels.dispatch import runs_kernels
@@ -19,13 +19,6 @@ from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 _CHUNK = 4096  # tokens stored at a time
-
-
-def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A frozen model with small random weights, made on the device itself."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
 
 
 def synthetic_artefact(scheme: Scheme, config: PreTrainedConfig) -> Quantizers:

@@ -2,8 +2,8 @@
 
 A command is a function `main(argv) -> dict`. It prints what a person wants to read, reports progress on
 stderr, and its dictionary becomes one JSON object on the last line of stdout. Bad input is a `UserError`: one
-line on stderr that names the thing, the value and the remedy, and exit code 2. Anything else is a bug of ours
-and keeps its traceback.
+line on stderr that names the thing, the value and the remedy, and exit code 2. A check whose dictionary says
+`"passed": false` exits with 1. Anything else is a bug of ours and keeps its traceback.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+EXIT_NOT_PASSED = 1
 EXIT_BAD_INPUT = 2
 
 
@@ -66,7 +67,7 @@ def require_text(text: str, name: str) -> str:
 
 
 def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
-    """Run `main` on the process's arguments, print its JSON line, and exit with 0, or 2 for bad input.
+    """Run `main` on the process's arguments, print its JSON line, and exit with 0, 1 if a check failed, or 2 for bad input.
 
     Characters that the terminal or pipe cannot show are printed as `?`, and do not end the command.
     """
@@ -81,6 +82,8 @@ def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]
     if summary is not None:
         print(json.dumps(summary), flush=True)
     end_process_group()
+    if summary is not None and summary.get("passed") is False:
+        sys.exit(EXIT_NOT_PASSED)
 
 
 def end_process_group() -> None:

@@ -10,13 +10,14 @@ from transformers.cache_utils import DynamicCache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedLayer
-from deployment.filled import filled_cache, random_model, synthetic_artefact
+from deployment.filled import filled_cache, synthetic_artefact
 from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.results import read_rows
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import attending, full_cache, stored_bytes
 from scripts.bench.generate import main
+from scripts.bench.random_model import random_model
 from scripts.checks.small_steps import relative_error
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def tiny() -> PreTrainedModel:
     torch.manual_seed(0)
-    return random_model(CONFIG, torch.float32, CPU)
+    return random_model(CONFIG, ["cpu"], torch.float32)
 
 
 def test_everything_asked_for_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gradients.cli import UserError
+from gradients.cli import UserError, run_command
 from quant.artefact import Quantizers
 from quant.results import read_rows
-from scripts.checks.device import _main_with_exit_code, distances, greedy, main, rounded_otherwise
+from scripts.checks.device import distances, greedy, main, rounded_otherwise
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_other_tokens_are_far_from_the_top(llama: PreTrainedModel, quantizers: Q
 
 def test_what_is_outside_the_limits_fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        _main_with_exit_code([*arguments[:-1], "-1"])
+        run_command(lambda _argv: main([*arguments[:-1], "-1"]))
     assert ended.value.code == 1
     assert not json.loads(capsys.readouterr().out.splitlines()[-1])["passed"]
     with pytest.raises(UserError, match="--prompt-tokens 99 exceeds --seqlen 60"):

@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
-from deployment.filled import filled_cache, random_model, synthetic_artefact
+from deployment.filled import filled_cache, synthetic_artefact
 from deployment.graphed import graphed, record
 from deployment.plan import parse_tokens
 from deployment.shapes import SHAPES, named_config
@@ -38,6 +38,7 @@ from gradients.cli import UserError, command_parser, format_table, positive_int,
 from quant.results import append_row
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
+from scripts.bench.random_model import random_model
 
 CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
 MODES = ("eager", "graph")
@@ -66,7 +67,7 @@ class Benchmark:
         self.config = _config(arguments.shape, arguments.layers, max(*arguments.contexts, arguments.prefill_context))
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.config.dtype = dtype
-        self.model: PreTrainedModel = random_model(self.config, dtype, self.device)
+        self.model: PreTrainedModel = random_model(self.config, [str(self.device)], dtype)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
         self.rows: list[Row] = []
 

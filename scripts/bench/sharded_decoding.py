@@ -23,14 +23,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache, PackedLayer
+from deployment.filled import synthetic_artefact
 from deployment.kernels.dispatch import runs_kernels
 from deployment.shapes import ModelShape
-from deployment.synthetic import Shape, fill_with_blocks, synthetic_quantizers
+from deployment.synthetic import Shape, fill_with_blocks
 from gradients.cli import UserError
-from gradients.fingerprint import Fingerprint
 from gradients.models import cached_layers, decoder, decoder_config, kv_shape
 from gradients.placement import input_device, module_device
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.bench.random_model import random_model, spread
@@ -150,13 +149,7 @@ class Sharded:
         return Decoded(tokens, seconds, fill_seconds, path, memory)
 
     def _cache(self, request: Request) -> PackedCache:
-        key, value = synthetic_quantizers(request.scheme, self._heads)
-        quantizers = Quantizers(
-            scheme=request.scheme,
-            fingerprint=Fingerprint.of(self.config),
-            records_digest="synthetic",
-            layers={layer: {"key": key, "value": value} for layer in range(len(self.layers))},
-        )
+        quantizers = synthetic_artefact(request.scheme, self.config)
         return PackedCache(quantizers, self.config, capacity=request.context + request.new_tokens)
 
     def _fill(self, request: Request, cache: PackedCache) -> int:

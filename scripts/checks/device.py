@@ -22,8 +22,6 @@ try it.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,11 +185,5 @@ def main(argv: Sequence[str] | None = None) -> Row:
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
 
 
-def _main_with_exit_code(argv: Sequence[str] | None = None) -> None:
-    summary = main(argv)
-    print(json.dumps(summary), flush=True)
-    sys.exit(0 if summary["passed"] else 1)
-
-
 if __name__ == "__main__":
-    run_command(_main_with_exit_code)
+    run_command(main)
