@@ -1,4 +1,4 @@
-"""One answer of the model: printed as it comes, timed, and ended by Ctrl-C."""
+"""One generated answer: streamed, timed, and interruptible by Ctrl-C."""
 
 import signal
 import threading

@@ -1,4 +1,4 @@
-"""Where every bit of a token's codes lies in its block's words, so that one token is stored without touching the others.
+"""Bit positions of one token's codes within the words of its block, for storing a single token.
 
 A block's words are the union of what its tokens put there: whatever the order (order.py), every bit of every code has one
 place. The places are found by asking the order itself: words whose bit p is digit d of the number p unpack to codes

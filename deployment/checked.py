@@ -1,4 +1,4 @@
-"""What a forward says about its tokens: held against what a packed cache does, once per forward, without waiting for a GPU.
+"""Validate masks and position ids of every forward, without synchronising with the GPU.
 
 A packed cache knows one pattern: attention is causal, rows are padded on the left, and the tokens of a row are counted one
 by one, from any number on. Whatever a mask or position ids say beyond that is refused.

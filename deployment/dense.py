@@ -1,4 +1,4 @@
-"""Attention over an fp16 cache, in every way that is known here: what the packed cache is timed against.
+"""fp16 baselines: decode and prefill attention over an fp16 cache, in several ways, against which the packed cache is timed.
 
 A decode step has one query per head. torch's SDPA takes grouped queries with `enable_gqa`, but not every backend does
 that well, so the H / G queries of a KV head are also folded into one problem of as many queries, `[B, G, H/G, D]`

@@ -1,4 +1,4 @@
-"""The device that CUDA calls of no tensor go to: Triton's launches, streams, questions about graphs.
+"""The current CUDA device, for calls that name no tensor: Triton launches, streams, graph capture.
 
 torch's own operators go where their tensors are. Triton launches on the current device, whatever its arguments' is, so
 a model whose layers are spread over GPUs has to change it from layer to layer.

@@ -1,4 +1,4 @@
-"""Tensors that outlive the mode they are made in: a cache is filled under one of torch's modes and used under another.
+"""Tensors made outside inference mode, since a cache may be filled under one of torch's modes and used under another.
 
 A tensor made in `torch.inference_mode()` could not be written outside of it, and one made while gradients are recorded would
 keep the graph of the whole forward alive.

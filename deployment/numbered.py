@@ -1,4 +1,4 @@
-"""Objects that a number finds: how a registered operator, which takes tensors and numbers only, is told of a Python object.
+"""Integer handles for Python objects, so that a `torch.library` operator, which takes tensors and numbers only, can name one.
 
 Numbers are never given twice, copies get their own, and nothing is kept alive: the number of an object that is gone
 finds nothing.

@@ -1,4 +1,4 @@
-"""All pages of a packed tensor as one without room, for a file, and back.
+"""Merge all pages of a packed tensor into one without spare capacity, for a file, and rebuild a page from it.
 
 Pages are how a cache grows without copying; a file needs none of it. What a block stores does not depend on the page it
 lies in, so words and scales are joined, and only the outliers' lists get other numbers. A file counts an outlier's index

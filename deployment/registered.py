@@ -1,4 +1,4 @@
-"""The attention step as one registered operator, so that `torch.compile` takes it into its graph without looking inside.
+"""The attention step as one `torch.library` operator, opaque to `torch.compile`.
 
     torch.ops.kvquant.attend_step(query, key, value, mask, effects, layer, rope, backend, scaling, positions)
 

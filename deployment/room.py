@@ -1,4 +1,4 @@
-"""Room in streams of outliers for what the append kernels will find, without asking the device how much that is.
+"""Capacity of the outlier buffers, managed on the host without synchronising with the device.
 
 How many outliers a token has only the device knows. The host knows a bound: what was held when last counted, and the worst
 case of every token since. Counts travel to the host behind the appends, into pinned memory, and a later append looks
@@ -24,7 +24,7 @@ LOST = "outliers were lost for want of room; reserve more tokens before capturin
 
 
 class Count:
-    """Numbers on their way to the host."""
+    """Counts in flight to the host."""
 
     def __init__(self, numbers: Tensor, since: int) -> None:
         self.numbers, self.since, self._event = numbers, since, None

@@ -1,4 +1,4 @@
-"""Whether a model's attention is one that we can take over: asked of the model itself, once.
+"""Check once, by running the model itself, that packed attention computes what its own attention does.
 
 Every kind of attention layer is run on a few random tokens, with an attention function that only looks at what it is given:
 with the model's own rotation, and without any. Rotating the latter must give the former, and nothing must be asked

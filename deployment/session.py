@@ -1,4 +1,4 @@
-"""A text that grows, and the packed cache of it.
+"""A session: a growing text and its packed cache.
 
     session = Session(loaded, quantizers)
     session.open()

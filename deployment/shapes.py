@@ -121,7 +121,7 @@ class ModelShape:
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 
     def weight_bytes(self, bits: float) -> int:
-        """Bytes of all weights at so many bits per parameter."""
+        """Bytes of all weights at a given number of bits per parameter."""
         return sum(self.pieces(None, 0, bits))
 
     def window_bytes(self, tokens: int) -> int:

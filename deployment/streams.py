@@ -1,4 +1,4 @@
-"""The outliers of a page: for every sequence and KV head a stream that tokens are appended to.
+"""Sparse outliers of a page: index and value lists per sequence and KV head, appended token by token.
 
     index  :: [N]             int16  (token % span) * D + channel within its page and head, unsigned
     value  :: [N]             fp16   the element itself

@@ -1,4 +1,4 @@
-"""How long something takes on a device, and how fast its memory is.
+"""Timing on a device: mean and error of a call, and copy bandwidth.
 
 Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing.
 """

@@ -1,4 +1,4 @@
-"""Write a file so that its final name only ever shows a complete one.
+"""Atomic writes: a file appears under its name complete, or not at all.
 
 The content goes to a temporary name in the same folder, is flushed to the disk, and is then renamed: a killed
 process or a full disk leaves the earlier file, or none. What a killed process left of a temporary file is removed when

@@ -1,4 +1,4 @@
-"""Let a model attend through another attention function for a while.
+"""Swap a model's attention function within a context manager.
 
 Only the text decoder is switched. Other parts of a wrapper model, a vision tower say, keep their own, which may differ from
 the decoder's before and after.

@@ -1,4 +1,4 @@
-"""When a model's output is NaN, say which layer it began in."""
+"""Name the layer in which NaN or infinity first appears, once logits are NaN."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

@@ -58,7 +58,7 @@ SITES: dict[str, dict[str, SiteRule]] = {
 
 @dataclass(frozen=True)
 class KVSite:
-    """One layer's keys or values on their way out of the projections: read them, or put others in their place."""
+    """One layer's keys or values as they leave the projections: read them, or put others in their place."""
 
     layer: int
     kind: Kind

@@ -1,4 +1,4 @@
-"""Where the parts of a model live: on one device, or layer by layer on several, by accelerate's `device_map`.
+"""Device placement: a model on one device, or its layers over several, by accelerate's `device_map`.
 
 A map names modules and devices, `{"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, ...}`; a device is
 an accelerator's number, `cpu`, a torch device, or `disk`, from where weights are fetched for every forward. accelerate

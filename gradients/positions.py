@@ -1,4 +1,4 @@
-"""How many positions a model has, and more than it was made for: linear scaling of the rotary embedding.
+"""Number of positions of a model, and linear RoPE scaling beyond it (`--max-positions`).
 
 A model trained on P positions reads N > P of them when position p is rotated as p * P / N was (position interpolation):
 every angle stays within what training has seen. It changes keys and values, so recording, fitting, evaluation and

@@ -1,4 +1,4 @@
-"""The precision to compute in: float32 for what is stored in less, float64 for a model that is loaded so (`--dtype float64`)."""
+"""The compute dtype: float32 for half-precision tensors, float64 where the model is loaded so (`--dtype float64`)."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The rotary embedding seen from outside the model: its tables, and what it does to keys.
+"""RoPE outside the model: its cos and sin tables, and how they rotate keys and gradients.
 
 Keys are recorded before it (KVQuant, section 3.2). What would have been recorded after it follows from the tables.
 """

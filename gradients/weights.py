@@ -33,7 +33,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     for name, parameter in _parameters(model):
         hashed.update(f"{name} {list(parameter.shape)};".encode())
         samples.append(_sample(parameter))
-    for sample in samples:  # by now all are on their way to the host
+    for sample in samples:  # by now all copies to the host are in flight
         hashed.update(sample.cpu().contiguous().view(torch.uint8).numpy().data)
     return hashed.hexdigest()[:16]
 

@@ -175,7 +175,7 @@ def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
         ("random_model", ["--shape", "llama-9b", "--output", "x"], "llama-9b"),
     ],
 )
-def test_bad_input(
+def test_bad_input_is_one_line_and_exit_code_2(
     module: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"sharded": ["--shape", "tiny"], "processes": ["--model", "none"]}.get(module, [])

@@ -68,7 +68,7 @@ def test_every_window_begins_with_it_and_holds_one_token_less_of_text(
     assert whole[:, 0].tolist().count(BOS) == 1 and whole[0, 0] == BOS
 
 
-def test_prompts(adding: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_begin_with_it_if_asked(adding: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
     for own, by_itself in ((adding, True), (tokenizer, False)):
         text = own("abc", add_special_tokens=False).input_ids
         for bos, begins in ((None, by_itself), (True, True), (False, False)):
@@ -99,7 +99,7 @@ def test_is_recorded_and_a_mismatch_is_said(
 
 
 @pytest.mark.parametrize("option", [[], ["--bos"], ["--no-bos"]])
-def test_retrieval(option: list[str], folder: Path, tmp_path: Path) -> None:
+def test_retrieval_rows_say_whether_they_began_with_it(option: list[str], folder: Path, tmp_path: Path) -> None:
     arguments = ["--model", str(folder), "--lengths", "330", "--samples", "1", "--results", str(tmp_path / "rows")]
     assert passkey_main([*arguments, *option])["rows_added"] == 1
     assert read_rows(tmp_path / "rows")[0]["bos"] == (option != ["--no-bos"])

@@ -241,7 +241,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(
         (["--prompt", "k", "--save-cache", "unwritten"], "is empty: nothing was read yet"),
     ],
 )
-def test_bad_requests(arguments: list[str], options: list[str], message: str) -> None:
+def test_bad_requests_are_refused_and_write_nothing(arguments: list[str], options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate_main([*arguments, *options])
     assert not Path("unwritten").exists()

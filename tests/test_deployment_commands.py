@@ -140,7 +140,7 @@ def test_generate_streams_text_and_ends_with_json(arguments: list[str], capsys: 
 
 
 @pytest.mark.parametrize("options", [["--beams", "2"], ["--sample", "--temperature", "0.7", "--top-p", "0.9"]])
-def test_generate_other_ways(arguments: list[str], options: list[str]) -> None:
+def test_other_ways_to_generate_repeat_themselves(arguments: list[str], options: list[str]) -> None:
     first = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
     again = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
     assert first["text"] == again["text"] and first["new_tokens"] <= 5
@@ -165,7 +165,7 @@ def test_prompt_file_in_small_chunks_equals_one_chunk(arguments: list[str], tmp_
     ],
     ids=["empty", "missing file", "beyond the positions", "beyond the capacity"],
 )
-def test_bad_requests(arguments: list[str], options: list[str], message: str) -> None:
+def test_bad_requests_are_refused_by_name(arguments: list[str], options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate_main([*arguments, *options])
 

@@ -217,12 +217,16 @@ def test_a_split_over_accelerators_keeps_the_checkpoints_dtype(tmp_path: Path, m
         ({"model.layers.0": "cpu", "model.layers.1": "disk"}, "does not give any device for .*model.norm.weight"),
     ],
 )
-def test_bad_maps(llama_folder: Path, tmp_path: Path, content: object, message: str) -> None:
+def test_maps_that_do_not_fit_the_model_are_refused(
+    llama_folder: Path, tmp_path: Path, content: object, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         load_model(str(llama_folder), device_map=write(tmp_path / "map.json", content))
 
 
-def test_other_bad_requests(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contradicting_and_unreadable_maps_are_refused(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="--device cpu and --device-map auto contradict each other"):
         load_model(str(llama_folder), device="cpu", device_map="auto")
     with pytest.raises(UserError, match="'evenly' cannot be read .* use auto, balanced"):

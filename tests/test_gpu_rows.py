@@ -41,7 +41,7 @@ def model_row(cache: str, mode: str | None, rate: float | None, **other: Any) ->
     return row | other
 
 
-def test_of_equal_rows_the_last_counts() -> None:
+def test_the_last_of_equal_rows_counts() -> None:
     rows = [layer_row("nuq3-1%", 2048, 9, 10), layer_row("nuq3-1%", 2048, 5, 10), layer_row("nuq3-1%", 4096, 5, 10)]
     header, cells = speed_table(rows)
     assert cells[0] == ["H200", "llama-7b", "1", "nuq3-1%", "2,048", "4.0x", "5", "10", "2.00x", "50 %"]

@@ -109,7 +109,9 @@ def test_every_group_is_quantized_as_if_it_were_alone(name: str, group: int, axi
         pytest.param("channel", (5, 24), 2, (3, 24), id="no batch"),
     ],
 )
-def test_shapes(axis: Axis, shape: tuple[int, ...], group: int | None, scales: tuple[int, ...]) -> None:
+def test_encoded_tensors_have_the_promised_shapes(
+    axis: Axis, shape: tuple[int, ...], group: int | None, scales: tuple[int, ...]
+) -> None:
     quantizer, x = grouped("int2", axis, group), gaussian(*shape)
     encoded = quantizer.encode(x)
     assert encoded.codes.shape == shape and encoded.codes.dtype == torch.uint8

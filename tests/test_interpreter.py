@@ -55,7 +55,7 @@ def stock(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_reductions(dtype: torch.dtype) -> None:
+def test_reductions_in_one_go_equal_triton_s_own(dtype: torch.dtype) -> None:
     def run() -> list[Tensor]:
         generator = torch.Generator().manual_seed(3)
         inputs = [torch.randn(4, 16, generator=generator).to(dtype) for _ in range(2)]

@@ -68,7 +68,9 @@ def arguments(llama_folder: Path, records: Records, tmp_path: Path) -> list[str]
     return [*names, "--samples", "2", "--lengths", "280", "--results", str(tmp_path / "rows.jsonl")]
 
 
-def test_rows(arguments: list[str], tmp_path: Path, quantizers_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_scheme_gets_one_row(
+    arguments: list[str], tmp_path: Path, quantizers_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     summary = passkey_main([*arguments, "--schemes", "int4", "kivi2", "--quantizers", str(quantizers_file)])
     rows = read_rows(tmp_path / "rows.jsonl")
     assert summary["rows_added"] == len(rows) == 4
@@ -123,7 +125,7 @@ def test_modes_agree_through_the_command(arguments: list[str], tmp_path: Path) -
         assert row["bits_per_element"] == pytest.approx(expected["bits_per_element"], rel=1e-3)
 
 
-def test_bad_requests(arguments: list[str], tmp_path: Path) -> None:
+def test_bad_requests_are_refused_and_write_nothing(arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --records"):
         passkey_main([*arguments[:4], "--schemes", "int4"])
     with pytest.raises(UserError, match="'kivi2' has no packed cache"):

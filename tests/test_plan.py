@@ -204,7 +204,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kv_heads", "batch", "new"), [(8, 1, 256), (2, 2, 64), (8, 3, 1)])
-def test_activations_of_a_forward(make_tokens: Any, kv_heads: int, batch: int, new: int) -> None:
+def test_activations_of_a_forward_are_those_measured(make_tokens: Any, kv_heads: int, batch: int, new: int) -> None:
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=512,
@@ -249,7 +249,7 @@ def test_the_largest_fits_and_no_more(
     assert plan.largest_context(batch=2) < context
 
 
-def test_nothing_fits(shapes: dict[str, ModelShape]) -> None:
+def test_a_model_that_no_gpus_hold_has_no_context(shapes: dict[str, ModelShape]) -> None:
     plan = plan_of(shapes["llama-65b"], "nuq2", gpu_memory=1 << 30, gpus=100)
     assert plan.gpus_needed(1) is None and plan.largest_context() == 0 and plan.largest_batch(1) == 0
 
@@ -267,14 +267,14 @@ def test_sliding_windows_count_in_the_fit_alone() -> None:
     ("text", "size"),
     [("80GiB", 80 << 30), ("80GB", 80 * 10**9), ("1.5 tib", 3 << 39), ("512MiB", 1 << 29), ("24 gb", 24 * 10**9)],
 )
-def test_memory_sizes(text: str, size: int) -> None:
+def test_memory_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
     ("text", "tokens"), [("131072", 1 << 17), ("128K", 1 << 17), ("1m", 1 << 20), ("10000000", 10**7)]
 )
-def test_token_counts(text: str, tokens: int) -> None:
+def test_token_counts_are_parsed(text: str, tokens: int) -> None:
     assert parse_tokens(text) == tokens
 
 
@@ -299,7 +299,7 @@ def test_token_counts(text: str, tokens: int) -> None:
         (["--scheme", "nuq9"], "bits 9 is not within 1-8"),
     ],
 )
-def test_bad_input(options: list[str], message: str) -> None:
+def test_impossible_options_are_refused_by_name(options: list[str], message: str) -> None:
     replaced = ["--scheme", "nuq3-1%"] if options[0] in ("--model", "--shape") else GIVEN
     with pytest.raises(UserError, match=message):
         main([*replaced, *options])
@@ -330,7 +330,9 @@ def test_models_without_a_long_cache(tmp_path: Path) -> None:
         main(given)
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_one_json_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["plan", "--shape", "llama-7b", "--scheme", "rdnuq2.4", "--gpus", "8"])
     run_command(main)
     *shown, last = capsys.readouterr().out.splitlines()

@@ -217,7 +217,7 @@ def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> N
     assert labels == ["minimum to maximum", "0.5 % to 99.5 % of the tokens, centre in white"]
 
 
-def test_fisher_by_layer(draw: Draw, records: Records) -> None:
+def test_fisher_is_drawn_by_layer(draw: Draw, records: Records) -> None:
     figure, summary = draw(plot_fisher, "--records", str(records.folder), "--sink-tokens", "2")
     (place,) = figure.axes
     assert place.get_yscale() == "log"
@@ -261,7 +261,7 @@ def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
         assert [line.get_xdata()[0] for line in place.lines] == [-1, 1]
 
 
-def test_densities_of_values(draw: Draw, records: Records) -> None:
+def test_densities_of_values_are_those_of_the_records(draw: Draw, records: Records) -> None:
     figure, summary = draw(plot_levels, "--records", str(records.folder), "--layer", "0", "--schemes", "nuq2-1%")
     plain, weighted = (patch.get_data().values for patch in figure.axes[1].patches)
     x, fisher = (part.float() for part in records.read_layer(0, "value", skip_tokens=1))
@@ -287,7 +287,9 @@ def test_densities_of_values(draw: Draw, records: Records) -> None:
         (plot_levels, ["--layer", "0", "--schemes", "turbo2"], "turbo2: ranges of groups"),
     ],
 )
-def test_bad_arguments(command: Any, arguments: list[str], message: str, records: Records, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_and_write_nothing(
+    command: Any, arguments: list[str], message: str, records: Records, tmp_path: Path
+) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
         command.main(["--records", str(records.folder), *arguments, "--output", str(tmp_path / "none.png")])
@@ -298,7 +300,7 @@ def test_bad_arguments(command: Any, arguments: list[str], message: str, records
 
 
 @pytest.mark.parametrize("command", [plot_methods, plot_key_ranges, plot_levels, plot_fisher])
-def test_without_matplotlib(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     name = command.__name__.split("plot_")[1]
     needed = {"methods": [], "fisher": ["--records", "."], "key_ranges": ["--records", ".", "--layer", "0"]}

@@ -43,7 +43,7 @@ def test_angles_are_those_of_positions_divided(llama_folder: Path, make_tokens: 
         ("gemma3", 4096, "rotary embedding for each type of layer"),
     ],
 )
-def test_refused(name: str, positions: int, message: str) -> None:
+def test_positions_that_cannot_be_extended_are_refused(name: str, positions: int, message: str) -> None:
     config = CONFIGS[name]()
     before = config.to_dict()
     with pytest.raises(UserError, match=message):

@@ -161,7 +161,7 @@ def test_token_scales_are_used_as_stored_on_both_sides() -> None:
 
 
 @pytest.mark.parametrize("name", ["int2", "nf3-2%", "nuq4-2%", "nuq2"])
-def test_constant_channels(name: str) -> None:
+def test_constant_channels_are_exact(name: str) -> None:
     x = gaussian(300, CHANNELS).half().float()
     x[:, 3], x[:, 17], x[:, 39] = 0.0, -2.625, 1e-4
     x = x.half().float()
@@ -176,7 +176,7 @@ def test_constant_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int2", "nf3-2%", "nuq4"])
-def test_constant_tokens(name: str) -> None:
+def test_constant_tokens_are_exact(name: str) -> None:
     quantizer = calibrated(name, False, gaussian(300, CHANNELS))
     x = torch.tensor([0.0, 1.5, -3.25, 0.1])[:, None].expand(4, CHANNELS)
     assert torch.equal(quantizer.decode(quantizer.encode(x)), x.half().float())

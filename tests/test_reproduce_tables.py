@@ -112,7 +112,7 @@ def test_other_lengths_cover_the_same_text(command: Command, tmp_path: Path) -> 
     assert scripts.reproduce_tables.windows_of(256, scripts.reproduce_tables.Namespace(windows=2, seqlen=64)) == 1
 
 
-def test_another_corpus(command: Command, record_arguments: list[str], tmp_path: Path) -> None:
+def test_another_corpus_gets_rows_of_its_own(command: Command, record_arguments: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other"
     record_main([*record_arguments, "--seed", "5", "--output", str(other)])
     added = main(command("--tables", "corpora", "--other-records", f"noise={other}"))["rows_added"]
@@ -121,7 +121,7 @@ def test_another_corpus(command: Command, record_arguments: list[str], tmp_path:
     assert rows["nuq3-1%, calibrated on noise"]["nll"] != rows["nuq3-1%, calibrated on the main text"]["nll"]
 
 
-def test_bad_input(command: Command, llama_folder: Path) -> None:
+def test_bad_input_is_refused_by_name(command: Command, llama_folder: Path) -> None:
     with pytest.raises(UserError, match=r"'c4' is not of the form NAME=FOLDER"):
         main(command("--other-records", "c4"))
     with pytest.raises(UserError, match="--results is needed"):

@@ -31,7 +31,7 @@ COMMANDS = pytest.mark.parametrize("command", CELLS, ids=lambda command: command
 
 
 @COMMANDS
-def test_three_ways(
+def test_every_way_to_run_gets_its_rows(
     command: Any, common: list[str], quantizers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*common, *CELLS[command], "--quantizers", str(quantizers_file)]
@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         (["--lengths", "many"], "invalid positive_int value: 'many'"),
     ],
 )
-def test_bad_requests(
+def test_bad_requests_are_refused_and_write_nothing(
     command: Any, options: list[str], message: str, common: list[str], tmp_path: Path, snapshot: Any
 ) -> None:
     results = tmp_path / "rows.jsonl"

@@ -42,7 +42,7 @@ def test_every_script_has_a_line_in_their_readme() -> None:
         assert f"{path.stem}`" in text or f"{path.name}`" in text, path
 
 
-def test_quickstart_table(records: Records) -> None:
+def test_quickstart_table_has_bytes_and_changes(records: Records) -> None:
     result = {"scheme": "nuq3-1%", "bits_per_element": 3.5, "perplexity": 11.0, "baseline_nll": math.log(10), "kl": 0.1}
     plain, quantized = table_rows([result], records.manifest.fingerprint)
     elements = 2 * 2 * 24  # keys and values, layers, C

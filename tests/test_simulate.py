@@ -287,7 +287,9 @@ def test_usage_adds_up_over_forwards(llama: PreTrainedModel, quantizers: Quantiz
         pytest.param(65, 5, True, False, 128 * 24 * 3 + 5 * 32 + 2 * 2 * 32, id="one token more, with outliers"),
     ],
 )
-def test_packed_size(tokens: int, outliers: int, has_outliers: bool, token_scales: bool, bits: int) -> None:
+def test_packed_size_counts_every_bit(
+    tokens: int, outliers: int, has_outliers: bool, token_scales: bool, bits: int
+) -> None:
     size = packed_size(tokens, 2, 24, 24 * 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
     assert size == StoredSize(bits, tokens * 24)
     assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)

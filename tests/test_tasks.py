@@ -212,7 +212,7 @@ def test_command_writes_rows_and_skips_what_is_there(
     ],
 )
 @pytest.mark.usefixtures("local_tasks_only")
-def test_bad_requests(arguments: list[str], changed: list[str], message: str) -> None:
+def test_bad_requests_are_refused_and_write_nothing(arguments: list[str], changed: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main([*arguments, *changed])
     assert not Path(arguments[-1]).exists()
@@ -226,13 +226,13 @@ def test_the_harness_own_tasks_are_known(harness: Any) -> None:
     assert len(task_names(manager, "longbench_*")) > 20
 
 
-def test_without_the_harness(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_names_its_extra(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="lm_eval.*not installed.*pip install"):
         main([*arguments, "--tasks", "gsm8k"])
 
 
-def test_chunk_that_is_no_number(harness: Any, llama_folder: Path) -> None:
+def test_a_chunk_of_no_tokens_is_refused(harness: Any, llama_folder: Path) -> None:
     with pytest.raises(UserError, match="prefill_chunk=0"):
         harness.simple_evaluate(
             model="kvquant",

@@ -62,7 +62,7 @@ def test_is_another_for_other_weights(make_model: MakeModel) -> None:
     assert len(seen) == 4
 
 
-def test_of_a_large_parameter_a_sample_of_all_rows_and_columns_is_taken() -> None:
+def test_large_parameters_are_sampled_over_all_rows_and_columns() -> None:
     table = torch.arange(1.0, 512 * 512 + 1).view(512, 512)
     sample = _sample(table).float()
     assert SAMPLE / 2 < len(sample) <= SAMPLE

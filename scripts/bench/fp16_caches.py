@@ -4,7 +4,7 @@
                    nothing is copied or masked
     fp16-dynamic   transformers' DynamicCache: every step copies the whole cache
     fp16-static    transformers' StaticCache: written in place, attention is masked beyond the end
-    hqq4, quanto2  transformers' QuantizedCache with that library and so many bits
+    hqq4, quanto2  transformers' QuantizedCache with that library and number of bits
 
 Keys and values are random and already rotated, as these caches hold them.
 """

@@ -43,7 +43,7 @@ class Finished:
 
 
 def command_line(module: str, arguments: Sequence[str], processes: int, device: str) -> list[str]:
-    """How a command is started in so many processes; a single one gets the first device of its kind."""
+    """The command line that starts `processes` processes; a single one gets the first device of its kind."""
     if processes == 1:
         return [sys.executable, "-m", module, *arguments, "--device", f"{device}:0" if device == "cuda" else device]
     with socket.socket() as listener:

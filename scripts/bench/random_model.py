@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     parser = command_parser("scripts.bench.random_model", __doc__)
     parser.add_argument("--shape", required=True, help=f"tiny, {', '.join(SHAPES)}, or a model whose config is read")
-    parser.add_argument("--layers", type=positive_int, help="so many, not all")
+    parser.add_argument("--layers", type=positive_int, help="number of layers (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to draw them")
     parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=non_negative_int, default=0)

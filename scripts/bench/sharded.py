@@ -41,7 +41,7 @@ def parse_context(text: str) -> int | str:
 
 
 def largest(holds: Callable[[int], bool], first: int, attempts: int) -> int:
-    """The largest number up to `first`, about, for which `holds`; 0 if none was found in so many attempts."""
+    """The largest number up to `first`, about, for which `holds`; 0 if none was found in `attempts` tries."""
     number, step, low, high = first, max(1, first // _STEP), 0, 0
     for _ in range(attempts):
         if holds(number):
@@ -204,7 +204,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("scripts.bench.sharded", __doc__)
     parser.add_argument("--shape", default="llama-7b", help=f"tiny, {', '.join(SHAPES)}, or a model")
-    parser.add_argument("--layers", type=positive_int, help="of the model, so many and not all")
+    parser.add_argument("--layers", type=positive_int, help="number of layers (all)")
     parser.add_argument("--scheme", default="nuq3-1%")
     parser.add_argument("--devices", nargs="+", default=visible_devices(), help="cuda:0 cuda:1 ... (all), or cpu disk")
     parser.add_argument("--contexts", type=parse_context, nargs="+", default=[1 << 17], help="128K, or longest")

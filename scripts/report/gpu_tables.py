@@ -47,7 +47,7 @@ def speed_table(rows: Sequence[Row]) -> Table:
         "decode, us",
         "fp16, us",
         "faster",
-        "of a copy's rate",
+        "of copy bandwidth",
     ]
     return header, lines
 

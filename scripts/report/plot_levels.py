@@ -134,7 +134,7 @@ def draw_density(place: "Axes", panel: Panel) -> None:
 
 
 def draw_levels(place: "Axes", panel: Panel, lines: int) -> None:
-    """A row of ticks for each codebook, on an axis with room for so many `lines`."""
+    """A row of ticks for each codebook, on an axis with room for `lines` lines."""
     rows = {**panel.fitted, **panel.others}
     for row, (name, levels) in enumerate(rows.items()):
         colour = figures.KIND_COLOURS[panel.kind] if name in panel.fitted else figures.GREY

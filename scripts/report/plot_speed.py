@@ -95,7 +95,7 @@ def draw_shape(place: "Axes", lines: Mapping[str, Sequence[Point]]) -> None:
         (drawn,) = place.plot(contexts, times, color=colour, lw=1.8, zorder=3, label=scheme)
         drawn.set(marker=marker, markersize=6, markeredgecolor="white", markeredgewidth=0.6)
         place.plot(contexts, limits, color=colour, lw=1.2, ls=":", zorder=2)
-    place.plot([], [], color=figures.GREY, lw=1.2, ls=":", label="its bytes at a copy's rate")
+    place.plot([], [], color=figures.GREY, lw=1.2, ls=":", label="its bytes at copy bandwidth")
     place.set_xscale("log", base=2)
     place.set_yscale("log")
     place.yaxis.set_major_formatter("{x:g}")
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     parser = figures.plot_parser("speed", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/gpu-benchmark.jsonl)")
-    parser.add_argument("--batch", type=positive_int, default=1, help="rows of so many sequences (1)")
+    parser.add_argument("--batch", type=positive_int, default=1, help="rows of this batch size (1)")
     arguments = parser.parse_args(argv)
     rows = figures.read_results(arguments.results)
     shapes = read_lines(rows, arguments.batch)

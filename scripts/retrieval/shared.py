@@ -120,7 +120,7 @@ def row_of(rows: Sequence[Row], identity: Row) -> Row | None:
 
 
 def check_positions(loaded: LoadedModel, sample: Sample, tokens: int) -> None:
-    """Raise `UserError` when a prompt and so many `tokens` after it exceed the positions the model was made for."""
+    """Raise `UserError` when a prompt and `tokens` more exceed the positions the model was made for."""
     positions = usable_positions(decoder_config(loaded.model.config))
     if (needed := len(sample.prompt) + tokens) > positions:
         raise UserError(
