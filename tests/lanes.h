@@ -84,6 +84,7 @@ inline float part(uint32_t w, int i) { return half(w >> 16 * i); }
 
 DEVICE int thread_number() { return lanes::now; }
 DEVICE int block_number() { return lanes::block; }
+DEVICE int threads_in_block() { return lanes::size; }
 DEVICE int blocks_in_grid() { return lanes::grid; }
 DEVICE void barrier_of_block() { lanes::meet(lanes::of_block, lanes::size); }
 DEVICE void barrier(int id, int threads) { lanes::meet(lanes::of_barrier[id], threads); }
@@ -143,7 +144,6 @@ DEVICE float from_half(uint16_t h) { return lanes::half(h); }
 DEVICE float infinity() { return INFINITY; }
 DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
 DEVICE float exp2_of(float x) { return std::exp2(x); }
-DEVICE void cos_sin_pi(float x, float& c, float& s) { c = std::cos(M_PI * x), s = std::sin(M_PI * x); }
 DEVICE void quick_cos_sin(float x, float& c, float& s) { c = std::cos(x), s = std::sin(x); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 DEVICE int round_int(float x) { return (int)std::lrint(x); }

@@ -54,12 +54,19 @@ struct Params {
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
-constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+#ifndef EIGHT
+#define EIGHT (QUERIES == 1 ? 2 : 4)
+#endif
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = EIGHT, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+#ifndef UNROLLED
+#define UNROLLED 2
+#endif
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
 constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
+constexpr float TURN = 1.4629180792671596e-9f;  // 2 pi / 2^32
 
 DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
 DEVICE constexpr bool is_quad(int widths) { return only(widths) == 2; }  // four codes a byte, else two
@@ -81,7 +88,7 @@ struct alignas(16) Team {
     alignas(16) uint16_t scaled[2][QUERIES][CHUNK + 8];                 // weights times scales of tokens
     alignas(16) float delta[WARPS][4][8];                               // by which columns are rotated from set to set
 #if QUERIES < 4
-    float column[WARPS][32][8];  // queries rotated back to the next set
+    alignas(16) float column[WARPS][2][32][4];  // queries rotated back to the next set: where sets are long registers are dearer
 #endif
     float raised[WARPS][QUERIES], shrink[QUERIES];
     int end[QUERIES];  // tokens of the page that a query sees
@@ -105,11 +112,13 @@ struct Shared {  // an entry of 128 bytes has the levels of a byte for every lan
     Team team[TEAMS];
 };
 
+// A thread an entry; neighbours begin at different banks.
 template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, int thread, int threads) {
-    for (int i = thread; i < first_entry(5, WIDTHS) * 8; i += threads) {
-        const int entry = i >> 3, at = 4 * (entry * 8 + ((i + entry) & 7));
+    constexpr int COUNT = first_entry(5, WIDTHS);
+    for (int entry = thread; entry < COUNT; entry += threads) {
         const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
-        store4(table + at, a, b, a, b);
+#pragma unroll
+        for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
     }
 }
 
@@ -151,7 +160,7 @@ template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
 
 DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
     const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
-    cos_sin_pi((float)(int)(turns >> 32) * 0x1p-31f, c, s);
+    quick_cos_sin((float)(int)(turns >> 32) * TURN, c, s);
 }
 
 DEVICE void pair_of(int channel, int half, int& pair, bool& second) {  // as of phase.py
@@ -183,19 +192,11 @@ struct Worker {
     uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
     float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
     uint32_t operand[2][2];
-#if QUERIES < 4
-    float (&column)[8];  // of the lane: where sets are long registers are dearer
-#else
-    float column[8];
-#endif
+    float column[8];  // queries rotated back to the next set
     List keys, values;
 
     DEVICE Worker(const Params& p, Shared& s, int t, int thread)
-        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3)
-#if QUERIES < 4
-          , column(s.team[t].column[thread >> 5][thread & 31])
-#endif
-    {}
+        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3) {}
 
     DEVICE void wait() { barrier(team + 1, THREADS); }
     DEVICE const uint32_t* slot_of(const Side& side, int slot) { return side.slots + 4 * (g * D + slot); }
@@ -248,6 +249,9 @@ struct Worker {
         split = item % P.splits;
         const int rest = item / P.splits;
         tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+        uint32_t slots[4][2][4];  // asked for before anything is waited for
+#pragma unroll
+        for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         origin = P.origins[b] + P.shift;
         const int64_t stored = P.limits[b] - origin;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
@@ -262,7 +266,7 @@ struct Worker {
         for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        begin_keys();
+        begin_keys(slots);
         int64_t least = held;
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) {
@@ -277,15 +281,14 @@ struct Worker {
 
     // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
     //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
-    DEVICE void begin_keys() {
+    DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
         float scale[4][2], zero[4][2];
         int pair[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            uint32_t one[4], two[4];
-            read4(one, slot_of(P.key, slot_of_column(n))), read4(two, slot_of(P.key, slot_of_column(n) + 16));
-            pair[n] = pair_of_first(one[3]);
-            scale[n][0] = as_float(one[0]), scale[n][1] = as_float(two[0]), zero[n][0] = as_float(one[1]), zero[n][1] = as_float(two[1]);
+            pair[n] = pair_of_first(slots[n][0][3]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
         }
 #pragma unroll
         for (int n = 0; n < 4; n++) {
@@ -319,10 +322,21 @@ struct Worker {
         const int64_t tokens = position_of(number) - origin - chunk * CHUNK - row / QUERIES * STRETCH;
 #pragma unroll
         for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
+        park();
+    }
+    DEVICE void park() {
+#if QUERIES < 4
+#pragma unroll
+        for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
+#endif
     }
 
     // The columns as an operand, and on to those of the next set of tokens.
     DEVICE void next_columns() {
+#if QUERIES < 4
+#pragma unroll
+        for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
+#endif
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -332,17 +346,18 @@ struct Worker {
             const float co = T.delta[warp][c][2 * n], si = T.delta[warp][c][2 * n + 1], x = column[2 * n], y = column[2 * n + 1];
             column[2 * n] = x * co + y * si, column[2 * n + 1] = y * co - x * si;
         }
+        park();
     }
 
     DEVICE void score_chunk(int chunk) {
         if ((chunk - first) % ANCHOR == 0) anchor(chunk);
-#pragma unroll
+#pragma unroll UNROLLED
         for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
             take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                const int t16 = 4 * block + u;
+                const int t16 = 4 * block + u;  // of the chunk
                 if (t16 * 16 % SET == 0) next_columns();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
@@ -442,7 +457,7 @@ struct Worker {
     }
 
     DEVICE void add_values(int chunk) {
-#pragma unroll
+#pragma unroll UNROLLED
         for (int block = 0; block < 2; block++) {
             uint32_t w[8], weight[8];
             take<VALUE_WIDTHS>(w, P.value, value_at, value_width, 2 * chunk + 2 + block, T.values[warp][block]);
@@ -470,7 +485,7 @@ struct Worker {
     DEVICE int list_end(const Side& side, int chunk) { return side.ends[stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
     DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
     DEVICE void begin_list(const Side& side, List& list) {
-        list.at = tid + (first ? side.ends[stream * P.blocks + 2 * first - 1] : side.starts[stream]), list.end = list_end(side, first);
+        list.at = tid + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
         list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
@@ -518,7 +533,7 @@ struct Worker {
         const uint32_t tokens = (chunk - first) * CHUNK + t;
         const uint2 step = S.turns[p];
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
-        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * 1.4629180792671596e-9f, co, si);
+        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
@@ -638,15 +653,15 @@ struct Worker {
 KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
     launch_dependents();
-    const int team = thread_number() / THREADS;
+    const int threads = threads_in_block(), teams = threads / THREADS, team = thread_number() / THREADS;  // TEAMS at most
     Worker worker(P, S, team, thread_number() % THREADS);
     bool filled = false;
-    for (int item = team * blocks_in_grid() + block_number();; item += TEAMS * blocks_in_grid()) {
+    for (int item = team * blocks_in_grid() + block_number();; item += teams * blocks_in_grid()) {
         if (item < P.items) worker.begin(item);
         if (!filled) {  // while the first words come
-            fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), TEAMS * THREADS);
-            fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), TEAMS * THREADS);
-            for (int i = thread_number(); i < PAIRS; i += TEAMS * THREADS) S.turns[i] = P.steps[i];
+            fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
+            fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
+            for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
             barrier_of_block();
             filled = true;
         }

@@ -74,7 +74,13 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of `attend`, `sizeof(Shared)`."""
+        """Shared memory of `attend` with all teams, `sizeof(Shared)`."""
+        tables = 128 * sum(len(table) for widths in (self.key_widths, self.value_widths) for table in _bytes_of(widths))
+        return _padded(tables + 4 * self.head_dim + self.teams * self.team_bytes, 128)
+
+    @property
+    def team_bytes(self) -> int:
+        """What each of them takes, `sizeof(Team)`."""
         dim, queries, keys, values = self.head_dim, self.queries, self.key_outliers, self.value_outliers
         team = 2 * (dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2) + dim * 4
         team += sum(dim // 32 * 2 * 256 * max(widths.bit_length() - 1, 1) for widths in (self.key_widths, self.value_widths))
@@ -82,8 +88,7 @@ class Shape:
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
         team += keys * _padded(8 * dim // 2 * queries + 8 * CHUNK * queries + 4 * dim)
         team += values * _padded(8 * queries * dim + 4 * CHUNK * queries + 4 * dim + 8 * CHUNK)
-        tables = 128 * sum(len(table) for widths in (self.key_widths, self.value_widths) for table in _bytes_of(widths))
-        return _padded(tables + 4 * dim + self.teams * team, 128)
+        return team
 
 
 def _padded(size: int, to: int = 16) -> int:
@@ -218,7 +223,8 @@ def attend_by(
         params.shift, params.tokens, params.blocks = page.start, page.tokens, page.key_page.blocks
         params.splits, params.items = parts, streams * tiles * parts
         blocks = min(count, params.items)
-        run("attend", shape, blocks, shape.teams * dim, shape.shared_bytes, params)
+        teams = min(shape.teams, -(-params.items // blocks))  # where few will do, `combine` finds room beside them
+        run("attend", shape, blocks, teams * dim, shape.shared_bytes - (shape.teams - teams) * shape.team_bytes, params)
         params.first_part += parts
     shared = 4 * (3 * params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 3 * dim // 8)
     run("combine", shapes[0], batch * new * heads, 4 * dim, shared, params)

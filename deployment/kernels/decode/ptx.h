@@ -15,6 +15,7 @@ extern __shared__ __align__(128) char shared_memory[];
 
 DEVICE int thread_number() { return threadIdx.x; }
 DEVICE int block_number() { return blockIdx.x; }
+DEVICE int threads_in_block() { return blockDim.x; }
 DEVICE int blocks_in_grid() { return gridDim.x; }
 DEVICE void barrier_of_block() { __syncthreads(); }
 DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -69,7 +70,6 @@ DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE void cos_sin_pi(float x, float& c, float& s) { sincospif(x, &s, &c); }
 DEVICE void quick_cos_sin(float x, float& c, float& s) { s = __sinf(x), c = __cosf(x); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DEVICE int round_int(float x) { return __float2int_rn(x); }
