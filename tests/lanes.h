@@ -5,6 +5,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -24,7 +25,8 @@ struct alignas(8) uint2 { uint32_t x, y; };
 
 namespace lanes {
 struct Meeting { int arrived = 0; unsigned generation = 0; };
-struct Lane { ucontext_t context; bool done; std::vector<char> stack; };
+struct Copy { uint32_t* to; std::array<uint32_t, 4> words; };
+struct Lane { ucontext_t context; bool done; std::vector<char> stack; std::vector<std::vector<Copy>> copies; };
 inline std::vector<Lane> all;
 inline ucontext_t home;
 inline int now, block, grid, size;
@@ -61,7 +63,7 @@ template <class K> void launch(unsigned seed, int blocks, int threads, size_t by
         shared = (char*)(((uintptr_t)memory.data() + 127) & ~(uintptr_t)127);
         for (int t = 0; t < threads; t++) {
             Lane& lane = all[t];
-            lane.done = false, lane.stack.resize(1 << 16);
+            lane.done = false, lane.stack.resize(1 << 16), lane.copies.assign(1, {});
             getcontext(&lane.context);
             lane.context.uc_stack.ss_sp = lane.stack.data(), lane.context.uc_stack.ss_size = lane.stack.size();
             lane.context.uc_link = &home;
@@ -82,6 +84,7 @@ inline float part(uint32_t w, int i) { return half(w >> 16 * i); }
 
 DEVICE int thread_number() { return lanes::now; }
 DEVICE int block_number() { return lanes::block; }
+DEVICE int threads_in_block() { return lanes::size; }
 DEVICE int blocks_in_grid() { return lanes::grid; }
 DEVICE void barrier_of_block() { lanes::meet(lanes::of_block, lanes::size); }
 DEVICE void barrier(int id, int threads) { lanes::meet(lanes::of_barrier[id], threads); }
@@ -95,13 +98,29 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
 }
 DEVICE float shuffle_xor(float x, int k) { float v[32]; lanes::gather(x, v); return v[lanes::now % 32 ^ k]; }
 DEVICE uint32_t load1(const uint32_t* p) { lanes::check(p, 4); return *p; }
-DEVICE void load2(uint32_t* v, const uint32_t* p) { lanes::check(p, 8); memcpy(v, p, 8); }
-DEVICE void load4(uint32_t* v, const uint32_t* p) { lanes::check(p, 16); memcpy(v, p, 16); }
+DEVICE void read2(uint32_t* v, const void* p) { lanes::check(p, 8); memcpy(v, p, 8); }
+DEVICE void read4(uint32_t* v, const void* p) { lanes::check(p, 16); memcpy(v, p, 16); }
+DEVICE void barrier_of_warp() { lanes::meet(lanes::of_warp[lanes::now / 32], 32); }
+// They arrive as late as they may.
+DEVICE void copy16_if(bool p, uint32_t* to, const uint32_t* from) {
+    if (!p) return;
+    lanes::check(to, 16), lanes::check(from, 16);
+    lanes::all[lanes::now].copies.back().push_back({to, {from[0], from[1], from[2], from[3]}});
+}
+DEVICE void end_of_copies() { lanes::all[lanes::now].copies.emplace_back(); }
+template <int LATEST> DEVICE void wait_for_copies() {
+    auto& groups = lanes::all[lanes::now].copies;  // the last one has not ended
+    for (; (int)groups.size() > LATEST + 1; groups.erase(groups.begin()))
+        for (const auto& copy : groups.front()) memcpy(copy.to, copy.words.data(), 16);
+}
+DEVICE void launch_dependents() {}
+DEVICE void wait_for_prerequisites() {}
 DEVICE uint32_t shared_address(const void* p) { return (const char*)p - lanes::shared; }
 DEVICE uint32_t shared1(uint32_t at) { return load1((const uint32_t*)(lanes::shared + at)); }
-DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { uint32_t v[2]; load2(v, (const uint32_t*)(lanes::shared + at)); a = v[0], b = v[1]; }
-DEVICE void read4(uint32_t* v, const void* p) { load4(v, (const uint32_t*)p); }
+DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { uint32_t v[2]; read2(v, lanes::shared + at); a = v[0], b = v[1]; }
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
+DEVICE void store_if(bool p, float* to, float x) { if (p) *to = x; }
+DEVICE void store2_if(bool p, float* to, float x, float y) { if (p) lanes::check(to, 8), to[0] = x, to[1] = y; }
 DEVICE void add_shared(int* p, int x) { *p += x; }
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255); return c; }
 DEVICE void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
@@ -125,7 +144,6 @@ DEVICE float from_half(uint16_t h) { return lanes::half(h); }
 DEVICE float infinity() { return INFINITY; }
 DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
 DEVICE float exp2_of(float x) { return std::exp2(x); }
-DEVICE void cos_sin_pi(float x, float& c, float& s) { c = std::cos(M_PI * x), s = std::sin(M_PI * x); }
 DEVICE void quick_cos_sin(float x, float& c, float& s) { c = std::cos(x), s = std::sin(x); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return (uint64_t)a * b >> 32; }
 DEVICE int round_int(float x) { return (int)std::lrint(x); }

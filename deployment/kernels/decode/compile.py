@@ -66,10 +66,12 @@ def most_shared(device: torch.device) -> int:
 def runner(device: torch.device) -> Run:
     """Launches kernels on the current stream of a GPU, compiling and loading them first if need be."""
 
+    early = torch.cuda.get_device_capability(device) >= (9, 0)
+
     def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(device).cuda_stream
-        _launch(_function(kernel, shape, device), blocks, threads, shared, stream, ctypes.addressof(pointers))
+        _launch(_function(kernel, shape, device), blocks, threads, shared, stream, ctypes.addressof(pointers), early and kernel == "combine")
 
     return run
 
@@ -150,5 +152,15 @@ def _load(code: bytes) -> Any:
     return _checked(_driver().cuModuleLoadData(code))
 
 
-def _launch(function: Any, blocks: int, threads: int, shared: int, stream: int, params: int) -> None:
-    _checked(_driver().cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared, stream, params, 0))
+def _launch(function: Any, blocks: int, threads: int, shared: int, stream: int, params: int, early: bool) -> None:
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream
+    if early:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    _checked(driver.cuLaunchKernelEx(config, function, params, 0))

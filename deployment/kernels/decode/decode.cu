@@ -9,10 +9,11 @@
 //   softmax   a thread a token, with the largest score so far; only if one exceeds it by far all is rescaled
 //   values    levels, 16 channels x 16 tokens, times the weights, which hold the token's scale; zeros add up apart
 //
-// Outliers are lists: what an element exceeds its code's level by is added to a score, or to an output, as an integer. Teams are at
-// different places at the same time, and one loads its words 64 tokens ahead. Compiled by compile.py for one shape: HEAD_DIM, QUERIES (of a
-// tile: 1, 2, 4, 8), TEAMS, KEY_WIDTHS and VALUE_WIDTHS (bit w: groups of w bits occur), DYNAMIC (values have ranges of tokens), KEY_OUTLIERS,
-// VALUE_OUTLIERS, BFLOAT. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+// A step is the scores of a chunk, the values of the last but one before it and the softmax of the one between, so that its three parts do not wait for
+// each other and one barrier is enough. Teams are at different places at the same time. Words are copied to shared memory a step ahead. Outliers are
+// lists: what an element exceeds its code's level by is added to a score, or to an output, as an integer. Compiled by compile.py for one shape:
+// HEAD_DIM, QUERIES (of a tile: 1, 2, 4, 8), TEAMS, KEY_WIDTHS and VALUE_WIDTHS (bit w: groups of w bits occur), DYNAMIC (values have ranges of tokens),
+// KEY_OUTLIERS, VALUE_OUTLIERS, BFLOAT. Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 #else
@@ -21,11 +22,11 @@
 
 struct Side {  // keys, or values
     const uint32_t *words, *entries, *ranges;  // [B, blocks, block_words]; pairs of fp16 levels; [B, blocks * 64] fp16 scale, zero
-    const float *scale, *zero, *floor;         // [G, D] of channels; floor: what code 0 is
-    const int *width, *offset, *channel;       // [G, D] of channels, of groups in a block; which channel comes where
+    const uint32_t* slots;                     // [G, D, 4] of channels in their order within a head: scale, zero, what code 0 is, which channel
+    const int* groups;                         // [G, D / 16, 2] first word in a block, width
     const uint16_t *index, *value;             // outliers, as streams.py says
     const int *starts, *ends;
-    int64_t block_words;
+    int block_words;
     float lowest;  // level of code 0, where ranges are tokens'
 };
 
@@ -44,7 +45,7 @@ struct Params {
     const int64_t *positions, *origins, *limits;      // [B, S]; [B], plus shift, as of plain tokens
     const uint2 *steps;                               // [D / 2] turns a token, high and low
     const float *factor, *turn;                       // [D / 2] of queries; [2, D / 2, 64] cos and sin of the tokens of a block
-    float *outputs, *state;                           // [parts, B, G, tiles, QUERIES, D]; and maximum, sum
+    float *outputs, *state;                           // [parts, B, G, tiles, QUERIES, D] in the order of slots; and maximum, sum, zeros, -
     int64_t query_b, query_h, query_s, shift;
     float scaling;                                    // of scores, times log2 e
     int new_tokens, group, heads, rotary_half;        // S, H / G, G, R / 2
@@ -53,43 +54,54 @@ struct Params {
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
-constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+#ifndef EIGHT
+#define EIGHT (QUERIES == 1 ? 2 : 4)
+#endif
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = EIGHT, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+#ifndef UNROLLED
+#define UNROLLED 2
+#endif
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
 constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
+constexpr float TURN = 1.4629180792671596e-9f;  // 2 pi / 2^32
 
 DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
 DEVICE constexpr bool is_quad(int widths) { return only(widths) == 2; }  // four codes a byte, else two
 DEVICE constexpr int entries(int width, int widths) {
     return !(widths >> width & 1) ? 0 : width == 0 ? 1 : width == 1 ? 18 : width == 4 || only(widths) > 1 ? 256 : width == 2 ? 52 : 120;
 }
+DEVICE constexpr int widest(int widths) { return widths >> 4 & 1 ? 4 : widths >> 3 & 1 ? 3 : widths >> 2 & 1 ? 2 : 1; }
 DEVICE constexpr int first_entry(int width, int widths) {
     int sum = 0;
     for (int w = 0; w < width; w++) sum += entries(w, widths);
     return sum;
 }
 
+constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VALUE_WIDTHS);  // words of a warp and block
+
 struct alignas(16) Team {
-    float scores[WARPS][CHUNK][QUERIES];  // a warp's shares
-    alignas(16) uint16_t scaled[QUERIES][CHUNK + 8];  // weights times scales of tokens
-    alignas(16) float delta[WARPS][4][8];             // by which columns are rotated from set to set
+    uint32_t keys[WARPS][2][KEY_PLACE], values[WARPS][2][VALUE_PLACE];  // words of both blocks of the next chunk
+    float scores[2][WARPS][CHUNK][QUERIES];                             // a warp's shares, of two chunks
+    alignas(16) uint16_t scaled[2][QUERIES][CHUNK + 8];                 // weights times scales of tokens
+    alignas(16) float delta[WARPS][4][8];                               // by which columns are rotated from set to set
 #if QUERIES < 4
-    float column[WARPS][32][8];  // queries rotated back to the next set
+    alignas(16) float column[WARPS][2][32][4];  // queries rotated back to the next set: where sets are long registers are dearer
 #endif
     float raised[WARPS][QUERIES], shrink[QUERIES];
     int end[QUERIES];  // tokens of the page that a query sees
 #if KEY_OUTLIERS
     alignas(16) float query[PAIRS][QUERIES][2];  // rotated back to the part's first token
-    int key_sums[CHUNK][QUERIES];
+    int key_sums[2][CHUNK][QUERIES];
     float key_floor[D];
 #endif
 #if VALUE_OUTLIERS
-    int value_sums[QUERIES][D];
-    uint16_t weights[CHUNK][QUERIES];
+    int value_sums[2][QUERIES][D];
+    uint16_t weights[2][CHUNK][QUERIES];
     float value_floor[D];
-    uint32_t ranges[CHUNK];
+    uint32_t ranges[2][CHUNK];
 #endif
 };
 
@@ -100,11 +112,13 @@ struct Shared {  // an entry of 128 bytes has the levels of a byte for every lan
     Team team[TEAMS];
 };
 
+// A thread an entry; neighbours begin at different banks.
 template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, int thread, int threads) {
-    for (int i = thread; i < first_entry(5, WIDTHS) * 8; i += threads) {
-        const int entry = i >> 3, at = 4 * (entry * 8 + ((i + entry) & 7));
+    constexpr int COUNT = first_entry(5, WIDTHS);
+    for (int entry = thread; entry < COUNT; entry += threads) {
         const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
-        store4(table + at, a, b, a, b);
+#pragma unroll
+        for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
     }
 }
 
@@ -120,13 +134,12 @@ template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int wid
 
 DEVICE uint32_t entry_of(uint32_t own, uint32_t word, int byte) { return dp4a(word, 0x80u << (8 * byte), own); }
 
-template <int WIDTHS> DEVICE void load_group(uint32_t* w, const uint32_t* at, int width, int lane) {
-    at += (width == 4 ? 4 : 2) * lane;
-    if (width == 4) load4(w, at);
+template <int WIDTHS> DEVICE void read_group(uint32_t* w, const uint32_t* at, int width, int lane) {
+    if (width == 4) read4(w, at + 4 * lane);
     else if (!(WIDTHS & 3) || width >= 2) {
-        load2(w, at);
-        w[2] = width == 3 ? load1(at + 64 - lane) : 0;
-    } else if (only(WIDTHS) != 0) w[0] = width ? load1(at - lane) : 0, w[1] = w[2] = 0;
+        read2(w, at + 2 * lane);
+        w[2] = width == 3 ? at[64 + lane] : 0;
+    } else if (only(WIDTHS) != 0) w[0] = width ? at[lane] : 0, w[1] = w[2] = 0;
 }
 
 // The words of a lane and group as four words of nibbles; two words of four codes a byte are left.
@@ -147,7 +160,7 @@ template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
 
 DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
     const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
-    cos_sin_pi((float)(int)(turns >> 32) * 0x1p-31f, c, s);
+    quick_cos_sin((float)(int)(turns >> 32) * TURN, c, s);
 }
 
 DEVICE void pair_of(int channel, int half, int& pair, bool& second) {  // as of phase.py
@@ -160,47 +173,59 @@ DEVICE float element(const void* at, int64_t i, bool half) {
     return half ? from_half(bits) : as_float((uint32_t)bits << 16);
 }
 
+struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
+    int at, end, later;
+    uint32_t one, two;
+};
+
 // What a thread knows of its team's item: part `split` of a page, for a tile of queries of one sequence and KV head.
 struct Worker {
     const Params& P;
     Shared& S;
     Team& T;
     const int team, tid, warp, lane, row, c;
-    int b, g, tile, split, held, last_block, first, last;
+    int b, g, tile, split, held, first, last, end_block, whole;  // whole: chunks before it are seen as they are
     int64_t origin, stream;
     int key_width[2], value_width[2];
     uint32_t key_own[2], value_own[2];
     const uint32_t *key_at, *value_at;
-    int pair[4];                      // of the lane's columns
     uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
     float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
-    uint32_t next[8], operand[2][2];
-#if QUERIES < 4
-    float (&column)[8];  // of the lane: where sets are long registers are dearer
-#else
-    float column[8];
-#endif
-    int key_begin, key_end, value_begin, value_end;
+    uint32_t operand[2][2];
+    float column[8];  // queries rotated back to the next set
+    List keys, values;
 
     DEVICE Worker(const Params& p, Shared& s, int t, int thread)
-        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3)
-#if QUERIES < 4
-          , column(s.team[t].column[thread >> 5][thread & 31])
-#endif
-    {}
+        : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3) {}
 
     DEVICE void wait() { barrier(team + 1, THREADS); }
-    DEVICE int width_of(const Side& side, int group, int widths) {
-        return only(widths) >= 0 ? only(widths) : side.width[g * D + side.channel[g * D + 16 * group]];
+    DEVICE const uint32_t* slot_of(const Side& side, int slot) { return side.slots + 4 * (g * D + slot); }
+    // The warp's two groups, which lie side by side.
+    template <int WIDTHS> DEVICE const uint32_t* begin_groups(const Side& side, const uint32_t* table, int* width, uint32_t* own) {
+        const int number = g * (D / 16) + 2 * warp;
+        const uint32_t width_of_all = only(WIDTHS);
+        uint32_t group[4] = {32 * number * width_of_all, width_of_all, 0, width_of_all};
+        if (only(WIDTHS) < 0) read4(group, side.groups + 2 * number);
+#pragma unroll
+        for (int i = 0; i < 2; i++) width[i] = group[2 * i + 1], own[i] = own_entries<WIDTHS>(table, width[i], lane);
+        return side.words + (int64_t)b * P.blocks * side.block_words + group[0] + 4 * lane;
     }
-    DEVICE const uint32_t* group_at(const Side& side, int group) {
-        return side.words + (int64_t)b * P.blocks * side.block_words + side.offset[g * D + side.channel[g * D + 16 * group]];
+    // Words of a block, 16 bytes a lane, set out for their place.
+    DEVICE void ask(const Side& side, const uint32_t* from, const int* width, int block, uint32_t* place) {
+        from += (int64_t)block * side.block_words;
+        const int pieces = block < end_block ? 8 * (width[0] + width[1]) : 0;
+        copy16_if(lane < pieces, place + 4 * lane, from);
+        if (widest(KEY_WIDTHS | VALUE_WIDTHS) > 2) copy16_if(lane + 32 < pieces, place + 4 * lane + 128, from + 128);
+        end_of_copies();
     }
-    // Words of a block, the last one for those beyond it; a warp's groups lie side by side.
-    template <int WIDTHS> DEVICE void load_block(int block, const Side& side, const uint32_t* at, const int* width) {
-        at += (int64_t)min(block, last_block) * side.block_words;
-        load_group<WIDTHS>(next, at, width[0], lane);
-        load_group<WIDTHS>(next + 4, at + 32 * width[0], width[1], lane);
+    // Words of the block that was asked for longest ago, and then others for its place.
+    template <int WIDTHS> DEVICE void take(uint32_t* w, const Side& side, const uint32_t* from, const int* width, int block, uint32_t* place) {
+        wait_for_copies<3>();
+        barrier_of_warp();
+        read_group<WIDTHS>(w, place, width[0], lane), read_group<WIDTHS>(w + 4, place + 32 * width[0], width[1], lane);
+        barrier_of_warp();
+        ask(side, from, width, block, place);
+        expand<WIDTHS>(w, width[0]), expand<WIDTHS>(w + 4, width[1]);
     }
     DEVICE int64_t query_at(int number) {
         return b * P.query_b + (g * P.group + number % P.group) * P.query_h + (int64_t)(number / P.group) * P.query_s;
@@ -224,43 +249,49 @@ struct Worker {
         split = item % P.splits;
         const int rest = item / P.splits;
         tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+        uint32_t slots[4][2][4];  // asked for before anything is waited for
+#pragma unroll
+        for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         origin = P.origins[b] + P.shift;
         const int64_t stored = P.limits[b] - origin;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
-        last_block = max((held + 63) / 64 - 1, 0);
         const int chunks = (held + CHUNK - 1) / CHUNK, per = (chunks + P.splits - 1) / P.splits;
-        first = min(split * per, chunks), last = min(first + per, chunks);
+        first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
+        key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            key_width[i] = width_of(P.key, 2 * warp + i, KEY_WIDTHS), value_width[i] = width_of(P.value, 2 * warp + i, VALUE_WIDTHS);
-            key_own[i] = own_entries<KEY_WIDTHS>(S.keys, key_width[i], lane), value_own[i] = own_entries<VALUE_WIDTHS>(S.values, value_width[i], lane);
+        for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
 #pragma unroll
-            for (int n = 0; n < 4; n++) output[i][n] = 0;
-        }
+        for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
+#pragma unroll
+        for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        key_at = group_at(P.key, 2 * warp), value_at = group_at(P.value, 2 * warp);
-        load_block<KEY_WIDTHS>(2 * first, P.key, key_at, key_width);
-        begin_keys();
-        if (tid < QUERIES) {
-            const int64_t seen = position_of(tile * QUERIES + tid) - origin + 1;
-            T.end[tid] = seen < 0 ? 0 : seen < held ? (int)seen : held;
+        begin_keys(slots);
+        int64_t least = held;
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) {
+            const int64_t seen = position_of(tile * QUERIES + q) - origin + 1;
+            least = min(least, max(seen, (int64_t)0));
+            if (tid == q) T.end[q] = seen < 0 ? 0 : seen < held ? (int)seen : held;
         }
+        whole = (int)least / CHUNK;
         begin_outliers();
         wait();
     }
 
     // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
     //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
-    DEVICE void begin_keys() {
+    DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
         float scale[4][2], zero[4][2];
-        const int* slots = P.key.channel + g * D + 32 * warp;
+        int pair[4];
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const int k = 2 * c + (n & 1) + 8 * (n >> 1), one = slots[k], two = slots[16 + k];
-            pair[n] = one < P.rotary_half ? one : one - P.rotary_half;
-            scale[n][0] = P.key.scale[g * D + one], scale[n][1] = P.key.scale[g * D + two];
-            zero[n][0] = P.key.zero[g * D + one], zero[n][1] = P.key.zero[g * D + two];
+            pair[n] = pair_of_first(slots[n][0][3]);
+#pragma unroll
+            for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
             float co, si;
             turned(P.steps[pair[n]], SET, co, si);
             if (row == 0) T.delta[warp][c][2 * n] = co, T.delta[warp][c][2 * n + 1] = si;
@@ -282,15 +313,30 @@ struct Worker {
             }
     }
 
+    // Of a lane's four columns of an operand: the slot of the first half of their pair, and the pair.
+    DEVICE int slot_of_column(int n) { return 32 * warp + 2 * c + (n & 1) + 8 * (n >> 1); }
+    DEVICE int pair_of_first(int channel) { return channel < P.rotary_half ? channel : channel - P.rotary_half; }
+
     DEVICE void anchor(int chunk) {
         const int number = tile * QUERIES + row % QUERIES;
         const int64_t tokens = position_of(number) - origin - chunk * CHUNK - row / QUERIES * STRETCH;
 #pragma unroll
-        for (int n = 0; n < 4; n++) rotated(number, pair[n], tokens, column[2 * n], column[2 * n + 1]);
+        for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
+        park();
+    }
+    DEVICE void park() {
+#if QUERIES < 4
+#pragma unroll
+        for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
+#endif
     }
 
     // The columns as an operand, and on to those of the next set of tokens.
     DEVICE void next_columns() {
+#if QUERIES < 4
+#pragma unroll
+        for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
+#endif
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -300,21 +346,18 @@ struct Worker {
             const float co = T.delta[warp][c][2 * n], si = T.delta[warp][c][2 * n + 1], x = column[2 * n], y = column[2 * n + 1];
             column[2 * n] = x * co + y * si, column[2 * n + 1] = y * co - x * si;
         }
+        park();
     }
 
     DEVICE void score_chunk(int chunk) {
         if ((chunk - first) % ANCHOR == 0) anchor(chunk);
-#pragma unroll
+#pragma unroll UNROLLED
         for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
-#pragma unroll
-            for (int i = 0; i < 8; i++) w[i] = next[i];
-            if (block == 0) load_block<KEY_WIDTHS>(2 * chunk + 1, P.key, key_at, key_width);
-            else load_block<VALUE_WIDTHS>(2 * chunk, P.value, value_at, value_width);
-            expand<KEY_WIDTHS>(w, key_width[0]), expand<KEY_WIDTHS>(w + 4, key_width[1]);
+            take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
 #pragma unroll
             for (int u = 0; u < 4; u++) {
-                const int t16 = 4 * block + u;
+                const int t16 = 4 * block + u;  // of the chunk
                 if (t16 * 16 % SET == 0) next_columns();
 #pragma unroll
                 for (int i = 0; i < 4; i++)
@@ -323,12 +366,12 @@ struct Worker {
                         if (!is_quad(KEY_WIDTHS)) level[u & 1][h][i] = shared1(entry_of(key_own[h], w[4 * h + u], i));
                         else if (u % 2 == 0) shared2(entry_of(key_own[h], w[4 * h + u / 2], i), level[0][h][i], level[1][h][i]);
                     }
-                score_tile(t16, level[u & 1]);
+                score_tile(t16, level[u & 1], T.scores[chunk & 1][warp][16 * t16 + row]);
             }
         }
     }
 
-    DEVICE void score_tile(int t16, uint32_t (*level)[4]) {
+    DEVICE void score_tile(int t16, uint32_t (*level)[4], float* to) {
         uint32_t one[4], two[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {  // token half i / 2, channel half i % 2
@@ -341,25 +384,25 @@ struct Worker {
         multiply(d, one, operand[0][0], operand[0][1]);
         multiply(d, two, operand[1][0], operand[1][1]);
         const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
-        float* to = T.scores[warp][16 * t16 + row];
         if (QUERIES == 1) {
-            if (c == stretch / 2) to[0] = d[stretch % 2], to[8] = d[2 + stretch % 2];
-        } else if (2 * c / QUERIES == stretch) {
-            const int q = 2 * c % QUERIES;
-            to[q] = d[0], to[q + 1] = d[1], to[8 * QUERIES + q] = d[2], to[8 * QUERIES + q + 1] = d[3];
+            store_if(c == stretch / 2, to, d[stretch % 2]), store_if(c == stretch / 2, to + 8, d[2 + stretch % 2]);
+        } else {
+            const bool mine = 2 * c / QUERIES == stretch;
+            to += 2 * c % QUERIES;
+            store2_if(mine, to, d[0], d[1]), store2_if(mine, to + 8 * QUERIES, d[2], d[3]);
         }
     }
 
-    DEVICE void weigh(float score, int q, int t, uint32_t range, float& p) {
+    DEVICE void weigh(int chunk, float score, int q, int t, uint32_t range, float& p) {
         p = exp2_of(score - highest[q] + LIFT);
-        T.scaled[q][t] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+        T.scaled[chunk & 1][q][t] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
 #if VALUE_OUTLIERS
-        T.weights[t][q] = to_half(p);
+        T.weights[chunk & 1][t][q] = to_half(p);
 #endif
     }
 
-    DEVICE void softmax(int chunk, const uint32_t* range) {
-        float score[EACH][QUERIES], p[EACH][QUERIES];
+    // Weights by the largest scores so far; whether one exceeds them by far.
+    DEVICE bool softmax(int chunk, const uint32_t* range, float (*score)[QUERIES], float (*p)[QUERIES]) {
         bool over = false;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
@@ -367,37 +410,22 @@ struct Worker {
             if (t >= CHUNK) continue;
 #pragma unroll
             for (int q = 0; q < QUERIES; q++) {
-                float s = T.scores[0][t][q];
+                float s = T.scores[chunk & 1][0][t][q];
 #pragma unroll
-                for (int w = 1; w < WARPS; w++) s += T.scores[w][t][q];
+                for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][t][q];
 #if KEY_OUTLIERS
-                s += T.key_sums[t][q] * (1 / KEY_UNIT), T.key_sums[t][q] = 0;
+                s += T.key_sums[chunk & 1][t][q] * (1 / KEY_UNIT), T.key_sums[chunk & 1][t][q] = 0;
 #endif
-                score[i][q] = chunk * CHUNK + t < T.end[q] ? s : -infinity();
-                over |= score[i][q] > highest[q] + SLACK;
-                weigh(score[i][q], q, t, range[i], p[i][q]);
+                if (chunk >= whole && chunk * CHUNK + t >= T.end[q]) s = -infinity();
+                score[i][q] = s;
+                over |= s > highest[q] + SLACK;
+                weigh(chunk, s, q, t, range[i], p[i][q]);
             }
 #if VALUE_OUTLIERS
-            T.ranges[t] = range[i];
+            T.ranges[chunk & 1][t] = range[i];
 #endif
         }
-        if (barrier_any(team + 1, THREADS, over)) {
-            rescale(score);
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-#pragma unroll
-                for (int q = 0; q < QUERIES; q++)
-                    if (tid + i * THREADS < CHUNK) weigh(score[i][q], q, tid + i * THREADS, range[i], p[i][q]);
-            wait();
-        }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-#pragma unroll
-            for (int q = 0; q < QUERIES; q++)
-                if (tid + i * THREADS < CHUNK) {
-                    sum[q] += p[i][q];
-                    if (DYNAMIC) zeros[q] += p[i][q] * from_half(range[i] >> 16);
-                }
+        return over;
     }
 
     // The largest scores become those of this chunk, too; what was summed before shrinks.
@@ -429,15 +457,11 @@ struct Worker {
     }
 
     DEVICE void add_values(int chunk) {
-#pragma unroll
+#pragma unroll UNROLLED
         for (int block = 0; block < 2; block++) {
             uint32_t w[8], weight[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) w[i] = next[i];
-            if (block == 0) load_block<VALUE_WIDTHS>(2 * chunk + 1, P.value, value_at, value_width);
-            else if (chunk + 1 < last) load_block<KEY_WIDTHS>(2 * chunk + 2, P.key, key_at, key_width);
-            expand<VALUE_WIDTHS>(w, value_width[0]), expand<VALUE_WIDTHS>(w + 4, value_width[1]);
-            const uint16_t* at = &T.scaled[row % QUERIES][64 * block + 16 * c];
+            take<VALUE_WIDTHS>(w, P.value, value_at, value_width, 2 * chunk + 2 + block, T.values[warp][block]);
+            const uint16_t* at = &T.scaled[chunk & 1][row % QUERIES][64 * block + 16 * c];
             read4(weight, at), read4(weight + 4, at + 8);
 #pragma unroll
             for (int k = 0; k < 4; k++)
@@ -458,32 +482,50 @@ struct Worker {
     }
 
     // Where the list of a chunk ends: at its last block that exists.
-    DEVICE int list_end(const Side& side, int chunk) { return side.ends[stream * P.blocks + min(2 * chunk + 1, last_block)]; }
-    DEVICE int list_begin(const Side& side) { return first ? side.ends[stream * P.blocks + 2 * first - 1] : side.starts[stream]; }
+    DEVICE int list_end(const Side& side, int chunk) { return side.ends[stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
     DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
+    DEVICE void begin_list(const Side& side, List& list) {
+        list.at = tid + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
+    }
+    DEVICE void ask_list(const Side& side, List& list, int chunk) {
+        list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
+    }
+    // Outliers of a chunk, which are loaded two rounds ahead.
+    template <class Add> DEVICE void add_list(const Side& side, List& list, Add add) {
+#pragma unroll 1
+        for (; list.at < list.end; list.at += THREADS) {
+            const uint32_t word = list.one;
+            list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
+            add(word);
+        }
+        list.at = list.end + tid, list.end = list.later;
+    }
+    DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
+    DEVICE int token_of(uint32_t word, int chunk) { return ((word & 0xFFFF) / D - chunk * CHUNK) & (SPAN - 1); }
 
     DEVICE void begin_outliers() {
 #if KEY_OUTLIERS
-        key_begin = list_begin(P.key), key_end = list_end(P.key, first);
+        begin_list(P.key, keys);
         for (int i = tid; i < PAIRS * QUERIES; i += THREADS) {
             const int number = tile * QUERIES + i % QUERIES;
             float* to = T.query[i / QUERIES][i % QUERIES];
             rotated(number, i / QUERIES, position_of(number) - origin - first * CHUNK, to[0], to[1]);
         }
-        T.key_floor[tid] = P.key.floor[g * D + tid];
-        for (int i = tid; i < CHUNK * QUERIES; i += THREADS) T.key_sums[0][i] = 0;
+        uint32_t key_slot[4];
+        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
+        for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
 #endif
 #if VALUE_OUTLIERS
-        value_begin = list_begin(P.value), value_end = list_end(P.value, first);
-        T.value_floor[tid] = P.value.floor[g * D + tid];
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) T.value_sums[q][tid] = 0;
+        begin_list(P.value, values);
+        uint32_t value_slot[4];
+        read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
+        for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
 #endif
     }
 
 #if KEY_OUTLIERS
     DEVICE void add_key(uint32_t word, int chunk) {
-        const int place = word & 0xFFFF, channel = place % D, t = (place / D - chunk * CHUNK) & (SPAN - 1);
+        const int channel = channel_of(word), t = token_of(word, chunk);
         const float exceeds = KEY_UNIT * (from_half(word >> 16) - T.key_floor[channel]);
         int p;
         bool second;
@@ -491,113 +533,140 @@ struct Worker {
         const uint32_t tokens = (chunk - first) * CHUNK + t;
         const uint2 step = S.turns[p];
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
-        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * 1.4629180792671596e-9f, co, si);
+        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
 #pragma unroll
-        for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
+        for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
     }
 #endif
 #if VALUE_OUTLIERS
     DEVICE void add_value(uint32_t word, int chunk) {
-        const int place = word & 0xFFFF, channel = place % D, t = (place / D - chunk * CHUNK) & (SPAN - 1);
-        const uint32_t range = T.ranges[t];
+        const int channel = channel_of(word), t = token_of(word, chunk);
+        const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
 #pragma unroll
-        for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[q][channel], round_int(from_half(T.weights[t][q]) * exceeds));
+        for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
     }
 #endif
 
-    DEVICE void attend_chunk(int chunk) {
+    // Softmax of a chunk, scores of the next one, values of the one before.
+    DEVICE void step(int chunk) {
+        const bool here = first <= chunk && chunk < last;
         uint32_t range[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int t = tid + i * THREADS;
-            range[i] = DYNAMIC && t < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
+            range[i] = DYNAMIC && here && t < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
-#if KEY_OUTLIERS  // loaded two rounds ahead
-        const int key_later = list_end(P.key, chunk + 1);
-        uint32_t key_one = entry(P.key, key_begin + tid, key_end), key_two = entry(P.key, key_begin + THREADS + tid, key_end);
-#endif
-        score_chunk(chunk);
+        if (chunk + 1 < last) {
 #if KEY_OUTLIERS
-#pragma unroll 1
-        for (int at = key_begin + tid; at < key_end; at += THREADS) {
-            const uint32_t word = key_one;
-            key_one = key_two, key_two = entry(P.key, at + 2 * THREADS, key_end);
-            add_key(word, chunk);
-        }
-        key_begin = key_end, key_end = key_later;
+            ask_list(P.key, keys, chunk + 1);
 #endif
-        wait();
+            score_chunk(chunk + 1);
+#if KEY_OUTLIERS
+            add_list(P.key, keys, [&](uint32_t word) { add_key(word, chunk + 1); });
+#endif
+        } else end_of_copies(), end_of_copies();
+        if (first < chunk) {
 #if VALUE_OUTLIERS
-        const int value_later = list_end(P.value, chunk + 1);
-        uint32_t value_one = entry(P.value, value_begin + tid, value_end), value_two = entry(P.value, value_begin + THREADS + tid, value_end);
+            ask_list(P.value, values, chunk - 1);
 #endif
-        softmax(chunk, range);
-        add_values(chunk);
+            add_values(chunk - 1);
 #if VALUE_OUTLIERS
-#pragma unroll 1
-        for (int at = value_begin + tid; at < value_end; at += THREADS) {
-            const uint32_t word = value_one;
-            value_one = value_two, value_two = entry(P.value, at + 2 * THREADS, value_end);
-            add_value(word, chunk);
-        }
-        value_begin = value_end, value_end = value_later;
-        wait();
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) extra[q] += T.value_sums[q][tid] * (1 / VALUE_UNIT), T.value_sums[q][tid] = 0;
+            add_list(P.value, values, [&](uint32_t word) { add_value(word, chunk - 1); });
 #endif
-    }
-
-    DEVICE float total_of(int which, int q) {
-        float x = 0;
+        } else end_of_copies(), end_of_copies();
+        float score[EACH][QUERIES], p[EACH][QUERIES];
+        const bool over = barrier_any(team + 1, THREADS, here && softmax(chunk, range, score, p));
+#if VALUE_OUTLIERS
+        if (first < chunk) {
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) x += T.scores[w][which][q];
-        return x;
+            for (int q = 0; q < QUERIES; q++) {
+                int& added = T.value_sums[~chunk & 1][q][tid];
+                extra[q] += added * (1 / VALUE_UNIT), added = 0;
+            }
+        }
+#endif
+        if (!here) return;
+        if (over) {
+            rescale(score);
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+#pragma unroll
+                for (int q = 0; q < QUERIES; q++)
+                    if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, tid + i * THREADS, range[i], p[i][q]);
+            wait();
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+#pragma unroll
+            for (int q = 0; q < QUERIES; q++)
+                if (tid + i * THREADS < CHUNK) {
+                    sum[q] += p[i][q];
+                    if (DYNAMIC) zeros[q] += p[i][q] * from_half(range[i] >> 16);
+                }
     }
 
     DEVICE void finish() {
+        uint32_t slot[4];  // of the lane's outputs and of the thread
 #pragma unroll
         for (int q = 0; q < QUERIES; q++) {
 #pragma unroll
             for (int k = 16; k; k >>= 1) sum[q] += shuffle_xor(sum[q], k), zeros[q] += shuffle_xor(zeros[q], k);
         }
         wait();
+        float(&shares)[WARPS][CHUNK][QUERIES] = T.scores[0];
         if (lane == 0) {
 #pragma unroll
-            for (int q = 0; q < QUERIES; q++) T.scores[warp][0][q] = sum[q], T.scores[warp][1][q] = zeros[q], T.scores[warp][2][q] = highest[q];
+            for (int q = 0; q < QUERIES; q++) shares[warp][0][q] = sum[q], shares[warp][1][q] = zeros[q], shares[warp][2][q] = highest[q];
         }
         wait();
         const int64_t at = ((int64_t)(P.first_part + split) * (P.items / P.splits) + stream * P.tiles + tile) * QUERIES;
-        if (tid < QUERIES) P.state[2 * (at + tid)] = T.scores[0][2][tid], P.state[2 * (at + tid) + 1] = total_of(0, tid);
+        if (tid < QUERIES) {
+            float total = 0, zero = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) total += shares[w][0][tid], zero += shares[w][1][tid];
+            float* to = P.state + 4 * (at + tid);
+            to[0] = shares[0][2][tid], to[1] = total, to[2] = zero;
+        }
 #pragma unroll
         for (int i = 0; i < 8; i++) {  // group i / 4, row i / 2 % 2 * 8
-            const int q = 2 * c + i % 2, channel = P.value.channel[g * D + 32 * warp + 16 * (i / 4) + 8 * (i / 2 % 2) + row];
-            const float o = output[i / 4][i % 4], scale = DYNAMIC ? 1 : P.value.scale[g * D + channel];
-            if (q >= QUERIES) continue;
-            const float zero = DYNAMIC ? total_of(1, q) : total_of(0, q) * P.value.zero[g * D + channel];
-            P.outputs[(at + q) * D + channel] = o * scale + zero;
+            const int q = 2 * c + i % 2, number = 32 * warp + 16 * (i / 4) + 8 * (i / 2 % 2) + row;
+            if (!DYNAMIC && i % 2 == 0) read4(slot, slot_of(P.value, number));
+            if (q < QUERIES) P.outputs[(at + q) * D + number] = output[i / 4][i % 4] * (DYNAMIC ? 1 : as_float(slot[0]));
         }
         wait();
 #if VALUE_OUTLIERS
+        float* extras = T.scores[0][0][0];  // by channel
 #pragma unroll
-        for (int q = 0; q < QUERIES; q++) P.outputs[(at + q) * D + tid] += extra[q];
+        for (int q = 0; q < QUERIES; q++) extras[q * D + tid] = extra[q];
+        read4(slot, slot_of(P.value, tid));
+        wait();
+#pragma unroll
+        for (int q = 0; q < QUERIES; q++) P.outputs[(at + q) * D + tid] += extras[q * D + slot[3]];
+        wait();
 #endif
     }
 };
 
 KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
-    fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), TEAMS * THREADS);
-    fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), TEAMS * THREADS);
-    for (int i = thread_number(); i < PAIRS; i += TEAMS * THREADS) S.turns[i] = P.steps[i];
-    barrier_of_block();
-    const int team = thread_number() / THREADS;
+    launch_dependents();
+    const int threads = threads_in_block(), teams = threads / THREADS, team = thread_number() / THREADS;  // TEAMS at most
     Worker worker(P, S, team, thread_number() % THREADS);
-    for (int item = team * blocks_in_grid() + block_number(); item < P.items; item += TEAMS * blocks_in_grid()) {
-        worker.begin(item);
-        for (int chunk = worker.first; chunk < worker.last; chunk++) worker.attend_chunk(chunk);
+    bool filled = false;
+    for (int item = team * blocks_in_grid() + block_number();; item += teams * blocks_in_grid()) {
+        if (item < P.items) worker.begin(item);
+        if (!filled) {  // while the first words come
+            fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
+            fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
+            for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
+            barrier_of_block();
+            filled = true;
+        }
+        if (item >= P.items) break;
+        for (int chunk = worker.first - 1; chunk <= worker.last; chunk++) worker.step(chunk);
         worker.finish();
     }
 }
@@ -605,16 +674,18 @@ KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
 // One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
 KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     constexpr int ALL = 4 * D;
-    float* weight = (float*)SHARED_MEMORY;  // [parts + plain tokens], then [4 D], [64]
-    const int tokens = P.plain[0].tokens + P.plain[1].tokens, count = P.parts + tokens;
-    float *outputs = weight + count, *reduced = outputs + ALL;
+    const int tokens = P.plain[0].tokens + P.plain[1].tokens;
+    float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]
+    float *sums = weight + tokens + P.parts, *zeros = sums + P.parts, *outputs = zeros + P.parts, *reduced = outputs + ALL;
     const int t = thread_number(), lane = t % 32, heads = P.heads * P.group;
     const int head = block_number() % heads, token = block_number() / heads % P.new_tokens, b = block_number() / heads / P.new_tokens, g = head / P.group;
     const int number = token * P.group + head % P.group;
     const int64_t position = P.positions[b * P.new_tokens + token];
     const int64_t row = ((int64_t)(b * P.heads + g) * P.tiles) * QUERIES + number, per_part = (int64_t)(P.items / P.splits) * QUERIES;
+    uint32_t slot[4];  // the thread's: its output's channel, and what belongs to it
+    read4(slot, P.value.slots + 4 * (g * D + t % D));
+    const int channel = slot[3];
     float top = HIDDEN;
-    for (int i = t; i < P.parts; i += ALL) top = maximum(top, weight[i] = P.state[2 * (row + i * per_part)]);
     for (int i = t / 32; i < tokens; i += ALL / 32) {
         const bool second = i >= P.plain[0].tokens;
         const Plain& plain = P.plain[second];
@@ -632,42 +703,49 @@ KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
 #pragma unroll
         for (int k = 16; k; k >>= 1) score += shuffle_xor(score, k);
         const bool seen = at >= 0 && at <= position && (!plain.limits || at < plain.limits[b]);
-        if (lane == 0) weight[P.parts + i] = seen ? score : HIDDEN;
+        if (lane == 0) weight[i] = seen ? score + LIFT : HIDDEN;
         if (seen) top = maximum(top, score);
+    }
+    wait_for_prerequisites();
+    for (int i = t; i < P.parts; i += ALL) {
+        uint32_t part[4];
+        read4(part, P.state + 4 * (row + i * per_part));
+        top = maximum(top, weight[tokens + i] = as_float(part[0])), sums[i] = as_float(part[1]), zeros[i] = as_float(part[2]);
     }
 #pragma unroll
     for (int k = 16; k; k >>= 1) top = maximum(top, shuffle_xor(top, k));
     if (lane == 0) reduced[t / 32] = top;
     barrier_of_block();
     for (int i = 0; i < ALL / 32; i++) top = maximum(top, reduced[i]);
-    float total = 0;
-    for (int i = t; i < count; i += ALL) {
-        const bool plain = i >= P.parts;
-        const float w = weight[i] == HIDDEN ? 0 : exp2_of(weight[i] - top + (plain ? LIFT : 0));
-        weight[i] = w, total += plain ? w : w * P.state[2 * (row + i * per_part) + 1];
+    float total = 0, packed = 0, zero = 0;
+    for (int i = t; i < tokens + P.parts; i += ALL) {
+        const float w = weight[i] == HIDDEN ? 0 : exp2_of(weight[i] - top);
+        weight[i] = w;
+        if (i < tokens) total += w;
+        else packed += w * sums[i - tokens], zero += w * zeros[i - tokens];
     }
+    total += packed;
 #pragma unroll
-    for (int k = 16; k; k >>= 1) total += shuffle_xor(total, k);
-    if (lane == 0) reduced[32 + t / 32] = total;
+    for (int k = 16; k; k >>= 1) total += shuffle_xor(total, k), packed += shuffle_xor(packed, k), zero += shuffle_xor(zero, k);
+    if (lane == 0) reduced[ALL / 32 + t / 32] = total, reduced[2 * (ALL / 32) + t / 32] = DYNAMIC ? zero : packed;
     barrier_of_block();
-    const int channel = t % D;
     float output = 0;
 #pragma unroll 8
-    for (int i = t / D; i < P.parts; i += 4) output += weight[i] * P.outputs[(row + i * per_part) * D + channel];
+    for (int i = t / D; i < P.parts; i += 4) output += weight[tokens + i] * P.outputs[(row + i * per_part) * D + t % D];
     for (int i = t / D; i < tokens; i += 4) {
         const bool second = i >= P.plain[0].tokens;
         const Plain& plain = P.plain[second];
         const int64_t at = b * plain.stride_b + g * plain.stride_g + (i - (second ? P.plain[0].tokens : 0)) * plain.stride_t;
-        const float w = weight[P.parts + i];
-        if (w != 0) output += w * element(plain.value, at + channel, plain.half);
+        if (weight[i] != 0) output += weight[i] * element(plain.value, at + channel, plain.half);
     }
     outputs[t] = output;
     barrier_of_block();
     if (t >= D) return;
-    total = 0;
-    for (int i = 0; i < ALL / 32; i++) total += reduced[32 + i];
-    output = (outputs[t] + outputs[D + t] + outputs[2 * D + t] + outputs[3 * D + t]) / (total == 0 ? 1 : total);
-    ((uint16_t*)P.result)[((int64_t)(b * P.new_tokens + token) * heads + head) * D + t] = BFLOAT ? to_bfloat(output) : to_half(output);
+    total = zero = 0;
+    for (int i = 0; i < ALL / 32; i++) total += reduced[ALL / 32 + i], zero += reduced[2 * (ALL / 32) + i];
+    output = outputs[t] + outputs[D + t] + outputs[2 * D + t] + outputs[3 * D + t] + zero * (DYNAMIC ? 1 : as_float(slot[1]));
+    output /= total == 0 ? 1 : total;
+    ((uint16_t*)P.result)[((int64_t)(b * P.new_tokens + token) * heads + head) * D + channel] = BFLOAT ? to_bfloat(output) : to_half(output);
 }
 
 GLOBAL sizes(int* out) { out[0] = sizeof(Shared), out[1] = sizeof(Params); }

@@ -21,7 +21,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 _MOST_BITS = 4
 _MOST_PLAIN = 64  # tokens that `combine` attends to on the side
 _LOG2_E = math.log2(math.e)
-_entries: WeakKeyDictionary[PackedTensor, Tensor] = WeakKeyDictionary()
+_fixed: WeakKeyDictionary[PackedTensor, tuple[Tensor, ...]] = WeakKeyDictionary()
 
 
 def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -33,8 +33,8 @@ def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 Side = _structure(
     "Side",
-    ("words entries ranges scale zero floor width offset channel index value starts ends", _POINTER),
-    ("block_words", _LONG),
+    ("words entries ranges slots groups index value starts ends", _POINTER),
+    ("block_words", _INT),
     ("lowest", _FLOAT),
 )
 Plain = _structure(
@@ -74,15 +74,21 @@ class Shape:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of `attend`, `sizeof(Shared)`."""
+        """Shared memory of `attend` with all teams, `sizeof(Shared)`."""
+        tables = 128 * sum(len(table) for widths in (self.key_widths, self.value_widths) for table in _bytes_of(widths))
+        return _padded(tables + 4 * self.head_dim + self.teams * self.team_bytes, 128)
+
+    @property
+    def team_bytes(self) -> int:
+        """What each of them takes, `sizeof(Team)`."""
         dim, queries, keys, values = self.head_dim, self.queries, self.key_outliers, self.value_outliers
-        team = dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2 + dim * 4
+        team = 2 * (dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2) + dim * 4
+        team += sum(dim // 32 * 2 * 256 * max(widths.bit_length() - 1, 1) for widths in (self.key_widths, self.value_widths))
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
-        team += keys * _padded(8 * dim // 2 * queries + 4 * CHUNK * queries + 4 * dim)
-        team += values * _padded(4 * queries * dim + 2 * CHUNK * queries + 4 * dim + 4 * CHUNK)
-        tables = 128 * sum(len(table) for widths in (self.key_widths, self.value_widths) for table in _bytes_of(widths))
-        return _padded(tables + 4 * dim + self.teams * team, 128)
+        team += keys * _padded(8 * dim // 2 * queries + 8 * CHUNK * queries + 4 * dim)
+        team += values * _padded(8 * queries * dim + 4 * CHUNK * queries + 4 * dim + 8 * CHUNK)
+        return team
 
 
 def _padded(size: int, to: int = 16) -> int:
@@ -96,19 +102,30 @@ def _bytes_of(widths: int) -> list[Tensor]:
     return [torch.arange(size) for width, size in sizes.items() if widths >> width & 1]
 
 
-def entries_of(packed: PackedTensor) -> Tensor:
-    """Pairs of fp16 levels, `[entries]` int32 (`[entries, 2]` if all groups have 2 bits), on the device."""
-    if packed not in _entries:
+def fixed_of(packed: PackedTensor) -> tuple[Tensor, ...]:
+    """What is the same for all pages, on the device: `entries`, `slots` and `groups` of decode.cu's `Side`, int32."""
+    if packed not in _fixed:
         assert isinstance(packed.order, GroupOrder)
-        tables, widths, parts = packed.tables, packed.order.occurring, []
-        for width, byte in zip(widths, _bytes_of(_mask(widths)), strict=True):
-            first = int(tables.first_level[tables.width == width][0])
-            levels = tables.levels[first : first + 2**width].half().cpu().view(torch.int16).long() & 0xFFFF
-            shifts = (0, 2) if widths == (2,) else (0,)
-            pairs = [levels[byte >> s & 2**width - 1] | levels[byte >> s + 4 & 2**width - 1] << 16 for s in shifts]
-            parts.append(torch.stack([torch.where(pair < 2**31, pair, pair - 2**32) for pair in pairs], dim=-1))
-        _entries[packed] = torch.cat(parts).int().to(packed.device)
-    return _entries[packed]
+        tables, order = packed.tables, packed.order
+        channel = tables.channel.view(packed.heads, -1)
+        each = [table.view_as(channel).gather(1, channel.long()) for table in (tables.scale, tables.zero, tables.floor)]
+        slots = torch.stack([*(numbers.view(torch.int32) for numbers in each), channel], dim=-1)
+        groups = torch.stack([order.offsets, order.widths], dim=-1).int()
+        _fixed[packed] = _entries(packed).to(packed.device), slots, groups.to(packed.device)
+    return _fixed[packed]
+
+
+def _entries(packed: PackedTensor) -> Tensor:
+    """Pairs of fp16 levels, `[entries]` int32 (`[entries, 2]` if all groups have 2 bits)."""
+    assert isinstance(packed.order, GroupOrder)
+    tables, widths, parts = packed.tables, packed.order.occurring, []
+    for width, byte in zip(widths, _bytes_of(_mask(widths)), strict=True):
+        first = int(tables.first_level[tables.width == width][0])
+        levels = tables.levels[first : first + 2**width].half().cpu().view(torch.int16).long() & 0xFFFF
+        shifts = (0, 2) if widths == (2,) else (0,)
+        pairs = [levels[byte >> s & 2**width - 1] | levels[byte >> s + 4 & 2**width - 1] << 16 for s in shifts]
+        parts.append(torch.stack([torch.where(pair < 2**31, pair, pair - 2**32) for pair in pairs], dim=-1))
+    return torch.cat(parts).int()
 
 
 def _mask(widths: Sequence[int]) -> int:
@@ -198,7 +215,7 @@ def attend_by(
     ]
     params.parts = sum(splits)
     outputs = query.new_empty(params.parts * streams * tiles * rows, dim, dtype=torch.float32)
-    state = query.new_empty(params.parts * streams * tiles * rows, 2, dtype=torch.float32)
+    state = query.new_empty(params.parts * streams * tiles * rows, 4, dtype=torch.float32)
     params.outputs, params.state = outputs.data_ptr(), state.data_ptr()
     for page, shape, parts in zip(packed, shapes, splits, strict=True):
         params.key, params.value = _side(page.key, page.key_page), _side(page.value, page.value_page)
@@ -206,9 +223,10 @@ def attend_by(
         params.shift, params.tokens, params.blocks = page.start, page.tokens, page.key_page.blocks
         params.splits, params.items = parts, streams * tiles * parts
         blocks = min(count, params.items)
-        run("attend", shape, blocks, shape.teams * dim, shape.shared_bytes, params)
+        teams = min(shape.teams, -(-params.items // blocks))  # where few will do, `combine` finds room beside them
+        run("attend", shape, blocks, teams * dim, shape.shared_bytes - (shape.teams - teams) * shape.team_bytes, params)
         params.first_part += parts
-    shared = 4 * (params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 64)
+    shared = 4 * (3 * params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 3 * dim // 8)
     run("combine", shapes[0], batch * new * heads, 4 * dim, shared, params)
     return result
 
@@ -253,8 +271,8 @@ def _side(packed: PackedTensor, page: Page) -> ctypes.Structure:
     if page.outliers is not None:
         page.outliers = page.outliers.with_starts()
     streams = page.outliers
-    fixed = (tables.scale, tables.zero, tables.floor, tables.width, tables.offset, tables.channel)
     lists = (None,) * 4 if streams is None else (streams.index, streams.value, streams.starts, streams.ends)
-    tensors = (page.words, entries_of(packed), page.scales, *fixed, *lists)
+    entries, slots, groups = fixed_of(packed)
+    tensors = (page.words, entries, page.scales, slots, groups, *lists)
     pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     return Side(*pointers, packed.order.words, tables.lowest)

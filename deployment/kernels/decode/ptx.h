@@ -15,6 +15,7 @@ extern __shared__ __align__(128) char shared_memory[];
 
 DEVICE int thread_number() { return threadIdx.x; }
 DEVICE int block_number() { return blockIdx.x; }
+DEVICE int threads_in_block() { return blockDim.x; }
 DEVICE int blocks_in_grid() { return gridDim.x; }
 DEVICE void barrier_of_block() { __syncthreads(); }
 DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
@@ -26,15 +27,33 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
 DEVICE float shuffle_xor(float x, int k) { return __shfl_xor_sync(~0u, x, k); }
 // words that are read once: they pass by the first-level cache
 DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cs.b32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
-DEVICE void load2(uint32_t* v, const uint32_t* p) { asm volatile("ld.global.cs.v2.b32 {%0,%1},[%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p)); }
-DEVICE void load4(uint32_t* v, const uint32_t* p) {
-    asm volatile("ld.global.cs.v4.b32 {%0,%1,%2,%3},[%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
+DEVICE void barrier_of_warp() { __syncwarp(); }
+// 16 bytes to shared memory, which arrive some time after a group of copies has ended
+DEVICE void copy16_if(bool p, uint32_t* to, const uint32_t* from) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%2,0; @p cp.async.cg.shared.global [%0],[%1],16;}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)p) : "memory");
 }
+DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LATEST> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory"); }  // but for the latest groups
+// The kernel launched behind this one may begin (sm_90), and waits here for all that this one has written.
+#if __CUDA_ARCH__ >= 900
+DEVICE void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+DEVICE void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#else
+DEVICE void launch_dependents() {}
+DEVICE void wait_for_prerequisites() {}
+#endif
 DEVICE uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 DEVICE uint32_t shared1(uint32_t at) { uint32_t v; asm volatile("ld.shared.b32 %0,[%1];" : "=r"(v) : "r"(at)); return v; }
 DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { asm volatile("ld.shared.v2.b32 {%0,%1},[%2];" : "=r"(a), "=r"(b) : "r"(at)); }
+DEVICE void read2(uint32_t* v, const void* p) { const uint2 x = *(const uint2*)p; v[0] = x.x, v[1] = x.y; }
 DEVICE void read4(uint32_t* v, const void* p) { const uint4 x = *(const uint4*)p; v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
+DEVICE void store_if(bool p, float* to, float x) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%2,0; @p st.shared.f32 [%0],%1;}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "r"((int)p) : "memory");
+}
+DEVICE void store2_if(bool p, float* to, float x, float y) {
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%3,0; @p st.shared.v2.f32 [%0],{%1,%2};}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "f"(y), "r"((int)p) : "memory");
+}
 DEVICE void add_shared(int* p, int x) { atomicAdd(p, x); }
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }
 // d += a b, 16 x 16 times 16 x 8
@@ -51,7 +70,6 @@ DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
-DEVICE void cos_sin_pi(float x, float& c, float& s) { sincospif(x, &s, &c); }
 DEVICE void quick_cos_sin(float x, float& c, float& s) { s = __sinf(x), c = __cosf(x); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DEVICE int round_int(float x) { return __float2int_rn(x); }
