@@ -86,9 +86,11 @@ DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 struct Shared {
     uint16_t matrix[D * D];  // in order
     float edge[D * LEVELS], value[D * LEVELS];  // of the channels in order; if ranges are the token's all have the first
-    float x[D], s[D], z[D], target[D];          // in order, but for the target
-    int order[D], width[D], code[D];            // the code by channel, as are the masks
+    float levels[MOST_LEVELS], boundaries[MOST_LEVELS];
+    float x[D], s[D], z[D], target[D];  // in order, but for the target
+    int order[D], code[D];              // the code by channel, as are the masks
     uint32_t outlier[PER], tied[2][PER], part[2][WARPS];
+    uint8_t width[D], level[D], boundary[D];  // in order; where the channel's levels begin, and its boundaries
 };
 
 // ---- one token
@@ -272,12 +274,9 @@ DEVICE void put_code(uint32_t* words, const Side& side, int channel, int slot, u
     }
 }
 
-// Put the outliers behind the head's others.
-DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, int64_t stream, int64_t token) {
-    const int thread = thread_number(), slot = (int)(token % 64);
-    int* const end = side.ends + stream * p.blocks + token / 64;
-    const int64_t begin = slot ? end[0] : token >= 64 ? end[-1] : side.starts[stream];
-    const int64_t limit = stream + 1 < p.streams ? side.starts[stream + 1] : side.places;
+// Put the outliers behind the head's others, from `begin` up to `limit`.
+DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, int64_t token, int* end, int64_t begin, int64_t limit) {
+    const int thread = thread_number();
     int before = 0, all = 0;
     for (int w = 0; w < PER; w++) {
         const int count = ones_of(sh.outlier[w]);
@@ -288,7 +287,6 @@ DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, in
         const int64_t entry = begin + before + ones_of(sh.outlier[thread / 32] & ((1u << thread % 32) - 1));
         if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[thread]);
     }
-    barrier_of_block();  // whoever reads `ends` has done so
     if (thread) return;
     *end = (int)min(begin + all, limit);
     if (begin + all > limit) *p.overflow = 1;
@@ -301,38 +299,47 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const Side& side = p.side[values];
     const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
     const int g = (int)(stream % HEADS), channel = g * D + thread;
-    const uint16_t* matrix = side.matrix + g * D * D;
-    for (int i = 8 * thread; i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, matrix + i);
-    const int64_t number = p.stored[b], token = number - p.sinks - p.page_start;
-    if (p.padding[b]) return;
-    const int64_t own = b * side.stride_b + g * side.stride_g;
-    if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(number_of(raw_of(side.x, own + thread, p.element), p.element));
-    if (token < 0 || token >= p.blocks * 64) return;
+    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
+    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + g * side.stride_g;
+    for (int i = 8 * thread; i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
+    float x = 0, scale = 0, zero = 0;
+    if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
+    if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
     if (thread < PER) sh.outlier[thread] = 0;
+    if (thread < D) {
+        x = number_of(raw_of(side.x, own + thread, p.element), p.element), scale = side.scale[channel], zero = side.zero[channel];
+        const int place = side.order[channel], at = g * D + place;
+        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place, p.element), p.element);
+        sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
+        sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
+    }
+    const int64_t token = number - p.sinks - p.page_start;
+    if (padding) return;
+    if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(x);
+    if (token < 0 || token >= p.blocks * 64) return;
+    int64_t begin = 0, limit = 0;
+    int* const end = side.ends + stream * p.blocks + token / 64;
+    if (side.outliers) {
+        begin = token % 64 ? end[0] : token >= 64 ? end[-1] : side.starts[stream];
+        limit = stream + 1 < p.streams ? side.starts[stream + 1] : side.places;
+    }
     barrier_of_block();
-    float scale = 0, zero = 0;
     if (side.dynamic) {
         own_range(sh, p, side, b, g, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
+        if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
     } else if (warp < PER) {
-        const float x = number_of(raw_of(side.x, own + thread, p.element), p.element);
-        const float normalised = quotient(difference(x, side.zero[channel]), maximum(side.scale[channel], TINY));
+        const float normalised = quotient(difference(x, zero), maximum(scale, TINY));
         const uint32_t mask = ballot(side.outliers && (normalised > 1 || normalised < -1));
         if (thread % 32 == 0) sh.outlier[warp] = mask;
-    }
-    if (thread < D) {  // as the thread-th in order
-        const int place = side.order[channel], at = g * D + place;
-        sh.order[thread] = place, sh.width[thread] = side.width[at];
-        sh.x[thread] = number_of(raw_of(side.x, own + place, p.element), p.element);
-        sh.s[thread] = side.dynamic ? scale : side.scale[at], sh.z[thread] = side.dynamic ? zero : side.zero[at];
     }
     barrier_of_block();
     const int row = side.dynamic ? 0 : LEVELS;
     for (int i = thread; i < (row ? D : 1) * LEVELS; i += THREADS) {
-        const int c = i / LEVELS, k = i % LEVELS, at = g * D + sh.order[c], levels = 1 << sh.width[c];
-        sh.edge[i] = k < levels - 1 ? edge_of(side.boundaries[side.first_boundary[at] + k], maximum(sh.s[c], TINY)) : infinity();
-        sh.value[i] = k < levels ? sum(product(side.levels[side.first_level[at] + k], sh.s[c]), sh.z[c]) : 0;
+        const int c = i / LEVELS, k = i % LEVELS, levels = 1 << sh.width[c];
+        sh.edge[i] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
+        sh.value[i] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
     }
     wait_for_copied();
     barrier_of_block();
@@ -342,7 +349,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
         put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[thread]);
     }
-    if (side.outliers) put_outliers(sh, p, side, stream, token);
+    if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
 }
 
 // ---- a chunk
@@ -351,8 +358,8 @@ constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8;  // tokens of a warp; numbers
 struct Tile {
     float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[MOST_LEVELS], boundaries[MOST_LEVELS];
-    int order[D], place[D], width[D], level[D], boundary[D];  // the inverse of the order by channel, all others in order
-    uint8_t code[D * (TILE + 4)];  // before, 255 is an outlier
+    uint8_t order[D], place[D], width[D], level[D], boundary[D];  // the inverse of the order by channel, all others in order
+    uint8_t code[D * (TILE + 4)];                                 // before, 255 is an outlier
 };
 
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
@@ -387,10 +394,17 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
             scale[h] = side.dynamic ? s[h] : sh.s[c], zero[h] = side.dynamic ? z[h] : sh.z[c];
             q[h] = quotient(difference(y[h][r], zero[h]), maximum(scale[h], TINY));
         }
-        for (int step = 1 << sh.width[c] >> 1; step; step /= 2)
+        if (LEVELS <= 16) {  // no load depends on a comparison
 #pragma unroll
-            for (int h = 0; h < 2; h++)
-                if (q[h] > boundaries[code[h] + step - 1]) code[h] += step;
+            for (int k = 0; k < LEVELS - 1; k++) {
+                const float boundary = k + 1 < 1 << sh.width[c] ? boundaries[k] : infinity();
+                code[0] += q[0] > boundary, code[1] += q[1] > boundary;
+            }
+        } else
+            for (int step = 1 << sh.width[c] >> 1; step; step /= 2)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (q[h] > boundaries[code[h] + step - 1]) code[h] += step;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             uint8_t& kept = sh.code[c * (TILE + 4) + lane + 32 * h];
@@ -412,8 +426,9 @@ KERNEL(32) feed_back(const GRID_CONSTANT Params p) {
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
     for (int c = lane; c < D; c += 32) {
         const int place = side.order[g * D + c], at = g * D + place;
-        sh.order[c] = place, sh.place[place] = c, sh.width[c] = side.width[at];
-        sh.level[c] = side.first_level[at], sh.boundary[c] = side.first_boundary[at], sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
+        sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)side.width[at];
+        sh.level[c] = (uint8_t)side.first_level[at], sh.boundary[c] = (uint8_t)side.first_boundary[at];
+        sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
     }
     for (int k = lane; k < side.all_levels; k += 32) sh.levels[k] = side.levels[k];
     for (int k = lane; k < side.all_boundaries; k += 32) sh.boundaries[k] = side.boundaries[k];

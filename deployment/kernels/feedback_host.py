@@ -58,12 +58,12 @@ class Shape:
     def token_bytes(self) -> int:
         """Shared memory of `append_token`, `sizeof(Shared)`."""
         dim = self.head_dim
-        return 2 * dim * dim + 8 * dim * self.levels + 7 * 4 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
+        return 2 * dim * dim + 8 * dim * self.levels + 8 * 128 + 27 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
 
     @cached_property
     def tile_bytes(self) -> int:
         """Shared memory of `feed_back`, `sizeof(Tile)`."""
-        return self.head_dim * (4 * (_TILE + 1) + 7 * 4 + _TILE + 4) + 2 * 4 * 128
+        return self.head_dim * (4 * (_TILE + 1) + 2 * 4 + 5 + _TILE + 4) + 8 * 128
 
 
 def takes(sides: Sequence[Side]) -> bool:
