@@ -75,7 +75,9 @@ def test_padded_rows_in_half_precision(kind: str, dtype: torch.dtype) -> None:
     append_both(kind, 3, 64, chunks, pads, sinks=4, feedback=True)
 
 
-@pytest.mark.parametrize("levels", [[0.0], [1.0, 1.0, 2.0], [-0.0, 0.0], [3.0, -3.0], [1e5, -1e5, 0.5], [1e-40, -3e-39]])
+@pytest.mark.parametrize(
+    "levels", [[0.0], [1.0, 1.0, 2.0], [-0.0, 0.0], [3.0, -3.0], [1e5, -1e5, 0.5], [1e-40, -3e-39]]
+)
 def test_ties_and_extremes(levels: list[float]) -> None:
     """Nothing but ties, both zeros, numbers beyond fp16 and below what is normal: the choice of outliers must still agree."""
     pattern = torch.tensor(levels).repeat(128)[:128].view(1, 2, 1, 64)

@@ -70,7 +70,7 @@ struct Params {
     int element;  // of x: 0 fp16, 1 bf16, 2 fp32
 };
 
-constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128;
+constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
 constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
 
@@ -227,7 +227,7 @@ DEVICE void chain(Shared& sh, int row) {
     for (int c = 0; c < PER; c++) y[c] = sh.x[lane * PER + c];
     Turn now, next;
     prepare(next, sh, 0, row);
-#pragma unroll 1
+#pragma unroll 2
     for (int turn = 0; turn < 32; turn++) {
         now = next;
         prepare(next, sh, min(turn + 1, 31), row);
@@ -357,9 +357,9 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time
 struct Tile {
     float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
-    float s[D], z[D], levels[MOST_LEVELS], boundaries[MOST_LEVELS];
-    uint8_t order[D], place[D], width[D], level[D], boundary[D];  // the inverse of the order by channel, all others in order
-    uint8_t code[D * (TILE + 4)];                                 // before, 255 is an outlier
+    float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
+    uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
+    uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
 };
 
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
@@ -386,7 +386,7 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
         const int c = first + r;
-        const float *levels = sh.levels + sh.level[c], *boundaries = sh.boundaries + sh.boundary[c];
+        const float *levels = sh.levels[sh.width[c]], *boundaries = sh.boundaries[sh.width[c]];
         int code[2] = {0, 0};
         float e[2], q[2], scale[2], zero[2];
 #pragma unroll
@@ -396,10 +396,7 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
         }
         if (LEVELS <= 16) {  // no load depends on a comparison
 #pragma unroll
-            for (int k = 0; k < LEVELS - 1; k++) {
-                const float boundary = k + 1 < 1 << sh.width[c] ? boundaries[k] : infinity();
-                code[0] += q[0] > boundary, code[1] += q[1] > boundary;
-            }
+            for (int k = 0; k < LEVELS - 1; k++) code[0] += q[0] > boundaries[k], code[1] += q[1] > boundaries[k];
         } else
             for (int step = 1 << sh.width[c] >> 1; step; step /= 2)
 #pragma unroll
@@ -425,13 +422,14 @@ KERNEL(32) feed_back(const GRID_CONSTANT Params p) {
     const Side& side = p.side[block_number() >= all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
     for (int c = lane; c < D; c += 32) {
-        const int place = side.order[g * D + c], at = g * D + place;
-        sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)side.width[at];
-        sh.level[c] = (uint8_t)side.first_level[at], sh.boundary[c] = (uint8_t)side.first_boundary[at];
+        const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
+        sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
         sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
+        for (int k = 0; k < LEVELS; k++) {  // channels of one width write the same
+            sh.levels[width][k] = k < 1 << width ? side.levels[side.first_level[at] + k] : 0;
+            sh.boundaries[width][k] = k + 1 < 1 << width ? side.boundaries[side.first_boundary[at] + k] : infinity();
+        }
     }
-    for (int k = lane; k < side.all_levels; k += 32) sh.levels[k] = side.levels[k];
-    for (int k = lane; k < side.all_boundaries; k += 32) sh.boundaries[k] = side.boundaries[k];
     barrier_of_block();
     uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
 #pragma unroll 8

@@ -29,6 +29,7 @@ class Shape(Protocol):
 
     @property
     def source(self) -> Path: ...  # noqa: D102
+    def __hash__(self) -> int: ...
     def defines(self) -> dict[str, int]: ...  # noqa: D102
 
 

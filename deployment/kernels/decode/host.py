@@ -152,7 +152,9 @@ def _is_grouped(packed: PackedTensor) -> bool:
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
 
 
-Run = Callable[[str, Any, int, int, int, ctypes.Structure], None]  # kernel, shape, blocks, threads, shared bytes, Params
+Run = Callable[
+    [str, Any, int, int, int, ctypes.Structure], None
+]  # kernel, shape, blocks, threads, shared bytes, Params
 
 
 def attend(
