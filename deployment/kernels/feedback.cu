@@ -123,9 +123,20 @@ DEVICE float risen(uint32_t key, int element) {
     return number_of(key & sign ? key ^ sign : ~key & ones, element);
 }
 
+constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
+// f(key from above, key from below, channel) of all channels, added up.
+template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, uint32_t ones, int turn, F f) {
+    uint32_t total = 0;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) {
+        const int channel = k * THREADS + thread_number();
+        if (channel < CHANNELS) total += f(up[k], ones - up[k], channel);
+    }
+    return sum_of_block(sh, total, turn);
+}
+
 // The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
 DEVICE void own_range(Shared& sh, const Params& p, const Side& side, int64_t b, int g, float& scale, float& zero) {
-    constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;
     const uint32_t ones = p.element == 2 ? ~0u : 0xFFFFu;
     const int thread = thread_number(), warp = thread / 32;
     uint32_t up[SHARE];
@@ -135,24 +146,17 @@ DEVICE void own_range(Shared& sh, const Params& p, const Side& side, int64_t b, 
         up[k] = 0;
         if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D, p.element), p.element);
     }
-    auto sum_over = [&](int turn, auto f) {  // f(key from above, key from below) of channels, added up
-        uint32_t total = 0;
-#pragma unroll
-        for (int k = 0; k < SHARE; k++)
-            if (k * THREADS + thread < CHANNELS) total += f(up[k], ones - up[k], k * THREADS + thread);
-        return sum_of_block(sh, total, turn);
-    };
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
     if (count) {
         for (uint32_t bit = p.element == 2 ? 1u << 31 : 1u << 15; bit; bit >>= 1, turn++) {
-            const uint32_t both = sum_over(turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
+            const uint32_t both = sum_over(sh, up, ones, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
             if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
             if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
         }
-        const uint32_t beyond = sum_over(turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
-        const uint32_t before = sum_over(turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t beyond = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
+        const uint32_t before = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
         const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own, p.element), p.element), z = ones - a;
