@@ -132,13 +132,19 @@ def _versions() -> tuple[str, ...]:
 
 
 def _compile(source: str, defines: dict[str, int], arch: str, lines: bool = False) -> bytes:
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program
+
+    return bytes(Program(source, "c++", options(defines, arch, lines)).compile("cubin").code)
+
+
+def options(defines: dict[str, int], arch: str, lines: bool = False) -> Any:
+    """What the compiler is told."""
+    from cuda.core import ProgramOptions
 
     macros = [(name, str(value)) for name, value in defines.items()]
-    options = ProgramOptions(
+    return ProgramOptions(
         arch=arch, std="c++17", include_path=str(FOLDER), define_macro=macros or None, lineinfo=lines or None
     )
-    return bytes(Program(source, "c++", options).compile("cubin").code)
 
 
 def _driver() -> Any:
