@@ -4,7 +4,7 @@
     python -m deployment.benchmark --shape llama-3-8b --scheme rdnuq2.4 --contexts 128K --batch 4 --ops decode
     python -m deployment.benchmark --shape ./smollm2 --scheme nuq4-1% --contexts 2048
 
-`append` stores one token per sequence, `decode` attends one query per head and sequence, `prefill` attends a chunk of
+`append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill` attends a chunk of
 512. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to
 attend that is known (dense.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
 the same device. Several copies of the layer are visited in turn, so that no cache of the device holds the data.
@@ -30,7 +30,8 @@ from gradients.cli import command_parser, format_table, positive_int, run_comman
 from quant.results import append_row
 from quant.scheme import Scheme
 
-OPS = ("append", "decode", "prefill")
+OPS = ("append", "chunk", "decode", "prefill")
+_PREFILL = 512  # tokens
 _FLUSH_BYTES = 2**28  # the copies of a layer together; more than any cache
 _MOST_COPIES = 16
 
@@ -50,29 +51,35 @@ def decode_call(case: Case, new: int, shape: Shape, kernels: bool) -> Callable[[
     )
 
 
-def append_call(case: Case, kernels: bool) -> Callable[[], object]:
-    """Store one token per sequence, and take it back."""
-    layer = case.layer
-    key, value = case.key[:, :, :1].contiguous(), case.value[:, :, :1].contiguous()
-    batch = len(case.key)
+def append_call(case: Case, kernels: bool, tokens: int = 1) -> Callable[[], object]:
+    """Store `tokens` per sequence, and take them back."""
+    layer, batch = case.layer, len(case.key)
+    key, value = _new_tokens(case, tokens)
     before = layer.stored.clone()
 
     def store() -> None:
         if kernels:
             layer.append_with_kernels(key, value, [0] * batch, layer.no_padding)
             layer.stored.copy_(before)
-            layer.lengths, layer.slots = [length - 1 for length in layer.lengths], layer.slots - 1
+            layer.lengths, layer.slots = [length - tokens for length in layer.lengths], layer.slots - tokens
         else:
             layer.append(key, value, [0] * batch)
-            layer.crop(-1)
+            layer.crop(-tokens)
 
     return store
 
 
-def stock_append_call(case: Case) -> Callable[[], object]:
-    """Write one token's keys and values into an fp16 cache that has room."""
-    key, value = case.key[:, :, :1].clone(), case.value[:, :, :1].clone()
-    return lambda: (case.key[:, :, -1:].copy_(key), case.value[:, :, -1:].copy_(value))
+def stock_append_call(case: Case, tokens: int = 1) -> Callable[[], object]:
+    """Write the keys and values of `tokens` into an fp16 cache that has room."""
+    key, value = _new_tokens(case, tokens)
+    room = [torch.empty(*x.shape[:2], 2 * tokens, x.shape[3], dtype=x.dtype, device=x.device) for x in (key, value)]
+    return lambda: (room[0][:, :, -tokens:].copy_(key), room[1][:, :, -tokens:].copy_(value))
+
+
+def _new_tokens(case: Case, tokens: int) -> list[Tensor]:
+    """Keys and values as the cache holds them, again from the first one on if there are not enough."""
+    index = torch.arange(tokens, device=case.key.device) % case.key.shape[2]
+    return [x.index_select(2, index) for x in (case.key, case.value)]
 
 
 def benchmark(
@@ -93,7 +100,7 @@ def benchmark(
         mean, error = microseconds(ours, device)
         way, reference = fastest(ways, device)
         moved = {"us": mean, "us_error": error, "fp16_us": reference, "speedup": reference / mean}
-        ours_moved, stock_moved = (0, 0) if name == "append" else (stored, fp16)
+        ours_moved, stock_moved = (0, 0) if name in ("append", "chunk") else (stored, fp16)
         moved |= {"gb_per_s": ours_moved / mean / 1e3, "percent_of_copy": 1e8 * ours_moved / mean / rate}
         moved["fp16_percent_of_copy"] = 1e8 * stock_moved / reference / rate
         rows.append({"op": name, **{key: round(value, 3) for key, value in moved.items()}, "fp16_way": way})
@@ -110,10 +117,13 @@ def benchmark(
 
 def _calls(op: str, cases: Sequence[Case], shape: Shape, kernels: bool) -> tuple[Calls, dict[str, Calls]]:
     """(ours, ways to do it in fp16) of one operation, for every copy of the layer."""
-    if op == "append":
-        return [append_call(case, kernels) for case in cases], {"copy": [stock_append_call(case) for case in cases]}
-    new = 1 if op == "decode" else SPARE_TOKENS
-    ours: Calls = [decode_call(case, new, shape, kernels) for case in cases]
+    ours: Calls
+    if op in ("append", "chunk"):
+        tokens = 1 if op == "append" else SPARE_TOKENS
+        ours = [append_call(case, kernels, tokens) for case in cases]
+        return ours, {"copy": [stock_append_call(case, tokens) for case in cases]}
+    new = 1 if op == "decode" else _PREFILL
+    ours = [decode_call(case, new, shape, kernels) for case in cases]
     if op == "prefill":
         return ours, {"sdpa": [stock_call(case, new, shape) for case in cases]}
     ways = [decode_calls(case, shape) for case in cases]

@@ -20,13 +20,14 @@ from deployment.streams import OutlierStreams
 from gradients.cli import UserError
 from gradients.models import decoder_config
 from quant.codebook import Codebook, int_codebook, nf_codebook
+from quant.feedback import Feedback
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
 SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
-SPARE_TOKENS = 512  # room after the context, for chunks that are attended or stored
+SPARE_TOKENS = 1024  # room after the context, for chunks that are attended or stored
 _FILL = 4096  # tokens stored at a time
 
 
@@ -58,15 +59,23 @@ class Shape:
 
 def synthetic_quantizers(scheme: Scheme, shape: Shape) -> tuple[Quantizer, Quantizer]:
     """Quantizers of standard normal keys and values, with the share of outliers that the scheme asks for."""
+    feedback = [_feedback(shape, seed) if scheme.feedback else None for seed in (0, 1)]
     if scheme.allocated:
-        return tuple(_mixed(scheme, shape, seed) for seed in (0, 1))  # type: ignore[return-value]
+        return tuple(_mixed(scheme, shape, seed, feedback[seed]) for seed in (0, 1))  # type: ignore[return-value]
     codebook = (int_codebook if scheme.datatype == "int" else nf_codebook)(scheme.levels)
     sides: list[Quantizer] = []
-    for axis in (scheme.key_axis, scheme.value_axis):
+    for axis, fed in zip((scheme.key_axis, scheme.value_axis), feedback, strict=True):
         scale = torch.full((shape.channels,), _range_of(scheme.outliers))
-        static = ChannelQuantizer(scheme, codebook, scale, torch.zeros(shape.channels))
-        sides.append(static if axis == "channel" else TokenQuantizer(scheme, codebook))
+        static = ChannelQuantizer(scheme, codebook, scale, torch.zeros(shape.channels), fed)
+        sides.append(static if axis == "channel" else TokenQuantizer(scheme, codebook, None, fed))
     return sides[0], sides[1]
+
+
+def _feedback(shape: Shape, seed: int) -> Feedback:
+    """Any order, and entries as small as fitted ones are."""
+    draw, (heads, dim) = torch.Generator().manual_seed(seed), (shape.kv_heads, shape.head_dim)
+    order = torch.rand(heads, dim, generator=draw).argsort(dim=1)
+    return Feedback(order, (torch.randn(heads, dim, dim, generator=draw) * 0.1).triu(1).half())
 
 
 def _range_of(share: float) -> float:
@@ -74,14 +83,14 @@ def _range_of(share: float) -> float:
     return float(torch.special.ndtri(torch.tensor(1 - max(share, 1e-6) / 2, dtype=torch.float64)))
 
 
-def _mixed(scheme: Scheme, shape: Shape, seed: int) -> MixedQuantizer:
+def _mixed(scheme: Scheme, shape: Shape, seed: int, feedback: Feedback | None) -> MixedQuantizer:
     """Widths around the budget less half a percent of outliers, shuffled, as allocations look."""
     mean = scheme.bits - 32 * 0.005
     spread = torch.randn(shape.channels, generator=torch.Generator().manual_seed(seed))
     widths = (mean + spread).round().clamp(0, 6).to(torch.uint8)
     codebooks: dict[int, Codebook] = {int(w): int_codebook(2 ** int(w)) for w in widths.unique()}
     scale = torch.full((shape.channels,), _range_of(0.005))
-    return MixedQuantizer(scheme, codebooks, widths, scale, torch.zeros(shape.channels))
+    return MixedQuantizer(scheme, codebooks, widths, scale, torch.zeros(shape.channels), feedback)
 
 
 @dataclass

@@ -72,20 +72,16 @@ class Tables:
 
 @dataclass(frozen=True)
 class FeedbackTables:
-    """A feedback whose matrix has its columns in the order of the channels, so that kernels permute nothing."""
+    """How errors are handed on, as of `Feedback` (quant/feedback.py)."""
 
     order: Tensor  # [G, D] int32: which channel of the head comes i-th
-    matrix: Tensor  # [G, D, D] fp16: row i is what the channel that comes i-th hands on to each
+    matrix: Tensor  # [G, D, D] fp16, in that order
 
     @classmethod
     def of(cls, quantizer: Quantizer) -> "FeedbackTables | None":
         """The tables of a quantizer, if it has feedback."""
         feedback = getattr(quantizer, "feedback", None)
-        if feedback is None:
-            return None
-        columns = feedback.order[:, None, :].expand_as(feedback.matrix)
-        matrix = torch.zeros_like(feedback.matrix).scatter_(2, columns, feedback.matrix)
-        return cls(feedback.order.int().contiguous(), matrix)
+        return None if feedback is None else cls(feedback.order.int().contiguous(), feedback.matrix.contiguous())
 
 
 def _places(order: Order, channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from torch import Tensor
 
 from deployment.kernels.decode import host
+from deployment.kernels.decode.compile import Shape
 from deployment.kernels.packed import Segment
 from deployment.kernels.phase import Rotary
 
 HERE = Path(__file__).parent
-SOURCE = Path(host.__file__).with_name("decode.cu")
 MOST_SHARED = 163 * 1024  # of an A100
 _WRAPPER = """
 #include "decode.cu"
@@ -36,16 +36,20 @@ def has_compiler() -> bool:
 
 @cache
 def library(shape: host.Shape) -> ctypes.CDLL:
-    """Compiled for a shape, kept among temporary files from run to run."""
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{SOURCE.parent}"]
-    flags += [f"-D{name}={value}" for name, value in shape.defines().items()]
-    parts = [_WRAPPER, SOURCE.read_text(), (HERE / "lanes.h").read_text(), *flags]
+    return built(_WRAPPER, shape)
+
+
+def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
+    """A file and a few lines that call its kernels, compiled for a shape; kept among temporary files from run to run."""
+    flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    flags += [f"-I{shape.source.parent}", *(f"-D{name}={value}" for name, value in shape.defines().items())]
+    parts = [wrapper, shape.source.read_text(), (HERE / "lanes.h").read_text(), *flags]
     folder = Path(tempfile.gettempdir()) / "kvquant-decode-on-cpu"
     folder.mkdir(exist_ok=True)
     made = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=folder) as build:
-            (Path(build) / "wrapper.cpp").write_text(_WRAPPER)
+            (Path(build) / "wrapper.cpp").write_text(wrapper)
             subprocess.run(
                 ["g++", *flags, str(Path(build) / "wrapper.cpp"), "-o", f"{build}/made.so"],
                 check=True,

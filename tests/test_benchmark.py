@@ -17,12 +17,12 @@ from quant.results import read_rows
 from quant.scheme import Scheme
 
 
-@pytest.mark.parametrize("scheme", ["nuq3-1%", "rdnuq2.4"])
+@pytest.mark.parametrize("scheme", ["nuq3-1%", "rdnuq2.4+fb"])
 def test_everything_is_timed_and_bytes_are_counted(
     llama_folder: Path, capsys: pytest.CaptureFixture[str], scheme: str
 ) -> None:
     (result,) = main(["--shape", str(llama_folder), "--scheme", scheme, "--context", "128", "--device", "cpu"])["rows"]
-    assert [row["op"] for row in result["ops"]] == ["append", "decode", "prefill"]
+    assert [row["op"] for row in result["ops"]] == ["append", "chunk", "decode", "prefill"]
     assert all(row["us"] > 0 and row["fp16_us"] > 0 for row in result["ops"])
     assert result["path"] == "torch" and "torch path, no kernels" in capsys.readouterr().out
     assert result["fp16_bytes_per_token"] == 2 * 2 * 24  # keys and values, two bytes, C
@@ -51,7 +51,7 @@ def test_some_operations_at_some_contexts(llama_folder: Path, tmp_path: Path) ->
     ]
     written = read_rows(results)
     assert [{name: row[name] for name in rows[0]} for row in written] == rows and "commit" in written[0]
-    with pytest.raises(UserError, match="'sleep' is none of append, decode, prefill"):
+    with pytest.raises(UserError, match="'sleep' is none of append, chunk, decode, prefill"):
         main([*arguments, "--ops", "decode,sleep"])
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,26 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
     counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
     assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 32), (90, 1), (90, 32)]
     assert all((fused, stack) == (0, 0) for _, _, fused, stack in counts), counts
+
+
+@pytest.mark.parametrize("target", [80, 90])
+@pytest.mark.parametrize("shape", [(128, 32, 8, 0), (128, 8, 16, 1), (96, 8, 4, 0), (64, 3, 64, 2)])
+def test_feedback_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
+    program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
+    from deployment.kernels.decode import compile as decode
+    from deployment.kernels.feedback_host import Shape
+    from scripts.compile_kernels import disassembled
+
+    made = Shape(*shape)
+    assert max(made.token_bytes, made.tile_bytes) <= SHARED_LIMIT[target]
+    usage = disassembled(decode.compiled(made, f"sm_{target}"), "cuobjdump", "-res-usage").replace("\n", " ")
+    found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
+    kernels = {name: (int(registers), int(stack)) for name, registers, stack in found}
+    assert all(kernels[name][1] == 0 for name in ("append_token", "feed_back")), kernels
+    assert kernels["append_token"][0] * 256 <= REGISTERS
+    options = decode.options(made.defines(), f"sm_{target}")
+    listing = bytes(program(made.source.read_text(), "c++", options).compile("ptx").code)
+    assert b"mul.rn.f32" in listing and b"div.rn.f32" in listing and b"fma.rn.f32" not in listing
 
 
 @pytest.mark.gpu

@@ -1,91 +1,23 @@
 """Storing new tokens, host side: quantize, choose outliers, pack, write, without waiting for the device.
 
-One token per sequence takes one launch for keys and values together (step.py), a chunk two for each (chunk.py), and one more
-where errors are fed back (feedback.py), which single tokens take too. Codes and
+One token per sequence takes one launch for keys and values together (step.py; feedback.cu where errors are fed back), a chunk two for
+each (chunk.py), and where errors are fed back one between them. Codes and
 outliers are those of `Quantizer.encode` bit for bit: divisions round as IEEE says, and ties go to the lowest channel. Room
 for the outliers must be there already (`PackedTensor.make_room`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
+from deployment.kernels import feedback_host
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
+from deployment.kernels.side import Codes, Side, contiguous, places
 from deployment.kernels.step import step_kernel
-from deployment.kernels.unpack import source_of
-from deployment.layout import PackedTensor, Page
-from quant.outliers import outliers_per_end
-from quant.quantizer import TokenQuantizer
-
-
-@dataclass(frozen=True)
-class Side:
-    """New keys or values `x` `[B, G, S, D]`, and where they go.
-
-    The first `sinks.shape[2]` tokens of a sequence go to `sinks` `[B, G, sink tokens, D]`, others to `pages`: all that may be
-    touched.
-    """
-
-    packed: PackedTensor
-    x: Tensor
-    sinks: Tensor
-    pages: list[Page]
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether ranges are the tokens' own."""
-        return isinstance(self.packed.quantizer, TokenQuantizer)
-
-    @property
-    def per_end(self) -> int:
-        """Outliers at each end of a token, where ranges are its own."""
-        quantizer = self.packed.quantizer
-        channels = self.packed.heads * self.packed.head_dim
-        return outliers_per_end(channels, quantizer.scheme.outliers) if self.dynamic else 0
-
-    @property
-    def placing(self) -> tuple[int, int]:
-        """The order of codes, as unpack.py numbers them, and which planes they have."""
-        return source_of(self.packed.order), self.packed.tables.planes
-
-    @property
-    def element_bits(self) -> int:
-        """Of a number of x."""
-        return self.x.element_size() * 8
-
-    def page_pointers(self, page: Page) -> tuple[Tensor, ...]:
-        """words, scales, index, value, starts, ends; what a page lacks is never read."""
-        streams, unused = page.outliers, page.words
-        scales = unused if page.scales is None else page.scales
-        if streams is None:
-            return (page.words, scales, *(unused,) * 4)
-        assert streams.starts is not None
-        return page.words, scales, streams.index, streams.value, streams.starts, streams.ends
-
-    def pointers(self, page: Page) -> tuple[Tensor, ...]:
-        """Everything that `put_token` (step.py) reads and writes."""
-        tables = self.packed.tables
-        table = (tables.scale, tables.zero, tables.width, tables.first_boundary, tables.boundaries, tables.offset)
-        return (self.x, self.sinks, *self.page_pointers(page), *table, tables.slot)
-
-    def constants(self) -> tuple[int, ...]:
-        """In the order in which `put_token` (step.py) wants them."""
-        packed = self.packed
-        outliers = packed.keeps_outliers
-        return (
-            self.dynamic,
-            self.per_end,
-            outliers,
-            *self.placing,
-            packed.tables.widest,
-            packed.span,
-            self.element_bits,
-        )
+from deployment.layout import PackedTensor
 
 
 def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -93,16 +25,14 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
 
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
-    sides = [side if side.x.stride(-1) == 1 else _contiguous(side) for side in sides]
-    if sides[0].x.shape[2] == 1 and all(side.packed.feedback is None for side in sides):
+    sides = [side if side.x.stride(-1) == 1 else contiguous(side) for side in sides]
+    token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
+    if token and not fed:
         _append_token(sides, stored, padding, overflow)
+    elif token and len(fed) == len(sides) and feedback_host.takes(sides):
+        feedback_host.append_token(sides, stored, padding, overflow)
     else:
-        for side in sides:
-            _append_chunk(side, stored, padding, overflow)
-
-
-def _contiguous(side: Side) -> Side:
-    return Side(side.packed, side.x.contiguous(), side.sinks, side.pages)
+        _append_chunk(sides, fed, stored, padding, overflow)
 
 
 def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -117,8 +47,8 @@ def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overfl
             *value.x.stride()[:2],
             key.packed.order.words,
             value.packed.order.words,
-            _places(key_page),
-            _places(value_page),
+            places(key_page),
+            places(value_page),
             stored,
             padding,
             overflow,
@@ -132,19 +62,33 @@ def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overfl
         )
 
 
-def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
-    packed, x, tables, order = side.packed, side.x, side.packed.tables, side.packed.order
+def _append_chunk(
+    sides: Sequence[Side], fed: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor
+) -> None:
+    found = {id(side): _encode(side, stored, padding) for side in sides}
+    if fed and feedback_host.takes(fed):
+        targets = feedback_host.feed_back(fed, [found[id(side)] for side in fed])
+    else:
+        targets = [feed_back(side, found[id(side)]) for side in fed]
+    # what outliers are stored as
+    exact = {id(side): of_side for side, of_side in zip(fed, targets, strict=True)}
+    for side in sides:
+        _store(side, exact.get(id(side), side.x), found[id(side)], stored, padding, overflow)
+
+
+def _encode(side: Side, stored: Tensor, padding: Tensor) -> Codes:
+    packed, x, tables = side.packed, side.x, side.packed.tables
     batch, heads, tokens, dim = x.shape
-    codes = torch.empty(batch, tokens, heads * dim, dtype=torch.int16, device=x.device)
-    ranges = torch.empty(batch, tokens, 2, dtype=torch.float16, device=x.device)
+    found = Codes.empty(x)
     encode_kernel[(batch * tokens,)](
         x,
         *x.stride()[:3],
         stored,
         padding,
         side.sinks,
-        codes,
-        ranges,
+        found.codes,
+        found.ranges,
+        found.counts,
         tables.scale,
         tables.zero,
         tables.width,
@@ -153,26 +97,35 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
         tokens,
         G=heads,
         D=dim,
-        CHANNELS=triton.next_power_of_2(heads * dim),
+        HEADS=triton.next_power_of_2(heads),
+        LANES=triton.next_power_of_2(dim),
         SINKS=side.sinks.shape[2],
         DYNAMIC=side.dynamic,
         PER_END=side.per_end,
         OUTLIERS=packed.keeps_outliers,
+        FED=packed.feedback is not None,
         WIDEST=tables.widest,
         BITS=side.element_bits,
         num_warps=4,
     )
-    if packed.feedback is not None:
-        x = feed_back(packed, x, codes, ranges, side.dynamic)  # what outliers are stored as
+    return found
+
+
+def _store(side: Side, exact: Tensor, found: Codes, stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
+    packed, tables = side.packed, side.packed.tables
+    batch, heads, tokens, dim = exact.shape
     placing: dict[str, Any] = dict(zip(("SOURCE", "PLANES"), side.placing, strict=True))
     for page in side.pages:
-        store_kernel[(batch * heads,)](
-            x,
-            *x.stride()[:3],
+        store_kernel[(batch * heads, triton.cdiv(tokens, 64) + 1)](
+            exact,
+            *exact.stride()[:3],
             stored,
             padding,
-            codes,
-            ranges,
+            found.codes,
+            found.ranges,
+            found.counts,
+            # what a program reads no other must have written
+            page.words if page.outliers is None else page.outliers.ends.clone(),
             *side.page_pointers(page),
             overflow,
             tables.width,
@@ -181,9 +134,9 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
             tokens,
             page.start,
             page.blocks,
-            order.words,
+            packed.order.words,
             side.sinks.shape[2],
-            _places(page),
+            places(page),
             G=heads,
             D=dim,
             LANES=max(16, triton.next_power_of_2(dim)),
@@ -193,10 +146,6 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
             **placing,
             num_warps=8,
         )
-
-
-def _places(page: Page) -> int:
-    return 0 if page.outliers is None else page.outliers.index.numel()
 
 
 def takes(packed: PackedTensor) -> bool:

@@ -1,7 +1,7 @@
 """Append of a chunk: many new tokens per sequence, in two kernels.
 
-`encode_kernel`, a program per token, finds codes and outliers of all channels. `store_kernel`, a program per sequence and KV
-head, goes through the blocks they fall into, packs codes into words and puts outliers behind those that are there.
+`encode_kernel`, a program per token, finds codes and outliers of all channels, and counts the latter. `store_kernel`, a program per
+sequence, KV head and block, packs codes into words and puts outliers behind those that are there and those of the blocks before.
 """
 
 import triton
@@ -22,6 +22,7 @@ from deployment.kernels.store import list_begin, room_end, store_channels, store
 from deployment.kernels.unpack import IN_GROUPS, KEYS_IN_GROUPS
 
 _OUTLIER = tl.constexpr(256)  # a code that no code of 8 bits is
+_COUNTED = tl.constexpr(256)  # tokens whose outliers are added up at once
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens"])
@@ -35,6 +36,7 @@ def encode_kernel(
     sinks,  # [B, G, SINKS, D] fp16
     codes,  # [B, S, C] int16: the code, or 256 for an outlier
     ranges,  # [B, S, 2] fp16: scale and zero of the token
+    counts,  # [B, G, S] int32: outliers
     scale,  # [C] fp32
     zero,
     width,  # [C] int32
@@ -43,25 +45,27 @@ def encode_kernel(
     tokens,  # S
     G: tl.constexpr,
     D: tl.constexpr,
-    CHANNELS: tl.constexpr,  # C, rounded up
+    HEADS: tl.constexpr,  # G, rounded up
+    LANES: tl.constexpr,  # D, rounded up
     SINKS: tl.constexpr,
     DYNAMIC: tl.constexpr,
     PER_END: tl.constexpr,
     OUTLIERS: tl.constexpr,
+    FED: tl.constexpr,  # whether codes are left to others to find, but for outliers
     WIDEST: tl.constexpr,
     BITS: tl.constexpr,  # of an element of x
 ):
     """Codes and ranges of one token, and the token itself if it is a sink."""
     C: tl.constexpr = G * D
     b, s = tl.program_id(0) // tokens, tl.program_id(0) % tokens
-    channel = tl.arange(0, CHANNELS)
-    ok = channel < C
-    at = x + b.to(tl.int64) * stride_b + (channel // D).to(tl.int64) * stride_g + s.to(tl.int64) * stride_s
-    raw = tl.load(at + channel % D, mask=ok, other=0)
+    head, lane = tl.arange(0, HEADS * LANES) // LANES, tl.arange(0, HEADS * LANES) % LANES
+    channel, ok = head * D + lane, (head < G) & (lane < D)
+    at = x + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_g + s.to(tl.int64) * stride_s
+    raw = tl.load(at + lane, mask=ok, other=0)
     value = raw.to(tl.float32)
     pad = tl.load(padding + b)
     number = tl.load(stored + b) + s - pad
-    sink_at = sinks + ((b * G + channel // D).to(tl.int64) * SINKS + number) * D + channel % D
+    sink_at = sinks + ((b * G + head).to(tl.int64) * SINKS + number) * D + lane
     tl.store(sink_at, half(value), mask=ok & (s + channel * 0 >= pad) & (number + channel * 0 < SINKS))
     row = tl.program_id(0).to(tl.int64)
     outlier = channel < 0
@@ -76,14 +80,19 @@ def encode_kernel(
         range_scale, range_zero = token_range(value, ok, up, down, found, PER_END)
         tl.store(ranges + row * 2, range_scale)
         tl.store(ranges + row * 2 + 1, range_zero)
-        s_c = range_scale.to(tl.float32) + tl.zeros([CHANNELS], tl.float32)
-        z_c = range_zero.to(tl.float32) + tl.zeros([CHANNELS], tl.float32)
+        s_c = range_scale.to(tl.float32) + tl.zeros([HEADS * LANES], tl.float32)
+        z_c = range_zero.to(tl.float32) + tl.zeros([HEADS * LANES], tl.float32)
     else:
         s_c, z_c = tl.load(scale + channel, mask=ok, other=1), tl.load(zero + channel, mask=ok, other=0)
     normalised = tl.div_rn(value - z_c, tl.maximum(s_c, TINY))
     if OUTLIERS and not DYNAMIC:
-        outlier = tl.abs(normalised) > 1
-    code = codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST)
+        outlier = ok & (tl.abs(normalised) > 1)
+    code = tl.zeros_like(channel)
+    if not FED:
+        code = codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST)
+    if OUTLIERS:
+        count, g = tl.sum(tl.reshape(outlier.to(tl.int32), [HEADS, LANES]), 1), tl.arange(0, HEADS)
+        tl.store(counts + (b * G + g) * tokens + s, count, mask=g < G)
     tl.store(codes + row * C + channel, tl.where(outlier, _OUTLIER, code).to(tl.int16), mask=ok)
 
 
@@ -97,6 +106,8 @@ def store_kernel(
     padding,  # [B] int64, of these
     codes,  # [B, S, C] int16, from `encode_kernel`
     ranges,  # [B, S, 2] fp16
+    counts,  # [B, G, S] int32
+    before_ends,  # `ends` before this launch
     words,  # [B, blocks, W] int32
     scales,  # [B, blocks * 64, 2] fp16
     index,  # [places] int16
@@ -122,7 +133,7 @@ def store_kernel(
     OUTLIERS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Words, ranges and outliers of one KV head's new tokens, as far as they belong to a page."""
+    """Words, ranges and outliers of one KV head's new tokens, as far as they belong to a block of a page."""
     C: tl.constexpr = G * D
     stream = tl.program_id(0).to(tl.int64)
     b, g = stream // G, (stream % G).to(tl.int32)
@@ -133,41 +144,42 @@ def store_kernel(
     low = tl.maximum(low, 0)
     row = page_start + sinks + pad - before
     lane, slot = tl.arange(0, LANES), tl.arange(0, 64)
-    if low < high:
-        for block in range(low // 64, (high + 63) // 64):
-            head = words + (b * blocks + block) * block_words
-            first, row0 = block * 64, b * tokens + row
-            if SOURCE >= IN_GROUPS:
-                tables = (width, offset, channel_at)
-                KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
-                store_groups(head, codes, tables, first, low, high, row0, g, PLANES, KEYS, C, D, LANES)
-            else:
-                own, at = width + g * D, offset + g * D
-                store_channels(head, codes, at, own, first, low, high, row0, g, PLANES, C, D, LANES)
-            token = first + slot
-            new = (token >= low) & (token < high)
-            if DYNAMIC:
-                mine = new & (slot * 0 + g == 0)
-                from_at, to_at = ranges + (row0 + token) * 2, scales + (b * blocks * 64 + token) * 2
-                tl.store(to_at, tl.load(from_at, mask=mine, other=0), mask=mine)
-                tl.store(to_at + 1, tl.load(from_at + 1, mask=mine, other=0), mask=mine)
-            if OUTLIERS:
-                mask = new[:, None] & (lane < D)[None, :]
-                code_at = codes + (row0 + token)[:, None] * C + g * D + lane[None, :]
-                chosen = tl.load(code_at, mask=mask, other=0) == _OUTLIER
-                flat = tl.reshape(chosen.to(tl.int32), [64 * LANES])
-                rank = tl.reshape(tl.cumsum(flat, 0) - flat, [64, LANES])
-                begin = list_begin(starts, ends, stream, block, low - first, blocks)
-                limit = room_end(starts, stream, tl.num_programs(0), places)
-                entry = begin + rank
-                fits = chosen & (entry < limit)
-                x_at = x + b * stride_b + g.to(tl.int64) * stride_g + (row + token)[:, None] * stride_s + lane[None, :]
-                exact = tl.load(x_at, mask=fits, other=0).to(tl.float32)
-                tl.store(index + entry, ((token % SPAN)[:, None] * D + lane[None, :]).to(tl.int16), mask=fits)
-                tl.store(value + entry, half(exact), mask=fits)
-                end = begin + tl.sum(flat, 0)
-                tl.debug_barrier()
-                tl.store(ends + stream * blocks + block, tl.minimum(end, limit))
-                if end > limit:
-                    tl.store(overflow, 1)
-                tl.debug_barrier()
+    block = low // 64 + tl.program_id(1)
+    first, row0 = block * 64, b * tokens + row
+    if (low < high) & (first < high):
+        head = words + (b * blocks + block) * block_words
+        if SOURCE >= IN_GROUPS:
+            tables = (width, offset, channel_at)
+            KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
+            store_groups(head, codes, tables, first, low, high, row0, g, PLANES, KEYS, C, D, LANES)
+        else:
+            own, at = width + g * D, offset + g * D
+            store_channels(head, codes, at, own, first, low, high, row0, g, PLANES, C, D, LANES)
+        token = first + slot
+        new = (token >= low) & (token < high)
+        if DYNAMIC:
+            mine = new & (slot * 0 + g == 0)
+            from_at, to_at = ranges + (row0 + token) * 2, scales + (b * blocks * 64 + token) * 2
+            tl.store(to_at, tl.load(from_at, mask=mine, other=0), mask=mine)
+            tl.store(to_at + 1, tl.load(from_at + 1, mask=mine, other=0), mask=mine)
+        if OUTLIERS:
+            mask = new[:, None] & (lane < D)[None, :]
+            code_at = codes + (row0 + token)[:, None] * C + g * D + lane[None, :]
+            chosen = tl.load(code_at, mask=mask, other=0) == _OUTLIER
+            flat = tl.reshape(chosen.to(tl.int32), [64 * LANES])
+            rank = tl.reshape(tl.cumsum(flat, 0) - flat, [64, LANES])
+            begin = list_begin(starts, before_ends, stream, low // 64, low % 64, blocks)
+            for some in range(low + row, first + row, _COUNTED):
+                s = some + tl.arange(0, _COUNTED)
+                begin += tl.sum(tl.load(counts + stream * tokens + s, mask=s < first + row, other=0), 0)
+            limit = room_end(starts, stream, tl.num_programs(0), places)
+            entry = begin + rank
+            fits = chosen & (entry < limit)
+            x_at = x + b * stride_b + g.to(tl.int64) * stride_g + (row + token)[:, None] * stride_s + lane[None, :]
+            exact = tl.load(x_at, mask=fits, other=0).to(tl.float32)
+            tl.store(index + entry, ((token % SPAN)[:, None] * D + lane[None, :]).to(tl.int16), mask=fits)
+            tl.store(value + entry, half(exact), mask=fits)
+            end = begin + tl.sum(flat, 0)
+            tl.store(ends + stream * blocks + block, tl.minimum(end, limit))
+            if end > limit:
+                tl.store(overflow, 1)

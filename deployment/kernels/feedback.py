@@ -1,8 +1,8 @@
 """Error feedback of new tokens (quant/feedback.py) on the device, bit for bit: between `encode_kernel` and `store_kernel`.
 
 A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that the channel that is next can be picked
-out without asking another thread; a single token has its channels spread over the threads. Rows of the matrix come in the head's order, its columns in that of the channels, so that
-nothing is ever permuted. The kernel must be compiled without fused multiply-adds: each product and each sum is rounded.
+out without asking another thread; a single token has its channels spread over the threads. Channels lie in the head's order.
+The kernel must be compiled without fused multiply-adds: each product and each sum is rounded. feedback.cu does the same, several times faster.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deployment.kernels.encode import TINY, half
-from deployment.layout import PackedTensor
+from deployment.kernels.side import Codes, Side
 
 TOKENS = 32  # of a program, where there are several
 _OUTLIER = tl.constexpr(256)  # what `encode_kernel` writes for the code of one
@@ -36,7 +36,7 @@ def feedback_kernel(
     first_level,
     levels,
     order,  # [G, D] int32
-    matrix,  # [G, D, D] fp16: row i belongs to the channel that comes i-th
+    matrix,  # [G, D, D] fp16, in that order
     tokens,  # S
     G: tl.constexpr,
     D: tl.constexpr,
@@ -52,7 +52,8 @@ def feedback_kernel(
     token, lane = first + tl.arange(0, TILE), tl.arange(0, LANES)
     there = token < tokens
     ok = (lane < D)[:, None] & there[None, :]
-    x_at = x + b * stride_b + g.to(tl.int64) * stride_g + token.to(tl.int64)[None, :] * stride_s + lane[:, None]
+    place = tl.load(order + g * D + lane, mask=lane < D, other=0)
+    x_at = x + b * stride_b + g.to(tl.int64) * stride_g + token.to(tl.int64)[None, :] * stride_s + place[:, None]
     y = tl.load(x_at, mask=ok, other=0).to(tl.float32)
     row = b * tokens + token
     s = tl.zeros([TILE], tl.float32) + 1
@@ -67,7 +68,7 @@ def feedback_kernel(
         if not DYNAMIC:
             s = tl.load(scale + channel) + tl.zeros([TILE], tl.float32)
             z = tl.load(zero + channel) + tl.zeros([TILE], tl.float32)
-        here = (lane == now)[:, None]
+        here = (lane == i)[:, None]
         target = tl.sum(tl.where(here, y, 0.0), 0)
         at = row * (G * D) + channel
         kept = tl.load(codes + at, mask=there, other=0) == _OUTLIER
@@ -87,8 +88,9 @@ def feedback_kernel(
         y -= handed_on[:, None] * error[None, :]
 
 
-def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dynamic: bool) -> Tensor:
-    """Replace the codes `[B, S, C]` of new tokens `x` `[B, G, S, D]`; returns their targets, `[B, G, S, D]` fp16."""
+def feed_back(side: Side, found: Codes) -> Tensor:
+    """Replace the codes of a side's new tokens `[B, G, S, D]`; returns their targets, `[B, G, S, D]` fp16."""
+    packed, x, codes = side.packed, side.x, found.codes
     (batch, heads, tokens, dim), tables, fed = x.shape, packed.tables, packed.feedback
     assert fed is not None
     targets = torch.empty(codes.shape, dtype=torch.float16, device=x.device)
@@ -98,7 +100,7 @@ def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dy
         x,
         *x.stride()[:3],
         codes,
-        ranges,
+        found.ranges,
         targets,
         tables.scale,
         tables.zero,
@@ -113,7 +115,7 @@ def feed_back(packed: PackedTensor, x: Tensor, codes: Tensor, ranges: Tensor, dy
         G=heads,
         D=dim,
         LANES=max(16, triton.next_power_of_2(dim)),
-        DYNAMIC=dynamic,
+        DYNAMIC=side.dynamic,
         WIDEST=tables.widest,
         TILE=tile,
         **options,

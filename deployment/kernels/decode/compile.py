@@ -1,4 +1,4 @@
-"""decode.cu for the GPU that is there: NVIDIA's run-time compiler, through the packages of `pip install -e .[cuda]`; no nvcc.
+"""Kernels in CUDA C++ for the GPU that is there: NVIDIA's run-time compiler, through the packages of `pip install -e .[cuda]`; no nvcc.
 
 What was compiled is kept in `~/.cache/kvquant` (`$XDG_CACHE_HOME`), by source, shape, architecture and versions, so that each is compiled once. Where
 something is missing `available` says so, once, and the general way is taken.
@@ -11,17 +11,26 @@ import warnings
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from deployment.kernels.decode.host import Run, Shape
+from deployment.kernels.decode.host import Run
 from gradients.atomic import atomic_write
 from gradients.cli import UserError
 
 FOLDER = Path(__file__).parent
 _LEAST_CAPABILITY = (8, 0)
 _PROBE = 'extern "C" __global__ void probe() {}'
+
+
+class Shape(Protocol):
+    """What a file is compiled for: macros."""
+
+    @property
+    def source(self) -> Path: ...  # noqa: D102
+    def __hash__(self) -> int: ...
+    def defines(self) -> dict[str, int]: ...  # noqa: D102
 
 
 @cache
@@ -88,13 +97,12 @@ def _function(kernel: str, shape: Shape, device: torch.device) -> Any:
 
 @cache
 def _module(shape: Shape, device: torch.device) -> Any:
-    source = (FOLDER / "decode.cu").read_text()
-    return _load(_built("decode", source, shape.defines(), architecture(device)))
+    return _load(_built(shape.source.stem, shape.source.read_text(), shape.defines(), architecture(device)))
 
 
 def compiled(shape: Shape, arch: str, lines: bool = False) -> bytes:
     """Machine code for a shape and an architecture that need not be there; with `lines` it names its source's. Nothing is kept."""
-    return _compile((FOLDER / "decode.cu").read_text(), shape.defines(), arch, lines)
+    return _compile(shape.source.read_text(), shape.defines(), arch, lines)
 
 
 def _built(name: str, source: str, defines: dict[str, int], arch: str) -> bytes:
@@ -126,13 +134,19 @@ def _versions() -> tuple[str, ...]:
 
 
 def _compile(source: str, defines: dict[str, int], arch: str, lines: bool = False) -> bytes:
-    from cuda.core import Program, ProgramOptions
+    from cuda.core import Program
+
+    return bytes(Program(source, "c++", options(defines, arch, lines)).compile("cubin").code)
+
+
+def options(defines: dict[str, int], arch: str, lines: bool = False) -> Any:
+    """What the compiler is told."""
+    from cuda.core import ProgramOptions
 
     macros = [(name, str(value)) for name, value in defines.items()]
-    options = ProgramOptions(
+    return ProgramOptions(
         arch=arch, std="c++17", include_path=str(FOLDER), define_macro=macros or None, lineinfo=lines or None
     )
-    return bytes(Program(source, "c++", options).compile("cubin").code)
 
 
 def _driver() -> Any:

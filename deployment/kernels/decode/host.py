@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,26 +25,26 @@ _LOG2_E = math.log2(math.e)
 _fixed: WeakKeyDictionary[PackedTensor, tuple[Tensor, ...]] = WeakKeyDictionary()
 
 
-def _structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
+def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     """A structure of decode.cu; "a b" are two fields of one type."""
     each = [(one, kind) for names, kind in fields for one in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": each})
 
 
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
-Side = _structure(
+Side = structure(
     "Side",
     ("words entries ranges slots groups index value starts ends", _POINTER),
     ("block_words", _INT),
     ("lowest", _FLOAT),
 )
-Plain = _structure(
+Plain = structure(
     "Plain",
     ("key value origins limits", _POINTER),
     ("stride_b stride_g stride_t shift", _LONG),
     ("tokens half", _INT),
 )
-Params = _structure(
+Params = structure(
     "Params",
     ("key value", Side),
     ("plain", Plain * 2),
@@ -67,6 +68,11 @@ class Shape:
     key_outliers: int
     value_outliers: int
     bfloat: int
+
+    @property
+    def source(self) -> Path:
+        """decode.cu."""
+        return Path(__file__).with_name("decode.cu")
 
     def defines(self) -> dict[str, int]:
         """As macros."""
@@ -164,7 +170,7 @@ def _is_grouped(packed: PackedTensor) -> bool:
 
 
 Run = Callable[
-    [str, Shape, int, int, int, ctypes.Structure], None
+    [str, Any, int, int, int, ctypes.Structure], None
 ]  # kernel, shape, blocks, threads, shared bytes, Params
 
 

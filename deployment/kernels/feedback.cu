@@ -1,0 +1,463 @@
+// Error feedback of new tokens (quant/feedback.py), bit for bit: every product and every sum is rounded on its own.
+//
+// `append_token` stores one token per sequence, all there is to it (what step.py does without feedback). A block has one side (keys or values) of
+// one KV head. Its first warp goes through the channels in the head's order: lane l has the targets of D / 32 of them that follow each other, and
+// when its turn has come all lanes get these. Then lane k asks whether a target falls to level k, so that one operation of the warp hands the error to
+// all. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
+//
+// `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A warp has 64 tokens of a head, two to a lane, and goes through 8 channels at a
+// time: first all errors before them, in order, then each other's.
+//
+// Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, and ELEMENT of x: 0 fp16, 1 bf16, 2 fp32. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+#ifdef __CUDACC__
+#include "ptx.h"
+DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
+DEVICE uint32_t or_of_warp(uint32_t x) { return __reduce_or_sync(~0u, x); }
+DEVICE uint32_t sum_of_warp(uint32_t x) { return __reduce_add_sync(~0u, x); }
+DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(~0u, x); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+DEVICE int ones_of(uint32_t x) { return __popc(x); }
+DEVICE void flip(uint32_t* p, uint32_t bits) { atomicXor(p, bits); }
+DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+// 16 bytes to shared memory, there once they are waited for
+DEVICE void copy_later(void* to, const void* from) { asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(to)), "l"(from) : "memory"); }
+DEVICE void wait_for_copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+DEVICE float sum(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float difference(float a, float b) { return __fsub_rn(a, b); }
+DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
+#else
+#include "lanes.h"
+template <class T, class F> T over_warp(T x, F f) {
+    T all[32];
+    lanes::gather(x, all);
+    for (int i = 1; i < 32; i++) all[0] = f(all[0], all[i]);
+    return all[0];
+}
+DEVICE uint32_t or_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return a | b; }); }
+DEVICE uint32_t sum_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return a + b; }); }
+DEVICE uint32_t max_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return max(a, b); }); }
+DEVICE uint32_t ballot(bool p) { return or_of_warp((uint32_t)p << lanes::now % 32); }
+DEVICE float shuffle(float x, int lane) { float v[32]; lanes::gather(x, v); return v[lane]; }
+DEVICE int ones_of(uint32_t x) { return __builtin_popcount(x); }
+DEVICE void flip(uint32_t* p, uint32_t bits) { *p ^= bits; }
+DEVICE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
+DEVICE void copy_later(void* to, const void* from) { read4((uint32_t*)to, from); }
+DEVICE void wait_for_copied() {}
+DEVICE float sum(float a, float b) { return a + b; }
+DEVICE float difference(float a, float b) { return a - b; }
+DEVICE float product(float a, float b) { return a * b; }
+DEVICE float quotient(float a, float b) { return a / b; }
+#endif
+
+struct Side {  // keys, or values; tensors as in step.py and chunk.py
+    const void* x;
+    uint16_t *sinks, *scales, *index, *value, *codes, *targets;
+    uint32_t* words;
+    const uint16_t *ranges, *matrix;
+    const int* starts;
+    int* ends;
+    const float *scale, *zero, *levels, *boundaries;
+    const int *width, *first_level, *first_boundary, *offset, *slot, *order;
+    int64_t stride_b, stride_g, stride_s, block_words, places;
+    int dynamic, outliers, per_end, source, span, all_levels, all_boundaries;
+};
+struct Params {
+    Side side[2];
+    const int64_t *stored, *padding;
+    int* overflow;
+    int64_t page_start, blocks, streams, sinks, tokens;
+    int sides, warps;  // warps of a block that has tiles
+};
+
+constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
+constexpr float TINY = 1.17549435e-38f;
+constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
+
+DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
+DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }
+DEVICE uint16_t stored_as(float x) { return to_half(x < -65504.f ? -65504.f : x > 65504.f ? 65504.f : x); }
+DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
+
+struct Shared {
+    uint16_t matrix[D * D];  // in order
+    float edge[D * LEVELS], value[D * LEVELS];  // of the channels in order; if ranges are the token's all have the first
+    float levels[MOST_LEVELS], boundaries[MOST_LEVELS];
+    float x[D], s[D], z[D], target[D];  // in order, but for the target
+    int order[D], code[D];              // the code by channel, as are the masks
+    uint32_t outlier[PER], tied[2][PER], part[2][WARPS];
+    uint8_t width[D], level[D], boundary[D];  // in order; where the channel's levels begin, and its boundaries
+};
+
+// ---- one token
+
+DEVICE uint32_t sum_of_block(Shared& sh, uint32_t x, int turn) {
+    x = sum_of_warp(x);
+    if (thread_number() % 32 == 0) sh.part[turn & 1][thread_number() / 32] = x;
+    barrier_of_block();
+    uint32_t total = 0;
+    for (int w = 0; w < WARPS; w++) total += sh.part[turn & 1][w];
+    return total;
+}
+DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
+    x = max_of_warp(x);
+    if (thread_number() % 32 == 0) sh.part[turn & 1][thread_number() / 32] = x;
+    barrier_of_block();
+    uint32_t most = 0;
+    for (int w = 0; w < WARPS; w++) most = max(most, sh.part[turn & 1][w]);
+    return most;
+}
+
+// Integers that sort as numbers do, see encode.py.
+constexpr uint32_t SIGN = ELEMENT == 2 ? 0x80000000u : 0x8000u, ONES = SIGN | (SIGN - 1);
+DEVICE uint32_t rising(uint32_t raw) {
+    if (!(raw & ~SIGN)) raw = 0;
+    return raw & SIGN ? ~raw & ONES : raw | SIGN;
+}
+DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
+
+constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
+// f(key from above, key from below, channel) of all channels, added up.
+template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, int turn, F f) {
+    uint32_t total = 0;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) {
+        const int channel = k * THREADS + thread_number();
+        if (channel < CHANNELS) total += f(up[k], ONES - up[k], channel);
+    }
+    return sum_of_block(sh, total, turn);
+}
+
+// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
+DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& scale, float& zero) {
+    const int thread = thread_number(), warp = thread / 32;
+    uint32_t up[SHARE];
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) {
+        const int channel = k * THREADS + thread;
+        up[k] = 0;
+        if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
+    }
+    const uint32_t count = side.per_end;
+    uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
+    int turn = 0;
+    if (count) {
+        for (uint32_t bit = SIGN; bit; bit >>= 1, turn++) {
+            const uint32_t both = sum_over(sh, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
+            if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
+            if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
+        }
+        const uint32_t beyond = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
+        const uint32_t before = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
+        const int own = min(thread, D - 1);
+        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own)), z = ONES - a;
+        const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
+        if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
+        barrier_of_block();
+        const uint32_t up_to = ~0u >> (31 - thread % 32);
+        uint32_t top_rank = (before & 65535) + ones_of(tops & up_to), bottom_rank = (before >> 16) + ones_of(bottoms & up_to);
+        for (int w = 0; w < min(warp, PER); w++) top_rank += ones_of(sh.tied[0][w]), bottom_rank += ones_of(sh.tied[1][w]);
+        const int after = (int)bottom_rank - (int)(top == ONES - bottom ? room_top : 0);  // if the thresholds are one number top takes its ties first
+        const bool extreme = a > top || z > bottom || (a == top && top_rank <= room_top) || (z == bottom && after > 0 && after <= (int)room_bottom);
+        const uint32_t mask = ballot(thread < D && extreme);
+        if (thread % 32 == 0 && warp < PER) sh.outlier[warp] = mask;
+    }
+    uint32_t most = 0, least = 0;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++)
+        if (k * THREADS + thread < CHANNELS) {
+            if (!count || up[k] < top + more_top) most = max(most, up[k]);
+            if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
+        }
+    const float high = risen(max_of_block(sh, most, turn)), low = risen(ONES - max_of_block(sh, least, turn + 1));
+    scale = as_stored(product(difference(high, low), 0.5f)), zero = as_stored(product(sum(high, low), 0.5f));
+}
+
+// The largest number whose quotient by s does not exceed the boundary: from where it must nearly be, in growing steps, then in halves.
+DEVICE float edge_of(float boundary, float s) {
+    auto at = [](int k) { return as_float(k < 0 ? (uint32_t)k ^ 0x7FFFFFFFu : (uint32_t)k); };  // floats by their place among all
+    auto holds = [&](int k) { return quotient(at(k), s) <= boundary; };
+    const int guess = (int)bits_of(product(boundary, s));
+    int k = guess < 0 ? guess ^ 0x7FFFFFFF : guess, step = 1;
+    while (!holds(k)) k -= step, step *= 2;
+    for (step = 1; holds(k + step); step *= 2) k += step;
+    while (step /= 2)
+        if (holds(k + step)) k += step;
+    return at(k);
+}
+
+struct Turn {  // what the warp must know of the channels of a lane, whose turn comes
+    static constexpr int HALVES = (LEVELS + 31) / 32;
+    float z[PER], low[PER][HALVES], high[PER][HALVES], value[PER][HALVES], among[PER][PER];
+    uint16_t others[PER][PER];
+    int channel[PER];
+    bool outlier[PER];
+};
+DEVICE void prepare(Turn& t, const Shared& sh, int turn, int row) {
+    const int lane = thread_number() % 32;
+#pragma unroll
+    for (int r = 0; r < PER; r++) {
+        const int i = turn * PER + r;
+        t.z[r] = sh.z[i], t.channel[r] = sh.order[i];
+        t.outlier[r] = sh.outlier[t.channel[r] / 32] >> t.channel[r] % 32 & 1;
+#pragma unroll
+        for (int h = 0; h < Turn::HALVES; h++) {
+            const int k = min(lane + 32 * h, LEVELS - 1);
+            t.low[r][h] = k ? sh.edge[i * row + k - 1] : -infinity();
+            t.high[r][h] = lane + 32 * h < LEVELS ? sh.edge[i * row + k] : -infinity();
+            t.value[r][h] = sh.value[i * row + k];
+        }
+#pragma unroll
+        for (int c = 0; c < PER; c++) {
+            t.others[r][c] = sh.matrix[i * D + lane * PER + c];
+            if (c > r) t.among[r][c] = from_half(sh.matrix[i * D + turn * PER + c]);
+        }
+    }
+}
+
+// Codes and targets of the head's channels, by one warp.
+DEVICE void chain(Shared& sh, int row) {
+    const int lane = thread_number() % 32;
+    float y[PER];
+    for (int c = 0; c < PER; c++) y[c] = sh.x[lane * PER + c];
+    Turn now, next;
+    prepare(next, sh, 0, row);
+#pragma unroll 2
+    for (int turn = 0; turn < 32; turn++) {
+        now = next;
+        prepare(next, sh, min(turn + 1, 31), row);
+        float t[PER];
+#pragma unroll
+        for (int r = 0; r < PER; r++) t[r] = shuffle(y[r], turn);
+#pragma unroll
+        for (int r = 0; r < PER; r++) {
+            const float d = difference(t[r], now.z[r]), lost = difference(t[r], as_stored(t[r]));
+            uint32_t mine = lane == 0 && now.outlier[r] ? bits_of(lost) : 0;
+#pragma unroll
+            for (int h = 0; h < Turn::HALVES; h++) {
+                const bool here = d > now.low[r][h] && !(d > now.high[r][h]);
+                if (here && !now.outlier[r]) mine = bits_of(difference(t[r], now.value[r][h]));
+                if (here) sh.code[now.channel[r]] = lane + 32 * h;
+            }
+            if (lane == 0) sh.target[now.channel[r]] = t[r];
+            const float error = as_float(or_of_warp(mine));
+#pragma unroll
+            for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(error, now.among[r][c]));
+#pragma unroll
+            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(error, from_half(now.others[r][c])));
+        }
+    }
+}
+
+// Make the bits of a channel's code in its words those of `code`, see store.py; others may change other bits of these words.
+DEVICE void put_code(uint32_t* words, const Side& side, int channel, int slot, uint32_t code) {
+    const int width = side.width[channel];
+    words += side.offset[channel];
+#pragma unroll
+    for (int plane = 4; plane; plane /= 2) {
+        if (!(width & plane)) continue;
+        const int shift = width & (16 - 2 * plane);
+        int word = slot * plane / 32, bit = slot * plane % 32;
+        if (side.source == 0) word = word / plane * width + shift + word % plane;
+        else {
+            const bool keys = side.source == 2;
+            const int c = side.slot[channel] % 16, lane = keys ? slot % 8 * 4 + c % 8 / 2 : c % 8 * 4 + slot / 16;
+            const int n = keys ? slot / 16 : c / 8 * 2 + slot / 8 % 2, j = keys ? slot / 8 % 2 * 4 + c / 8 * 2 + c % 2 : slot % 8;
+            word = 32 * shift + lane * plane + n * plane / 4, bit = 4 * j + n * plane % 4;
+        }
+        flip(words + word, (words[word] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
+    }
+}
+
+// Put the outliers behind the head's others, from `begin` up to `limit`.
+DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, int64_t token, int* end, int64_t begin, int64_t limit) {
+    const int thread = thread_number();
+    int before = 0, all = 0;
+    for (int w = 0; w < PER; w++) {
+        const int count = ones_of(sh.outlier[w]);
+        if (w < thread / 32) before += count;
+        all += count;
+    }
+    if (thread < D && sh.outlier[thread / 32] >> thread % 32 & 1) {
+        const int64_t entry = begin + before + ones_of(sh.outlier[thread / 32] & ((1u << thread % 32) - 1));
+        if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[thread]);
+    }
+    if (thread) return;
+    *end = (int)min(begin + all, limit);
+    if (begin + all > limit) *p.overflow = 1;
+}
+
+KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
+    Shared& sh = *(Shared*)SHARED_MEMORY;
+    const int thread = thread_number(), warp = thread / 32;
+    const bool values = block_number() < p.streams;  // they take longer, and come first
+    const Side& side = p.side[values];
+    const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
+    const int g = (int)(stream % HEADS), channel = g * D + thread;
+    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
+    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + g * side.stride_g;
+    for (int i = 8 * thread; i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
+    float x = 0, scale = 0, zero = 0;
+    if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
+    if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
+    if (thread < PER) sh.outlier[thread] = 0;
+    if (thread < D) {
+        x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
+        const int place = side.order[channel], at = g * D + place;
+        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place));
+        sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
+        sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
+    }
+    const int64_t token = number - p.sinks - p.page_start;
+    if (padding) return;
+    if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(x);
+    if (token < 0 || token >= p.blocks * 64) return;
+    int64_t begin = 0, limit = 0;
+    int* const end = side.ends + stream * p.blocks + token / 64;
+    if (side.outliers) {
+        begin = token % 64 ? end[0] : token >= 64 ? end[-1] : side.starts[stream];
+        limit = stream + 1 < p.streams ? side.starts[stream + 1] : side.places;
+    }
+    barrier_of_block();
+    if (side.dynamic) {
+        own_range(sh, side, b, g, scale, zero);
+        uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
+        if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
+        if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
+    } else if (warp < PER) {
+        const float normalised = quotient(difference(x, zero), maximum(scale, TINY));
+        const uint32_t mask = ballot(side.outliers && (normalised > 1 || normalised < -1));
+        if (thread % 32 == 0) sh.outlier[warp] = mask;
+    }
+    barrier_of_block();
+    const int row = side.dynamic ? 0 : LEVELS;
+    for (int i = thread; i < (row ? D : 1) * LEVELS; i += THREADS) {
+        const int c = i / LEVELS, k = i % LEVELS, levels = 1 << sh.width[c];
+        sh.edge[i] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
+        sh.value[i] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
+    }
+    wait_for_copied();
+    barrier_of_block();
+    if (warp == 0) chain(sh, row);
+    barrier_of_block();
+    if (thread < D) {
+        const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
+        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[thread]);
+    }
+    if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
+}
+
+// ---- a chunk
+
+constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, MOST_TILES = 4;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time; warps
+struct Tile {
+    float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
+    float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
+    uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
+    uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
+};
+
+// Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
+DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
+    const int lane = thread_number() % 32;
+    float y[2][NEXT];
+#pragma unroll
+    for (int j = 0; j < NEXT; j++) y[0][j] = sh.y[(first + j) * ROW + lane], y[1][j] = sh.y[(first + j) * ROW + lane + 32];
+    auto hand_on = [&](const uint16_t* row, const float* e, int from) {
+        uint32_t words[NEXT / 2];
+        read4(words, row + first);
+#pragma unroll
+        for (int j = 0; j < NEXT; j++)
+            if (j >= from) {
+                const float m = from_half((uint16_t)(words[j / 2] >> 16 * (j % 2)));
+                y[0][j] = difference(y[0][j], product(e[0], m)), y[1][j] = difference(y[1][j], product(e[1], m));
+            }
+    };
+#pragma unroll 4
+    for (int i = 0; i < first; i++) {
+        const float e[2] = {sh.y[i * ROW + lane], sh.y[i * ROW + lane + 32]};
+        hand_on(matrix + i * D, e, 0);
+    }
+#pragma unroll
+    for (int r = 0; r < NEXT; r++) {
+        const int c = first + r;
+        const float *levels = sh.levels[sh.width[c]], *boundaries = sh.boundaries[sh.width[c]];
+        int code[2] = {0, 0};
+        float e[2], q[2], scale[2], zero[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            scale[h] = side.dynamic ? s[h] : sh.s[c], zero[h] = side.dynamic ? z[h] : sh.z[c];
+            q[h] = quotient(difference(y[h][r], zero[h]), maximum(scale[h], TINY));
+        }
+        if (LEVELS <= 16) {  // no load depends on a comparison
+#pragma unroll
+            for (int k = 0; k < LEVELS - 1; k++) code[0] += q[0] > boundaries[k], code[1] += q[1] > boundaries[k];
+        } else
+            for (int step = 1 << sh.width[c] >> 1; step; step /= 2)
+#pragma unroll
+                for (int h = 0; h < 2; h++)
+                    if (q[h] > boundaries[code[h] + step - 1]) code[h] += step;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint8_t& kept = sh.code[c * (TILE + 4) + lane + 32 * h];
+            float value = sum(product(levels[code[h]], scale[h]), zero[h]);
+            if (kept == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
+            else kept = (uint8_t)code[h];
+            e[h] = difference(y[h][r], value);
+            sh.y[c * ROW + lane + 32 * h] = e[h];
+        }
+        if (r + 1 < NEXT) hand_on(matrix + c * D, e, r + 1);
+    }
+}
+
+KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
+    const int lane = thread_number() % 32, warp = thread_number() / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
+    Tile& sh = ((Tile*)SHARED_MEMORY)[warp];
+    const int64_t all = p.streams * tiles, number = (int64_t)block_number() * p.warps + warp;
+    if (number >= all * p.sides) return;
+    const int64_t mine = number % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
+    const Side& side = p.side[number / all];
+    const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
+    for (int c = lane; c < D; c += 32) {
+        const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
+        sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
+        sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
+        for (int k = 0; k < LEVELS; k++) {  // channels of one width write the same
+            sh.levels[width][k] = k < 1 << width ? side.levels[side.first_level[at] + k] : 0;
+            sh.boundaries[width][k] = k + 1 < 1 << width ? side.boundaries[side.first_boundary[at] + k] : infinity();
+        }
+    }
+    barrier(warp + 1, 32);
+    uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
+    // tokens that are not there are the last one once more: so nothing waits for a condition
+#pragma unroll 8
+    for (int t = 0; t < TILE; t++)
+#pragma unroll
+        for (int part = 0; part < PER; part++) {
+            const int channel = 32 * part + lane, c = sh.place[channel], there = min(t, tokens - 1);
+            sh.y[c * ROW + t] = number_of(raw_of(side.x, b * side.stride_b + g * side.stride_g + (first + there) * side.stride_s + channel));
+            sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
+        }
+    float s[2] = {1, 1}, z[2] = {0, 0};
+    uint16_t* targets[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int64_t t = b * p.tokens + first + min(lane + 32 * h, tokens - 1);
+        targets[h] = side.targets + t * CHANNELS + g * D;
+        if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
+    }
+    barrier(warp + 1, 32);
+#pragma unroll 1
+    for (int c = 0; c < D; c += NEXT) next_channels(sh, side, c, side.matrix + g * D * D, s, z, targets);
+    barrier(warp + 1, 32);
+    for (int t = 0; t < tokens; t++)
+#pragma unroll
+        for (int part = 0; part < PER; part++) {
+            const int channel = 32 * part + lane;
+            const uint8_t code = sh.code[sh.place[channel] * (TILE + 4) + t];
+            if (code != 255) codes[t * CHANNELS + channel] = code;
+        }
+}
+
+GLOBAL sizes(int* out) { out[0] = sizeof(Shared), out[1] = sizeof(Tile), out[2] = sizeof(Params); }
