@@ -112,9 +112,13 @@ def attend(
     `origins` `[B]` int64 are the positions of the queries' first tokens, padding included, if the layer holds the
     chunk already; else they follow what is stored.
     """
-    from deployment.kernels.packed import DenseSegment, attend_packed
+    from deployment.kernels.packed import DenseSegment, Known, attend_packed
 
     new, pads = query.shape[2], _on_device(layer, padding)
+    known = None
+    if not is_capturing(query.device):
+        own = [new - pad if origins is not None else 0 for pad in padding]  # that are stored already
+        known = [Known(held - more, held, pad) for held, more, pad in zip(layer.lengths, own, padding, strict=True)]
     if origins is None:
         origins = layer.stored - pads
     positions = origins[:, None]
@@ -127,7 +131,7 @@ def attend(
     segments = _stored_segments(layer)
     if chunk is not None:
         segments.append(DenseSegment(*chunk, origins, None))
-    return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads)
+    return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads, known)
 
 
 def _on_device(layer: PackedLayer, padding: Sequence[int]) -> Tensor:
