@@ -124,7 +124,9 @@ def attend(
     positions = origins[:, None]
     if new > 1:
         token = torch.arange(new, device=query.device)
-        positions = (positions + token).masked_fill(token < pads[:, None], -1)
+        positions = positions + token
+        if any(padding):
+            positions = positions.masked_fill(token < pads[:, None], -1)
     held = 0 if chunk is None else new
     length = max(stored + held - pad for stored, pad in zip(layer.lengths, padding, strict=True))
     rotary = rope.for_kernels(length, query.shape[-1], query.device)

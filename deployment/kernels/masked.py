@@ -4,13 +4,13 @@ For what is captured in a graph, and for queries that are anywhere: slower than 
 are attended to in pieces, as if they were so many sequences.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from deployment.kernels.library import HIDDEN, Part, attend_masked
-from deployment.kernels.packed import DenseSegment, Segment
+from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import merged, rotated
 from deployment.kernels.unpacking import unpack
@@ -20,20 +20,30 @@ _PIECE = 512  # tokens
 
 
 def attend_masked_segments(
-    query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: int, blocks: int
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    kv_heads: int,
+    blocks: int,
+    longest: int | None = None,
 ) -> Tensor:
     """Causal attention of rotated and scaled queries, stretches of so many `blocks` at a time.
 
     Args:
         query: `[B, H, S, D]` fp16 or fp32; D may be more than the segments have.
         positions: `[B, S]` int64, negative for queries that see nothing, which get zeros.
+        longest: tokens of the longest sequence, if the host knows.
 
     Returns `[B, H, S, D]` in float32 or the query's dtype.
     """
     total: Part | None = None
     for segment in segments:
-        for first in range(0, segment.tokens, blocks * BLOCK_TOKENS):
-            tokens = min(blocks * BLOCK_TOKENS, segment.tokens - first)
+        there = segment.tokens
+        if longest is not None and isinstance(segment, PackedSegment):
+            there = min(there, longest - segment.start)
+        for first in range(0, there, blocks * BLOCK_TOKENS):
+            tokens = min(blocks * BLOCK_TOKENS, there - first)
             key, value = _plain(segment, rotary, first, tokens, query, kv_heads)
             part = _attend(query, key, value, _seen(segment, first, key.shape[1], positions))
             total = part if total is None else merged(total, part)

@@ -66,6 +66,10 @@ class Known:
     stored: int
     pad: int
 
+    def ends(self, new: int) -> tuple[int, int]:
+        """How many tokens may be stored: those before the `new` queries, or these, too."""
+        return self.before, self.before + new - self.pad
+
 
 def attend_packed(
     query: Tensor,

@@ -22,7 +22,9 @@ from deployment.kernels.plain import merged, rotated
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-SCRATCH_BYTES = 128 * 2**20  # of unpacked keys and values together; with less, launching would take longer than computing
+SCRATCH_BYTES = 256 * 2**20  # of unpacked keys and values together; with less, launching would take longer than computing
+_MOST_TOKENS = 16384  # of a stretch
+_FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
 _EVEN = 8  # channels: the library wants whole multiples
 
 
@@ -39,33 +41,42 @@ def attend_many(
     batch, heads, new, dim = query.shape
     pitch = -(-dim // _EVEN) * _EVEN
     operand = torch.float32 if query.dtype == torch.float32 else torch.float16
-    turned = query.new_zeros(batch, new, heads, pitch, dtype=operand)
-    turned = rotated(query, positions, rotary, turned, scaling).transpose(1, 2)
-    if known is None or any(row.stored not in (row.before, row.before + new - row.pad) for row in known):
-        blocks = stretch_blocks(batch * kv_heads * pitch * operand.itemsize)
-        output = attend_masked_segments(turned, positions, segments, rotary, kv_heads, blocks)
+    turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
+    turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling).transpose(1, 2)
+    arguments = turned, positions, segments, rotary, kv_heads
+    if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
+        longest = None if known is None else max(row.stored for row in known)
+        output = attend_masked_segments(*arguments, stretch_blocks(batch * kv_heads * pitch * operand.itemsize), longest)
     else:
-        output = torch.zeros_like(turned, dtype=torch.float32)
-        for first, rows, row in _groups(known):
-            if row.pad < new:
-                part = _Rows(turned, positions, segments, rotary, kv_heads, first, rows, row)
-                output[first : first + rows, :, row.pad :] = part.attend()
+        output = _attend_known(*arguments, known)
     return output.transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
+
+
+def _attend_known(
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    kv_heads: int,
+    known: Sequence[Known],
+) -> Tensor:
+    """All sequences at once if they are alike, else one by one."""
+    alike = all(row == known[0] for row in known)
+    if alike and not known[0].pad:
+        return _Rows(query, positions, segments, rotary, kv_heads, 0, len(known), known[0]).attend()
+    output = torch.zeros_like(query, dtype=torch.float32)
+    for first, row in enumerate(known[:1] if alike else known):
+        rows = len(known) if alike else 1
+        if row.pad < query.shape[2]:
+            attended = _Rows(query, positions, segments, rotary, kv_heads, first, rows, row).attend()
+            output[first : first + rows, :, row.pad :] = attended
+    return output
 
 
 def stretch_blocks(bytes_per_token: int) -> int:
     """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
-    tokens = SCRATCH_BYTES // (2 * bytes_per_token)
+    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), _MOST_TOKENS)
     return max(1, (tokens // PLANNED * PLANNED or tokens) // BLOCK_TOKENS)
-
-
-def _groups(known: Sequence[Known]) -> Iterator[tuple[int, int, Known]]:
-    """(first sequence, sequences, what is known of each): all of them at once if they are alike, else one by one."""
-    if all(row == known[0] for row in known):
-        yield 0, len(known), known[0]
-    else:
-        for number, row in enumerate(known):
-            yield number, 1, row
 
 
 class _Rows:
@@ -89,6 +100,9 @@ class _Rows:
         dense = [segment for segment in segments if isinstance(segment, DenseSegment)]
         self.sinks = next((segment for segment in dense if segment.limits is not None), None)
         self.chunk = next((segment for segment in dense if segment.limits is None), None)
+        self.padded = any(segment.key.shape[-1] < query.shape[-1] for segment in dense) or any(
+            segment.key.head_dim < query.shape[-1] for segment in self.packed
+        )
 
     def attend(self) -> Tensor:
         """Outputs `[R, H, S, D]` fp32 or in the query's dtype."""
@@ -124,8 +138,7 @@ class _Rows:
     def _scratch(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[R, tokens, G, D]`, zeros where a head ends before D."""
         shape = (2, len(self.query), tokens, self.heads, self.query.shape[-1])
-        dim = self.packed[0].key.head_dim if self.packed else 0
-        key, value = self.query.new_empty(shape) if dim == shape[-1] else self.query.new_zeros(shape)
+        key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
         return key, value
 
     def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor) -> None:
@@ -150,10 +163,12 @@ class _Rows:
     def _chunk(self, chunk: DenseSegment) -> tuple[Tensor, Tensor]:
         """Keys, rotated, and values `[R, G, S, D]` of a chunk that is not stored yet."""
         key, value = (tokens[self.which, :, self.row.pad :] for tokens in (chunk.key, chunk.value))
-        missing = self.query.shape[-1] - key.shape[-1]
-        turned = self.query.new_zeros(len(key), key.shape[2], self.heads, self.query.shape[-1])
+        turned, own = self._scratch(key.shape[2])
         rotated(key, self.positions, self.rotary, turned)
-        return turned.transpose(1, 2), torch.nn.functional.pad(value.to(self.query.dtype), (0, missing))
+        if self.padded or value.dtype != own.dtype or value.stride(-1) != 1:
+            own[..., : value.shape[-1]] = value.transpose(1, 2)
+            value = own.transpose(1, 2)
+        return turned.transpose(1, 2), value
 
     def _stored_chunk(self) -> tuple[Tensor, Tensor]:
         """The same of one that is stored: its last tokens, some of which may be sinks."""

@@ -101,9 +101,11 @@ def unpack_kernel(
     for g in range(part * HEADS, (part + 1) * HEADS):
         at_head = g * D
         tables = (levels, scale + at_head, zero + at_head, width + at_head, offset + at_head, first_level + at_head, slot + at_head, channel_at + at_head)
-        source, outliers = (words, scales, tables), (index, value, starts, ends)
-        own = result + g * PITCH
+        source, own = (words, scales, tables), result + g * PITCH
         to = own + token[:, None] * (G * PITCH)
+        if OUTLIERS:  # the first ones are on their way while the codes are unpacked
+            begin, end = outlier_list(starts, ends, b * G + g, block, blocks, held)
+            number, exact = outliers_from(index, value, begin, end, ENTRIES)
         if ROTATED:
             a = decoded(source, g, first, pair_ok, 0, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, PAIRS)
             b_half = decoded(source, g, second, pair_ok, 1, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, PAIRS)
@@ -111,7 +113,7 @@ def unpack_kernel(
                 tl.store(to + first[None, :], a.to(ELEMENT), mask=ok)
                 tl.store(to + second[None, :], b_half.to(ELEMENT), mask=ok)
                 tl.debug_barrier()
-                put_outliers(own, outliers, b * G + g, block, blocks, held, G * PITCH, D, ENTRIES)
+                put_outliers(own, index, value, number, exact, begin, end, held, G * PITCH, D, ENTRIES)
                 tl.debug_barrier()
                 a = tl.load(to + first[None, :], mask=ok, other=0).to(tl.float32)
                 b_half = tl.load(to + second[None, :], mask=ok, other=0).to(tl.float32)
@@ -123,7 +125,7 @@ def unpack_kernel(
             tl.store(to + channel[None, :], tile.to(ELEMENT), mask=channel_ok[None, :])
             if OUTLIERS:
                 tl.debug_barrier()
-                put_outliers(own, outliers, b * G + g, block, blocks, held, G * PITCH, D, ENTRIES)
+                put_outliers(own, index, value, number, exact, begin, end, held, G * PITCH, D, ENTRIES)
 
 
 @triton.jit
@@ -255,20 +257,30 @@ def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def put_outliers(
-    own, outliers, stream, block, blocks, held, TOKEN: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr
-):
-    """Write a block's outliers over its elements, TOKEN apart from token to token; from token `held` on there are none."""
-    index, value, starts, ends = outliers
+def outlier_list(starts, ends, stream, block, blocks, held):
+    """(begin, end) of a block's outliers among the entries; none if nothing of it is held."""
     if block > 0:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
         begin = tl.load(ends + stream * blocks + block - 1)
     else:
         begin = tl.load(starts + stream)
-    end = tl.where(held > 0, tl.load(ends + stream * blocks + block), begin)
+    return begin, tl.where(held > 0, tl.load(ends + stream * blocks + block), begin)
+
+
+@triton.jit
+def outliers_from(index, value, begin, end, ENTRIES: tl.constexpr):
+    """(number in the block's span, value) of up to ENTRIES outliers."""
+    entry = begin + tl.arange(0, ENTRIES)
+    number = tl.load(index + entry, mask=entry < end, other=0).to(tl.int32) & 0xFFFF
+    return number, tl.load(value + entry, mask=entry < end, other=0)
+
+
+@triton.jit
+def put_outliers(
+    own, index, value, number, exact, begin, end, held, TOKEN: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """Write a block's outliers, the first ones given, over its elements, TOKEN apart from token to token; none from token `held` on."""
     for entry0 in range(begin, end, ENTRIES):
-        entry = entry0 + tl.arange(0, ENTRIES)
-        ok = entry < end
-        number = tl.load(index + entry, mask=ok, other=0).to(tl.int32) & 0xFFFF
-        exact = tl.load(value + entry, mask=ok, other=0)
-        token = number // D % 64
+        if entry0 > begin:
+            number, exact = outliers_from(index, value, entry0, end, ENTRIES)
+        token, ok = number // D % 64, entry0 + tl.arange(0, ENTRIES) < end
         tl.store(own + token * TOKEN + number % D, exact.to(own.dtype.element_ty), mask=ok & (token < held))
