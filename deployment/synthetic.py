@@ -26,7 +26,7 @@ from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
 SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
-SPARE_TOKENS = 512  # room after the context, for chunks that are attended or stored
+SPARE_TOKENS = 1024  # room after the context, for chunks that are attended or stored
 _FILL = 4096  # tokens stored at a time
 
 

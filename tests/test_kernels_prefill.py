@@ -103,7 +103,10 @@ def test_scratch_is_bounded() -> None:
     for bytes_per_token in (16 * 32 * 128 * 2, 32 * 128 * 2, 8 * 128 * 2, 3 * 96 * 4):
         tokens = stretch_blocks(bytes_per_token) * 64
         assert tokens % library.PLANNED == 0 or tokens < library.PLANNED
-        assert 2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token or tokens == 16384
+        assert (
+            2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token
+            or tokens == 16384
+        )
     assert stretch_blocks(prefill.SCRATCH_BYTES // 2000) == 15
     assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
 
@@ -170,7 +173,9 @@ def test_parts_are_merged_by_their_log_sum_exp(dtype: torch.dtype) -> None:
     parts = []
     for which in (slice(0, 30), slice(30, 40)):
         weights = scores[..., which].softmax(-1).nan_to_num(0.0)
-        parts.append(((weights @ value[:, :, which]).to(DEVICE, dtype), scores[..., which].logsumexp(-1).float().to(DEVICE)))
+        parts.append(
+            ((weights @ value[:, :, which]).to(DEVICE, dtype), scores[..., which].logsumexp(-1).float().to(DEVICE))
+        )
     output, lse = merged(*parts)
     assert output.dtype == lse.dtype == torch.float32
     bound = 3e-6 if dtype == torch.float32 else 1e-3
@@ -181,7 +186,13 @@ def test_parts_are_merged_by_their_log_sum_exp(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 def test_partial_rotary_embeddings(rotary_dim: int) -> None:
     error = run_case(
-        rotary_dim=rotary_dim, new=9, heads=(2, 1), lengths=(70,), factor=1.2, dtype=torch.float32, attend=attend_knowing
+        rotary_dim=rotary_dim,
+        new=9,
+        heads=(2, 1),
+        lengths=(70,),
+        factor=1.2,
+        dtype=torch.float32,
+        attend=attend_knowing,
     )
     assert error < 3e-6
 
@@ -199,7 +210,12 @@ KINDS = [("channel", "token"), ("token", "channel"), ("mixed", "mixed"), ("group
 @pytest.mark.parametrize("dim", [64, 96])
 def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], share: float, dim: int) -> None:
     heads, base, first, blocks, at, row0 = 2, 10_000_000, 1, 2, 3, 1
-    lengths = [200, 64 + 10, 3 * 64 + 5, 20]  # the last sequence has nothing in these blocks, the first is not asked for
+    lengths = [
+        200,
+        64 + 10,
+        3 * 64 + 5,
+        20,
+    ]  # the last sequence has nothing in these blocks, the first is not asked for
     sides = []
     for number, (kind, role) in enumerate(zip(kinds, ("key", "value"), strict=True)):
         x = torch.randn(len(lengths), max(lengths), heads * dim, generator=generator(number)).to(DEVICE)

@@ -60,7 +60,11 @@ def rotate_kernel(
     PAIRS: tl.constexpr,
 ):
     """ROWS tokens of a head."""
-    token, n, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token, n, b = (
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
     pair = tl.arange(0, PAIRS)
     first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     pair_ok = pair < D // 2
@@ -87,7 +91,9 @@ def merged(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tens
     (batch, heads, tokens, dim), device = one[0].shape, one[0].device
     output = torch.empty(batch, tokens, heads, dim, dtype=torch.float32, device=device).transpose(1, 2)
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=device)
-    parts = [argument for values, sums in (one, two) for argument in (values, *values.stride()[:3], sums, *sums.stride())]
+    parts = [
+        argument for values, sums in (one, two) for argument in (values, *values.stride()[:3], sums, *sums.stride())
+    ]
     merge_kernel[(-(-tokens // _ROWS), heads, batch)](
         *parts, output, *output.stride()[:3], lse, tokens, D=dim, ROWS=_ROWS, CHANNELS=triton.next_power_of_2(dim)
     )
@@ -123,7 +129,11 @@ def merge_kernel(
     CHANNELS: tl.constexpr,
 ):
     """ROWS queries of a head."""
-    token, h, b = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    token, h, b = (
+        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
+        tl.program_id(1).to(tl.int64),
+        tl.program_id(2).to(tl.int64),
+    )
     channel, token_ok = tl.arange(0, CHANNELS), token < tokens
     ok = token_ok[:, None] & (channel < D)[None, :]
     a = tl.load(one_lse + b * one_lse_b + h * one_lse_h + token * one_lse_s, mask=token_ok, other=0)

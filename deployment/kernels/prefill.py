@@ -22,7 +22,9 @@ from deployment.kernels.plain import merged, rotated
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-SCRATCH_BYTES = 256 * 2**20  # of unpacked keys and values together; with less, launching would take longer than computing
+SCRATCH_BYTES = (
+    256 * 2**20
+)  # of unpacked keys and values together; with less, launching would take longer than computing
 _MOST_TOKENS = 16384  # of a stretch
 _FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
 _EVEN = 8  # channels: the library wants whole multiples
@@ -46,7 +48,9 @@ def attend_many(
     arguments = turned, positions, segments, rotary, kv_heads
     if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
         longest = None if known is None else max(row.stored for row in known)
-        output = attend_masked_segments(*arguments, stretch_blocks(batch * kv_heads * pitch * operand.itemsize), longest)
+        output = attend_masked_segments(
+            *arguments, stretch_blocks(batch * kv_heads * pitch * operand.itemsize), longest
+        )
     else:
         output = _attend_known(*arguments, known)
     return output.transpose(1, 2)[..., :dim].to(query.dtype).contiguous()

@@ -100,7 +100,16 @@ def unpack_kernel(
 
     for g in range(part * HEADS, (part + 1) * HEADS):
         at_head = g * D
-        tables = (levels, scale + at_head, zero + at_head, width + at_head, offset + at_head, first_level + at_head, slot + at_head, channel_at + at_head)
+        tables = (
+            levels,
+            scale + at_head,
+            zero + at_head,
+            width + at_head,
+            offset + at_head,
+            first_level + at_head,
+            slot + at_head,
+            channel_at + at_head,
+        )
         source, own = (words, scales, tables), result + g * PITCH
         to = own + token[:, None] * (G * PITCH)
         if OUTLIERS:  # the first ones are on their way while the codes are unpacked
@@ -121,7 +130,9 @@ def unpack_kernel(
             tl.store(to + first[None, :], (a * cos - b_half * sin).to(ELEMENT), mask=ok)
             tl.store(to + second[None, :], (b_half * cos + a * sin).to(ELEMENT), mask=ok)
         else:
-            tile = decoded(source, g, channel, channel_ok, 0, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, CHANNELS)
+            tile = decoded(
+                source, g, channel, channel_ok, 0, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, CHANNELS
+            )
             tl.store(to + channel[None, :], tile.to(ELEMENT), mask=channel_ok[None, :])
             if OUTLIERS:
                 tl.debug_barrier()

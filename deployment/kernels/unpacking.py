@@ -13,7 +13,6 @@ from deployment.layout import PackedTensor, Page
 from deployment.order import GROUP_CHANNELS, GroupOrder
 
 _ENTRIES = 256  # outliers at a time
-_WARPS = 8
 _HEADS = (4, 2, 1)  # heads of a program share what turns their keys
 _TABLES = ("levels", "scale", "zero", "width", "offset", "first_level", "slot")
 _permuted: WeakKeyDictionary[PackedTensor, bool] = WeakKeyDictionary()
@@ -55,7 +54,8 @@ def unpack(
             ROTARY_HALF=rotary.half,
             ROTATED=result is key,
             ENTRIES=_ENTRIES,
-            num_warps=_WARPS,
+            num_warps=16 if result is key else 8,
+            maxnreg=64 if result is key else None,  # so that two programs share a multiprocessor
         )
 
 
