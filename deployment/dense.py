@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from deployment.synthetic import Case, Shape
@@ -23,11 +24,23 @@ _BACKENDS = {
 }
 
 
-def stock_call(case: Case, new: int, shape: Shape) -> Call:
-    """SDPA of `new` queries per sequence and head over all tokens, by the backend that torch chooses."""
-    query = _queries(case, new, shape)
-    grouped = shape.heads != shape.kv_heads
-    return lambda: scaled_dot_product_attention(query, case.key, case.value, enable_gqa=grouped)
+def prefill_calls(case: Case, new: int, shape: Shape) -> dict[str, Call]:
+    """Ways of attending a chunk of `new` queries over all tokens and itself, causally, in a cache that holds both; as `decode_calls`."""
+    query, mask = _queries(case, new, shape), causal_lower_right(new, case.key.shape[2] + new)
+    key, value = (torch.cat([held, held[:, :, -1:].expand(-1, -1, new, -1)], 2) for held in (case.key, case.value))
+
+    def by(backends: list[SDPBackend]) -> Call:
+        def call() -> Tensor:
+            with sdpa_kernel(backends):
+                return scaled_dot_product_attention(
+                    query, key, value, attn_mask=mask, enable_gqa=shape.heads != shape.kv_heads
+                )
+
+        return call
+
+    if not key.is_cuda:
+        return {"sdpa": by([*_BACKENDS.values(), SDPBackend.MATH])}
+    return {name: by([backend]) for name, backend in _BACKENDS.items() if name != "efficient"}
 
 
 def decode_calls(case: Case, shape: Shape) -> dict[str, Call]:

@@ -1,6 +1,6 @@
 """Timing on a device: mean and error of a call, and copy bandwidth.
 
-Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing.
+Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing; but for what no graph is made of in use.
 """
 
 import math
@@ -20,19 +20,21 @@ _COPIES = 4
 
 
 def microseconds(
-    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = _SECONDS
+    calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = _SECONDS, recorded: bool = True
 ) -> tuple[float, float]:
-    """(mean, standard error) of one call, all of them made in turn, for about so many `seconds`."""
+    """(mean, standard error) of one call, all of them made in turn, for about so many `seconds`; on CUDA `recorded` in a graph."""
     for call in calls[:2]:
         call()
-    run = _graph(calls) if device.type == "cuda" else lambda: [call() for call in calls]
+    run = _graph(calls) if recorded and device.type == "cuda" else lambda: [call() for call in calls]
     times = [_timed(run, 1, device)]
     count = max(1, int(seconds / _REPEATS / max(times[0], 1e-7)))
     times = [_timed(run, count, device) / len(calls) for _ in range(_REPEATS if device.type == "cuda" else 3)]
     return statistics.mean(times) * 1e6, statistics.stdev(times) / math.sqrt(len(times)) * 1e6
 
 
-def fastest(ways: Mapping[str, Sequence[Callable[[], object]]], device: torch.device) -> tuple[str, float]:
+def fastest(
+    ways: Mapping[str, Sequence[Callable[[], object]]], device: torch.device, recorded: bool = True
+) -> tuple[str, float]:
     """(name, microseconds of a call) of the way that takes the least; those that raise RuntimeError are none.
 
     With several, each is first timed for a moment. Raises RuntimeError when there is none.
@@ -40,13 +42,13 @@ def fastest(ways: Mapping[str, Sequence[Callable[[], object]]], device: torch.de
     quick: dict[str, float] = {}
     for name, calls in ways.items():
         try:
-            quick[name] = microseconds(calls, device, _MOMENT)[0] if len(ways) > 1 else 0.0
+            quick[name] = microseconds(calls, device, _MOMENT, recorded)[0] if len(ways) > 1 else 0.0
         except RuntimeError as error:
             print(f"{name} is left out: {(str(error).strip().splitlines() or ['no reason given'])[0]}", file=sys.stderr)
     if not quick:
         raise RuntimeError(f"none of {', '.join(ways)} runs on {device}")
     best = min(quick, key=lambda name: quick[name])
-    return best, microseconds(ways[best], device)[0]
+    return best, microseconds(ways[best], device, recorded=recorded)[0]
 
 
 def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

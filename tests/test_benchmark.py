@@ -9,7 +9,7 @@ import torch
 
 from deployment import timing
 from deployment.benchmark import main
-from deployment.dense import decode_calls
+from deployment.dense import decode_calls, prefill_calls
 from deployment.synthetic import Shape, make_case, synthetic_quantizers
 from deployment.timing import copy_rate, fastest
 from gradients.cli import UserError
@@ -79,10 +79,22 @@ def test_ways_to_attend_in_fp16_agree() -> None:
     assert torch.allclose(calls["sdpa folded"]().view_as(expected), expected, atol=2e-3)
 
 
+def test_a_chunk_in_fp16_sees_all_before_it_and_itself_causally() -> None:
+    shape, device, new = Shape(4, 2, 32), torch.device("cpu"), 5
+    case = make_case(shape, Scheme.parse("nuq3"), 70, 1, device, seed=0)
+    case.key.zero_(), case.value.zero_()
+    case.value[:, :, -1] = 1  # and so are the chunk's: of equal weights, 2, 3, ... of 71, 72, ... count
+    seen = prefill_calls(case, new, shape)["sdpa"]()
+    assert seen.shape == (1, 4, new, 32)
+    assert torch.allclose(seen[0, 3, :, 7].float(), torch.arange(2, 7) / torch.arange(71, 76), atol=1e-3)
+
+
 def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"slow": 3.0, "quick": 1.0, "broken": 0.5}
 
-    def timed(calls: list[str], _device: torch.device, _seconds: float = 1.0) -> tuple[float, float]:
+    def timed(
+        calls: list[str], _device: torch.device, _seconds: float = 1.0, recorded: bool = True
+    ) -> tuple[float, float]:
         if calls == ["broken"]:
             raise RuntimeError("no such backend")
         return times[calls[0]], 0.0

@@ -43,6 +43,7 @@ def model_row(cache: str, mode: str | None, rate: float | None, **other: Any) ->
 
 def test_the_last_of_equal_rows_counts() -> None:
     rows = [layer_row("nuq3-1%", 2048, 9, 10), layer_row("nuq3-1%", 2048, 5, 10), layer_row("nuq3-1%", 4096, 5, 10)]
+    rows.append(layer_row("nuq3-1%", 4096, 5, 10, ops=[{"op": "prefill", "us": 9.0}]))  # takes nothing away
     header, cells = speed_table(rows)
     assert cells[0] == ["H200", "llama-7b", "1", "nuq3-1%", "2,048", "4.0x", "5", "10", "2.00x", "50 %"]
     assert len(cells) == 2 and len(header) == len(cells[0])

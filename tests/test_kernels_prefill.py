@@ -1,17 +1,27 @@
-"""Attention of many queries: stretches of the packed past unpacked, and plain attention over them, against float64."""
+"""Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels_attention import DEVICE, generator, make_quantizer, packed_tensor, relative_rms, rotate64, run_case
+from test_kernels_attention import (
+    DEVICE,
+    generator,
+    make_groups,
+    make_quantizer,
+    packed_tensor,
+    relative_rms,
+    rotate64,
+    run_case,
+)
 from torch import Tensor
 
-from deployment.kernels import prefill
-from deployment.kernels.packed import DenseSegment, PackedSegment
+from deployment.kernels import library, masked, prefill
+from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import Tile, attend_many, stretch_blocks
-from deployment.kernels.unpacking import Unpacking
+from deployment.kernels.plain import merged
+from deployment.kernels.prefill import attend_many, stretch_blocks
+from deployment.kernels.unpacking import unpack
 
 
 @pytest.fixture(autouse=True)
@@ -23,91 +33,167 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(autouse=True)
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every call of `attend_many`."""
-    seen: list[int] = []
+def attend_knowing(
+    query: Tensor, positions: Tensor, segments: list[Segment], rotary: Rotary, scaling: float, kv_heads: int
+) -> Tensor:
+    """`attend_many` of a chunk that is not stored yet, as the host knows it."""
+    pads = [int((row < 0).sum()) for row in positions]
+    befores = [int(row[pad]) for row, pad in zip(positions, pads, strict=True)]
+    known = [Known(before, before, pad) for before, pad in zip(befores, pads, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefill, "_FEW", 0)
+        patch.delattr(prefill, "attend_masked_segments")
+        return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)
 
-    def counted(query: Tensor, positions: Tensor, segments, rotary, scaling: float, kv_heads: int) -> Tensor:
-        seen.append(query.shape[1] * query.shape[2] // kv_heads)
-        return attend_many(query, positions, segments, rotary, scaling, kv_heads)
 
-    monkeypatch.setattr(prefill, "attend_many", counted)
-    return seen
+WAYS = pytest.mark.parametrize("attend", [attend_many, attend_knowing], ids=["masked", "known"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_fragments(bits: int, dim: int) -> None:
-    assert run_case(bits=(bits, bits), dim=dim, heads=(1, 1), new=17, lengths=(70,)) < 2e-3
+    assert run_case(bits=(bits, bits), dim=dim, heads=(1, 1), new=17, lengths=(70,), attend=attend_knowing) < 2e-3
 
 
+@WAYS
 @pytest.mark.parametrize(("dim", "bits"), [(96, 3), (20, 5), (6, 2), (256, 3)])
-def test_other_heads(dim: int, bits: int) -> None:
-    assert run_case(bits=(bits, bits), dim=dim, heads=(1, 1), new=17, lengths=(70,)) < 2e-3
+def test_other_heads(dim: int, bits: int, attend) -> None:
+    assert run_case(bits=(bits, bits), dim=dim, heads=(2, 1), new=17, lengths=(70,), attend=attend) < 2e-3
 
 
-@pytest.mark.parametrize("kinds", [("mixed", "mixed"), ("token", "token"), ("token", "channel")])
+@pytest.mark.parametrize("kinds", [("mixed", "mixed"), ("groups", "groups"), ("token", "token"), ("token", "channel")])
 def test_axes_and_mixed_widths(kinds: tuple[str, str]) -> None:
-    assert run_case(kinds=kinds, new=17, heads=(1, 1), lengths=(70, 30)) < 2e-3
+    assert run_case(kinds=kinds, new=17, heads=(1, 1), lengths=(70, 30), attend=attend_knowing) < 2e-3
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype, attend) -> None:
     bound = {torch.float16: 2e-3, torch.bfloat16: 6e-3, torch.float32: 3e-6}[dtype]
-    assert run_case(dtype=dtype, new=9, heads=(4, 2), lengths=(130, 1)) < bound
+    assert run_case(dtype=dtype, new=9, heads=(4, 2), lengths=(130, 1), attend=attend) < bound
 
 
+@WAYS
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 257, 1000])
+def test_awkward_lengths(length: int, attend) -> None:
+    assert run_case(lengths=(length,), new=3, attend=attend) < 2e-3
+
+
+@WAYS
 @pytest.mark.parametrize(("heads", "new"), [((1, 1), 150), ((6, 2), 7), ((8, 1), 20)])
-def test_groups(heads: tuple[int, int], new: int) -> None:
-    assert run_case(heads=heads, new=new, lengths=(40,)) < 2e-3
+def test_groups(heads: tuple[int, int], new: int, attend) -> None:
+    assert run_case(heads=heads, new=new, lengths=(40,), attend=attend) < 2e-3
 
 
 @pytest.mark.parametrize("exact_chunk", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.1])
 def test_outliers(share: float, exact_chunk: bool) -> None:
-    assert run_case(share=share, new=10, exact_chunk=exact_chunk, lengths=(140, 30)) < 2e-3
+    attend = attend_knowing if exact_chunk else attend_many
+    assert run_case(share=share, new=10, exact_chunk=exact_chunk, lengths=(140, 30), attend=attend) < 2e-3
 
 
+@WAYS
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-def test_the_context_comes_in_stretches(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    streams, dim = 2, 64
-    monkeypatch.setattr(prefill, "SCRATCH_BYTES", blocks * 64 * streams * dim * 2 * 2)
-    assert stretch_blocks([10_000], streams * dim * 2) == blocks
-    assert run_case(new=9, heads=(2, 1), lengths=(300, 100)) < 2e-3
+def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "stretch_blocks", lambda size: blocks)
+    assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
 
 
 def test_scratch_is_bounded() -> None:
-    bytes_per_token = 32 * 128 * 2
-    blocks = stretch_blocks([10, 10**7, 100], bytes_per_token)
-    assert 0.9 * prefill.SCRATCH_BYTES < blocks * 64 * 2 * bytes_per_token <= prefill.SCRATCH_BYTES
-    assert stretch_blocks([10, 65], bytes_per_token) == 2
-    assert stretch_blocks([10**7], prefill.SCRATCH_BYTES) == 1
+    for bytes_per_token in (16 * 32 * 128 * 2, 32 * 128 * 2, 8 * 128 * 2, 3 * 96 * 4):
+        tokens = stretch_blocks(bytes_per_token) * 64
+        assert tokens % library.PLANNED == 0 or tokens < library.PLANNED
+        assert (
+            2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token
+            or tokens == 16384
+        )
+    assert stretch_blocks(prefill.SCRATCH_BYTES // 2000) == 15
+    assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_left_padding_and_large_tiles(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "_is_wide", lambda device: wide)
-    tile = Tile.of(2 * 70, 64, False, wide)
-    assert (tile.rows, tile.tokens) == (128, 128 if wide else 64)
-    assert run_case(new=70, heads=(2, 1), lengths=(0, 90), pads=(66, 0), sinks=0) < 2e-3
+@WAYS
+def test_left_padding_and_rows_of_different_length(attend) -> None:
+    assert run_case(new=70, heads=(2, 1), lengths=(0, 90), pads=(66, 0), sinks=0, attend=attend) < 2e-3
+    assert run_case(new=9, heads=(4, 2), lengths=(0, 73, 0), pads=(2, 0, 2), sinks=0, attend=attend) < 2e-3
 
 
-def test_a_query_that_sees_nothing_gets_zeros() -> None:
+def test_pieces_of_masked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masked, "_PIECE", 64)
+    assert run_case(new=3, heads=(6, 2), lengths=(300, 100), attend=attend_many) < 2e-3
+
+
+@pytest.mark.parametrize("before", [0, 2, 3, 40, 67, 131, 200])
+def test_a_chunk_that_is_stored(before: int) -> None:
+    """Of what is stored the queries are the last; three sinks, two pages, and a block's end somewhere among them."""
+    heads, dim, new, sinks = 2, 64, 70, 3
+    stored, frequencies = before + new, torch.full((dim // 2,), 0.1, device=DEVICE)
+    sides = []
+    for number, role in enumerate(("key", "value")):
+        x = torch.randn(1, stored, heads * dim, generator=generator(number)).to(DEVICE)
+        packed = packed_tensor(make_quantizer(heads * dim, "channel", 4, 0.01), x[:, :0], heads, role, [0], dim // 2)
+        packed.reserve(128, exactly=True)
+        packed.reserve(stored, exactly=True)
+        packed.write(slice(None), 0, packed.quantizer.encode(x[:, sinks:]))
+        sides.append(packed)
+    zeros, limits = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([stored], device=DEVICE)
+    segments: list[Segment] = [
+        DenseSegment(*torch.randn(2, 1, heads, sinks, dim, generator=generator(2)).to(DEVICE), zeros, limits)
+    ]
+    for key_page, value_page in zip(sides[0].pages, sides[1].pages, strict=True):
+        start = sinks + key_page.start
+        segments.append(PackedSegment(sides[0], key_page, sides[1], value_page, zeros, limits, start))
+    query = torch.randn(1, 4, new, dim, generator=generator(3)).to(DEVICE)
+    positions = torch.arange(before, stored, device=DEVICE)[None]
+    arguments = (query, positions, segments, Rotary.of(frequencies, dim), 0.1, heads)
+    expected = attend_many(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(prefill, "attend_masked_segments")
+        assert relative_rms(attend_many(*arguments, [Known(before, stored, 0)]), expected.double()) < 3e-6
+
+
+@pytest.mark.parametrize("known", [None, [Known(0, 0, 3)]])
+def test_a_query_that_sees_nothing_gets_zeros(known: list[Known] | None) -> None:
     query = torch.randn(1, 1, 20, 64, generator=generator(0)).to(DEVICE)
     dense = torch.randn(2, 1, 1, 20, 64, generator=generator(1)).to(DEVICE)
     positions = torch.arange(-3, 17, device=DEVICE)[None].clamp(min=-1)
     segment = DenseSegment(*dense, torch.tensor([-3], device=DEVICE), None)
     rotary = Rotary.of(torch.full((32,), 0.1, device=DEVICE), 64)
-    output = attend_many(query, positions, [segment], rotary, 0.1, 1)
+    output = attend_many(query, positions, [segment], rotary, 0.1, 1, known)
     assert (output[:, :3] == 0).all()
     assert torch.equal(output[0, 3, 0], dense[1, 0, 0, 3])  # sees itself only
     assert (attend_many(query, positions, [], rotary, 0.1, 1) == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_parts_are_merged_by_their_log_sum_exp(dtype: torch.dtype) -> None:
+    """As all tokens at once, in double precision; one part may have seen nothing."""
+    query, key, value = torch.randn(3, 2, 3, 40, 24, generator=generator(0), dtype=torch.float64)
+    scores = 3 * query @ key.transpose(-1, -2)
+    scores[0, 0, 5, :30] = scores[0, 1, 6] = -torch.inf
+    parts = []
+    for which in (slice(0, 30), slice(30, 40)):
+        weights = scores[..., which].softmax(-1).nan_to_num(0.0)
+        parts.append(
+            ((weights @ value[:, :, which]).to(DEVICE, dtype), scores[..., which].logsumexp(-1).float().to(DEVICE))
+        )
+    output, lse = merged(*parts)
+    assert output.dtype == lse.dtype == torch.float32
+    bound = 3e-6 if dtype == torch.float32 else 1e-3
+    assert relative_rms(output.cpu(), scores.softmax(-1).nan_to_num(0.0) @ value) < bound
+    torch.testing.assert_close(lse.cpu(), scores.logsumexp(-1).float())
+
+
 @pytest.mark.parametrize("rotary_dim", [16, 32])
 def test_partial_rotary_embeddings(rotary_dim: int) -> None:
-    error = run_case(rotary_dim=rotary_dim, new=9, heads=(2, 1), lengths=(70,), factor=1.2, dtype=torch.float32)
+    error = run_case(
+        rotary_dim=rotary_dim,
+        new=9,
+        heads=(2, 1),
+        lengths=(70,),
+        factor=1.2,
+        dtype=torch.float32,
+        attend=attend_knowing,
+    )
     assert error < 3e-6
 
 
@@ -116,32 +202,42 @@ def test_angles_are_exact_at_ten_million() -> None:
     assert far < 1.2 * near
 
 
-@pytest.mark.parametrize("kinds", [("channel", "token"), ("token", "channel"), ("mixed", "mixed")])
+KINDS = [("channel", "token"), ("token", "channel"), ("mixed", "mixed"), ("groups", "groups")]
+
+
+@pytest.mark.parametrize("kinds", KINDS)
 @pytest.mark.parametrize("share", [0.0, 0.05])
-def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], share: float) -> None:
-    heads, dim, base, first, blocks = 2, 64, 10_000_000, 1, 2
-    lengths = [64 + 10, 3 * 64 + 5, 20]  # the last sequence has nothing in these blocks
+@pytest.mark.parametrize("dim", [64, 96])
+def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], share: float, dim: int) -> None:
+    heads, base, first, blocks, at, row0 = 2, 10_000_000, 1, 2, 3, 1
+    lengths = [
+        200,
+        64 + 10,
+        3 * 64 + 5,
+        20,
+    ]  # the last sequence has nothing in these blocks, the first is not asked for
     sides = []
     for number, (kind, role) in enumerate(zip(kinds, ("key", "value"), strict=True)):
         x = torch.randn(len(lengths), max(lengths), heads * dim, generator=generator(number)).to(DEVICE)
-        sides.append(packed_tensor(make_quantizer(heads * dim, kind, 3, share), x, heads, role, lengths, True))
+        widths, channels = make_groups(heads, dim, role, dim // 2, 6) if kind == "groups" else (None, None)
+        quantizer = make_quantizer(heads * dim, kind, 3, share, widths)
+        sides.append(packed_tensor(quantizer, x, heads, role, lengths, dim // 2, channels))
     limits = torch.tensor(lengths, device=DEVICE) + base
     origins = torch.full((len(lengths),), base - 7, device=DEVICE)
     segment = PackedSegment(sides[0], sides[0].pages[0], sides[1], sides[1].pages[0], origins, limits, 7)
     frequencies = (10000.0 ** (-torch.arange(dim // 2) / (dim // 2))).float().to(DEVICE)
-    rotary = Rotary.of(frequencies, dim)
-    turn = rotary.turn.transpose(1, 2).contiguous()
-    key, value = torch.empty(2, len(lengths), heads, (blocks + 1) * 64, dim, device=DEVICE)
-    Unpacking.of(segment, rotary, turn, key, value).run(first, blocks)
+    key, value = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, heads, dim, device=DEVICE)
+    unpack(segment, Rotary.of(frequencies, dim), first, blocks, row0, key, value, at)
 
     positions = base + first * 64 + torch.arange(blocks * 64, device=DEVICE)
     expected_key, expected_value = (side.read(side.pages[0], first, blocks) for side in sides)
     expected_key = rotate64(expected_key, frequencies, positions[None])
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(lengths[row0:]):
         held = min(max(length - first * 64, 0), blocks * 64)
         if held:
-            assert relative_rms(key[row, :, :held], expected_key[row, :, :held]) < 1e-6
-            assert relative_rms(value[row, :, :held], expected_value[row, :, :held].double()) < 1e-7
-        whole = -(-held // 64) * 64
-        assert key[row, :, :whole].isfinite().all() and value[row, :, :whole].isfinite().all()
-        assert key[row, :, whole:].isnan().all() and value[row, :, whole:].isnan().all()
+            own_key, own_value = (x[row, at : at + held].transpose(0, 1) for x in (key, value))
+            assert relative_rms(own_key, expected_key[row + row0, :, :held]) < 1e-6
+            assert relative_rms(own_value, expected_value[row + row0, :, :held].double()) < 1e-7
+        for tokens in (key[row], value[row]):
+            assert tokens[at : at + blocks * 64].isfinite().all()
+            assert tokens[:at].isnan().all() and tokens[at + blocks * 64 :].isnan().all()

@@ -112,22 +112,28 @@ def attend(
     `origins` `[B]` int64 are the positions of the queries' first tokens, padding included, if the layer holds the
     chunk already; else they follow what is stored.
     """
-    from deployment.kernels.packed import DenseSegment, attend_packed
+    from deployment.kernels.packed import DenseSegment, Known, attend_packed
 
     new, pads = query.shape[2], _on_device(layer, padding)
+    known = None
+    if not is_capturing(query.device):
+        own = [new - pad if origins is not None else 0 for pad in padding]  # that are stored already
+        known = [Known(held - more, held, pad) for held, more, pad in zip(layer.lengths, own, padding, strict=True)]
     if origins is None:
         origins = layer.stored - pads
     positions = origins[:, None]
     if new > 1:
         token = torch.arange(new, device=query.device)
-        positions = (positions + token).masked_fill(token < pads[:, None], -1)
+        positions = positions + token
+        if any(padding):
+            positions = positions.masked_fill(token < pads[:, None], -1)
     held = 0 if chunk is None else new
     length = max(stored + held - pad for stored, pad in zip(layer.lengths, padding, strict=True))
     rotary = rope.for_kernels(length, query.shape[-1], query.device)
     segments = _stored_segments(layer)
     if chunk is not None:
         segments.append(DenseSegment(*chunk, origins, None))
-    return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads)
+    return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads, known)
 
 
 def _on_device(layer: PackedLayer, padding: Sequence[int]) -> Tensor:

@@ -55,8 +55,30 @@ class PackedSegment:
 Segment = DenseSegment | PackedSegment
 
 
+@dataclass(frozen=True)
+class Known:
+    """What the host knows of a sequence whose queries follow one another, `pad` of them left padding.
+
+    The first of the others is at position `before` of the sequence; `stored` tokens are stored, those of the queries among them or not.
+    """
+
+    before: int
+    stored: int
+    pad: int
+
+    def ends(self, new: int) -> tuple[int, int]:
+        """How many tokens may be stored: those before the `new` queries, or these, too."""
+        return self.before, self.before + new - self.pad
+
+
 def attend_packed(
-    query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    scaling: float,
+    kv_heads: int,
+    known: Sequence[Known] | None = None,
 ) -> Tensor:
     """Causal softmax attention over segments.
 
@@ -64,6 +86,7 @@ def attend_packed(
         query: `[B, H, S, D]`, pre-RoPE; query head h reads KV head h // (H / G).
         positions: `[B, S]` int64 of the queries; a query sees the tokens up to its own position, one at -1 none.
         scaling: factor on the scores.
+        known: what the host knows of every sequence, which makes many queries faster; None if it must not matter (a graph is captured).
 
     Returns `[B, S, H, D]` in the query's dtype.
     """
@@ -72,4 +95,4 @@ def attend_packed(
 
     if host.takes(query, segments, rotary, kv_heads):
         return host.attend(query, positions, segments, rotary, scaling, kv_heads)
-    return attend_many(query, positions, segments, rotary, scaling, kv_heads)
+    return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)

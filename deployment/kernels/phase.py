@@ -35,6 +35,7 @@ class Rotary:
     steps: Tensor  # [D/2, 2] int32, unsigned: turns per token, high and low
     factor: Tensor  # [D/2] float32, on queries
     turn: Tensor  # [2, D/2, 64] float32: cos and sin of the tokens of a block
+    by_token: Tensor  # [2, 64, D/2]: the same
     half: int
 
     @classmethod
@@ -50,7 +51,8 @@ class Rotary:
         factor = torch.ones(head_dim // 2, dtype=torch.float32, device=device)
         factor[:half] = attention_scaling**2  # pairs that do not rotate have none
         turn = torch.stack([angles.cos(), angles.sin()]).float()
-        return cls(torch.stack([_wrapped(high), _wrapped(low)], dim=-1), factor, turn, half)
+        steps = torch.stack([_wrapped(high), _wrapped(low)], dim=-1)
+        return cls(steps, factor, turn, turn.transpose(1, 2).contiguous(), half)
 
 
 def _wrapped(unsigned: Tensor) -> Tensor:

@@ -1,190 +1,192 @@
-"""Attention of many queries over packed segments: unpack a bounded stretch, attend to it, go on.
+"""Attention of many queries over packed segments: unpack a bounded stretch, hand it to the library, go on; put the parts together.
 
 `attend_many` has the contract of `attend_packed` (packed.py), which hands over to it. One query reads every block once, and so
 should never write it down unpacked; but hundreds share what it costs to unpack a block (unpack.py), and what is left to do
-is plain attention over plain tensors (flash.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most,
-however long the context is. Nothing waits for the device: how much is stored only programs know, and end early.
+is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most,
+however long the context is.
+
+Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
+behind it, and the chunk, causally. Otherwise (while a graph is captured, or if queries are just anywhere) masked.py does it.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Sequence
 
 import torch
-import triton
 from torch import Tensor
 
-from deployment.kernels.flash import finish_kernel, flash_kernel, rotate_kernel
-from deployment.kernels.packed import Segment
+from deployment.kernels.library import PLANNED, Part, attend_all, attend_causally
+from deployment.kernels.masked import attend_masked_segments
+from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.schedule import multiprocessors
-from deployment.kernels.unpacking import Unpacking
+from deployment.kernels.plain import merged, rotated
+from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
 SCRATCH_BYTES = (
-    128 * 2**20
+    256 * 2**20
 )  # of unpacked keys and values together; with less, launching would take longer than computing
-_LOG2_E = math.log2(math.e)
-_WAVES = 2  # programs per multiprocessor
-_MAX_SPLITS = 32
-_ROWS = 16  # queries of a program that rotates or finishes them
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How many queries and tokens a program of `flash_kernel` multiplies at a time, and how it is compiled."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-
-    @classmethod
-    def of(cls, rows: int, dim: int, precise: bool, wide: bool) -> "Tile":
-        """For `rows` queries per KV head. `wide` GPUs (Hopper on) multiply from shared memory, of which they have 227 KB.
-
-        Chosen so that no register spills (sm_80, sm_90; single precision has no tensor cores, and is slow anyway).
-        """
-        most = min(128, max(16, triton.next_power_of_2(rows)))
-        if precise:
-            return cls(min(most, 64 if dim <= 64 else 32), 32, 8, 1)
-        if dim > 128:
-            return cls(min(most, 64), 64 if wide else 32, 8, 2)
-        if wide and most == 128:
-            return cls(most, 128, 8, 2)
-        return cls(most, 64, 8 if most == 128 else 4, 3)
-
-
-@dataclass(frozen=True)
-class _State:
-    """What is known of all queries so far; `room` rows per sequence and KV head, a multiple of a tile's."""
-
-    rotated: Tensor
-    maxima: Tensor
-    sums: Tensor
-    outputs: Tensor
-    room: int
-    splits: int
-
-    @classmethod
-    def of(cls, streams: int, rows: int, tile: Tile, query: Tensor, dtype: torch.dtype) -> "_State":
-        tiles, dim = -(-rows // tile.rows), query.shape[-1]
-        room = tiles * tile.rows
-        splits = max(1, min(_MAX_SPLITS, multiprocessors(query.device) * _WAVES // (streams * tiles)))
-        new = query.new_zeros
-        return cls(
-            rotated=torch.empty(streams, room, dim, dtype=dtype, device=query.device),
-            maxima=query.new_full((splits, streams, room), -torch.inf, dtype=torch.float32),
-            sums=new(splits, streams, room, dtype=torch.float32),
-            outputs=new(splits, streams, room, dim, dtype=torch.float32),
-            room=room,
-            splits=splits,
-        )
+_MOST_TOKENS = 16384  # of a stretch
+_FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
+_EVEN = 8  # channels: the library wants whole multiples
 
 
 def attend_many(
-    query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    scaling: float,
+    kv_heads: int,
+    known: Sequence[Known] | None = None,
 ) -> Tensor:
-    """Causal softmax attention over segments.
-
-    Args:
-        query: `[B, H, S, D]`, pre-RoPE; query head h reads KV head h // (H / G).
-        positions: `[B, S]` int64 of the queries; a query sees the tokens up to its own position, one at -1 none.
-        scaling: factor on the scores.
-
-    Returns `[B, S, H, D]` in the query's dtype.
-    """
+    """As `attend_packed` (packed.py)."""
     batch, heads, new, dim = query.shape
-    if query.stride(-1) != 1:
-        query = query.contiguous()
-    group, streams = heads // kv_heads, batch * kv_heads
-    precise = query.dtype == torch.float32
-    operand = torch.float32 if precise else torch.float16
-    tile = Tile.of(new * group, dim, precise, _is_wide(query.device))
-    state = _State.of(streams, new * group, tile, query, operand)
-    shape = {"G": kv_heads, "GROUP": group, "D": dim}
-    rotate_kernel[(state.room // _ROWS, streams)](
-        query,
-        *query.stride()[:3],
-        positions,
-        rotary.steps,
-        rotary.factor,
-        scaling * _LOG2_E,
-        state.rotated,
-        new,
-        state.room,
-        **shape,
-        ROTARY_HALF=rotary.half,
-        ROWS=_ROWS,
-        PAIRS=triton.next_power_of_2(dim // 2),
-    )
-    _walk(state, positions, segments, rotary, tile, shape)
-    result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
-    finish_kernel[(-(-new * group // _ROWS), streams)](
-        state.maxima,
-        state.sums,
-        state.outputs,
-        result,
-        new,
-        state.room,
-        state.splits,
-        **shape,
-        ROWS=_ROWS,
-        CHANNELS=triton.next_power_of_2(dim),
-    )
-    return result
+    pitch = -(-dim // _EVEN) * _EVEN
+    operand = torch.float32 if query.dtype == torch.float32 else torch.float16
+    turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
+    turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling).transpose(1, 2)
+    arguments = turned, positions, segments, rotary, kv_heads
+    if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
+        longest = None if known is None else max(row.stored for row in known)
+        output = attend_masked_segments(
+            *arguments, stretch_blocks(batch * kv_heads * pitch * operand.itemsize), longest
+        )
+    else:
+        output = _attend_known(*arguments, known)
+    return output.transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
 
 
-def _walk(
-    state: _State, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, tile: Tile, shape: dict[str, int]
-) -> None:
-    """Unpack all segments stretch by stretch, and bring the state up to date with every one of them."""
-    batch, new = positions.shape
-    heads, dim = shape["G"], shape["D"]
-    blocks = stretch_blocks([segment.tokens for segment in segments], batch * heads * dim * state.rotated.itemsize)
-    room = -(-blocks * BLOCK_TOKENS // tile.tokens) * tile.tokens
-    key, value = state.rotated.new_empty(2, batch, heads, room, dim)
-    turn = rotary.turn.transpose(1, 2).contiguous()
-    tiles = state.room // tile.rows
-    for segment in segments:
-        held = -(-segment.tokens // BLOCK_TOKENS)
-        unpacking = Unpacking.of(segment, rotary, turn, key, value)
-        for first in range(0, held, blocks):
-            unpacking.run(first, min(blocks, held - first))
-            flash_kernel[(tiles * state.splits, batch * heads)](
-                state.rotated,
-                positions,
-                segment.origins,
-                segment.start + first * BLOCK_TOKENS,
-                segment.origins if segment.limits is None else segment.limits,
-                min(blocks * BLOCK_TOKENS, segment.tokens - first * BLOCK_TOKENS),
-                key,
-                value,
-                state.maxima,
-                state.sums,
-                state.outputs,
-                new,
-                room,
-                tiles,
-                state.splits,
-                **shape,
-                ROWS=tile.rows,
-                TOKENS=tile.tokens,
-                CHANNELS=max(16, triton.next_power_of_2(dim)),
-                LIMITED=segment.limits is not None,
-                PRECISE=state.rotated.dtype == torch.float32,
-                num_warps=tile.warps,
-                num_stages=tile.stages,
-            )
+def _attend_known(
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    kv_heads: int,
+    known: Sequence[Known],
+) -> Tensor:
+    """All sequences at once if they are alike, else one by one."""
+    alike = all(row == known[0] for row in known)
+    if alike and not known[0].pad:
+        return _Rows(query, positions, segments, rotary, kv_heads, 0, len(known), known[0]).attend()
+    output = torch.zeros_like(query, dtype=torch.float32)
+    for first, row in enumerate(known[:1] if alike else known):
+        rows = len(known) if alike else 1
+        if row.pad < query.shape[2]:
+            attended = _Rows(query, positions, segments, rotary, kv_heads, first, rows, row).attend()
+            output[first : first + rows, :, row.pad :] = attended
+    return output
 
 
-def stretch_blocks(tokens: Sequence[int], bytes_per_token: int) -> int:
-    """Blocks of a stretch: of all that the longest segment needs as many as `SCRATCH_BYTES` hold, one at least."""
-    most = max(1, SCRATCH_BYTES // (2 * bytes_per_token * BLOCK_TOKENS))
-    return min(most, max([-(-held // BLOCK_TOKENS) for held in tokens], default=1))
+def stretch_blocks(bytes_per_token: int) -> int:
+    """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
+    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), _MOST_TOKENS)
+    return max(1, (tokens // PLANNED * PLANNED or tokens) // BLOCK_TOKENS)
 
 
-@cache
-def _is_wide(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+class _Rows:
+    """Attention of some sequences that are equally long and equally padded."""
+
+    def __init__(
+        self,
+        query: Tensor,
+        positions: Tensor,
+        segments: Sequence[Segment],
+        rotary: Rotary,
+        kv_heads: int,
+        first: int,
+        rows: int,
+        row: Known,
+    ) -> None:
+        self.which, self.row0, self.row = slice(first, first + rows), first, row
+        self.query, self.positions = query[self.which, :, row.pad :], positions[self.which, row.pad :]
+        self.rotary, self.heads = rotary, kv_heads
+        self.packed = [segment for segment in segments if isinstance(segment, PackedSegment)]
+        dense = [segment for segment in segments if isinstance(segment, DenseSegment)]
+        self.sinks = next((segment for segment in dense if segment.limits is not None), None)
+        self.chunk = next((segment for segment in dense if segment.limits is None), None)
+        self.padded = any(segment.key.shape[-1] < query.shape[-1] for segment in dense) or any(
+            segment.key.head_dim < query.shape[-1] for segment in self.packed
+        )
+
+    def attend(self) -> Tensor:
+        """Outputs `[R, H, S, D]` fp32 or in the query's dtype."""
+        total: Part | None = None
+        for part in self._parts():
+            total = part if total is None else merged(total, part)
+        assert total is not None  # a query sees itself
+        return total[0]
+
+    def _parts(self) -> Iterator[Part]:
+        row = self.row
+        first = min(self.packed[0].start if self.packed else row.before, row.before)
+        blocks = min(stretch_blocks(self._bytes_per_token()), -(-(row.before - first) // BLOCK_TOKENS))
+        key, value = self._scratch(blocks * BLOCK_TOKENS + first)
+        for begin in range(first, row.before, max(1, blocks * BLOCK_TOKENS)):
+            end = min(begin + blocks * BLOCK_TOKENS, row.before)
+            self._unpack(begin, end, key, value)
+            held = end - begin
+            if end == row.before:
+                held += self._put_sinks(0, first, key, value, held)
+            yield from attend_all(self.query, _shown(key, 0, held), _shown(value, 0, held))
+        if 0 < first == row.before:
+            self._put_sinks(0, first, key, value, 0)
+            yield from attend_all(self.query, _shown(key, 0, first), _shown(value, 0, first))
+        if self.chunk is not None:
+            yield attend_causally(self.query, *self._chunk(self.chunk))
+        elif row.stored > row.before:
+            yield attend_causally(self.query, *self._stored_chunk())
+
+    def _bytes_per_token(self) -> int:
+        return len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize
+
+    def _scratch(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, tokens, G, D]`, zeros where a head ends before D."""
+        shape = (2, len(self.query), tokens, self.heads, self.query.shape[-1])
+        key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
+        return key, value
+
+    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor) -> None:
+        """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block."""
+        for page in self.packed:
+            low, high = max(begin, page.start), min(end, page.start + page.tokens)
+            if low < high:
+                block, last = (low - page.start) // BLOCK_TOKENS, -(-(high - page.start) // BLOCK_TOKENS)
+                at = page.start + block * BLOCK_TOKENS - begin
+                unpack(page, self.rotary, block, last - block, self.row0, key, value, at)
+
+    def _put_sinks(self, begin: int, end: int, key: Tensor, value: Tensor, at: int) -> int:
+        """Sinks `begin`, ..., `end` - 1 go to `key` and `value` from token `at` on; returns how many."""
+        if begin < end:
+            assert self.sinks is not None
+            places = self.sinks.origins[self.which, None] + torch.arange(begin, end, device=key.device)
+            rotated(self.sinks.key[self.which, :, begin:end], places, self.rotary, key[:, at : at + end - begin])
+            own = self.sinks.value[self.which, :, begin:end]
+            value[:, at : at + end - begin, :, : own.shape[-1]] = own.transpose(1, 2)
+        return end - begin
+
+    def _chunk(self, chunk: DenseSegment) -> tuple[Tensor, Tensor]:
+        """Keys, rotated, and values `[R, G, S, D]` of a chunk that is not stored yet."""
+        key, value = (tokens[self.which, :, self.row.pad :] for tokens in (chunk.key, chunk.value))
+        turned, own = self._scratch(key.shape[2])
+        rotated(key, self.positions, self.rotary, turned)
+        if self.padded or value.dtype != own.dtype or value.stride(-1) != 1:
+            own[..., : value.shape[-1]] = value.transpose(1, 2)
+            value = own.transpose(1, 2)
+        return turned.transpose(1, 2), value
+
+    def _stored_chunk(self) -> tuple[Tensor, Tensor]:
+        """The same of one that is stored: its last tokens, some of which may be sinks."""
+        row, start = self.row, self.packed[0].start if self.packed else self.row.stored
+        sinks = min(max(start - row.before, 0), row.stored - row.before)
+        begin = max(row.before - start, 0) // BLOCK_TOKENS * BLOCK_TOKENS + start  # a block's first token
+        key, value = self._scratch(sinks + max(0, -(-(row.stored - begin) // BLOCK_TOKENS) * BLOCK_TOKENS))
+        self._put_sinks(row.before, row.before + sinks, key, value, 0)
+        self._unpack(begin, row.stored, key[:, sinks:], value[:, sinks:])
+        skipped = max(0, row.before - begin)
+        tokens = row.stored - row.before
+        return _shown(key, skipped, tokens), _shown(value, skipped, tokens)
+
+
+def _shown(tokens: Tensor, first: int, count: int) -> Tensor:
+    """`[R, G, count, D]` of `[R, room, G, D]`."""
+    return tokens[:, first : first + count].transpose(1, 2)

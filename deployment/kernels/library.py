@@ -1,0 +1,90 @@
+"""torch's own attention with log-sum-exp, so that what is attended to may come in parts: cuDNN, flash, memory-efficient, or the CPU's.
+
+None of torch's public functions gives the log-sum-exp of all of these; the operators behind `scaled_dot_product_attention` do, and
+torch.compile and exported programs rely on their signatures.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# cuDNN plans for every shape anew, 0.07 s each, so it is asked for multiples only
+PLANNED = 2048  # of so many tokens
+_QUERIES = 256  # and queries
+_MOST_DIM = 128
+HIDDEN = -30000.0  # twice that is added to scores of tokens that are not seen: fp16 can just say it
+
+Part = tuple[Tensor, Tensor]  # outputs `[B, H, S, D]`, log-sum-exp `[B, H, S]` float32
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor) -> list[Part]:
+    """Attention without a mask, in one part or two.
+
+    Args:
+        query: `[B, H, S, D]` fp16 or fp32, rotated and scaled; D a multiple of 8.
+        key: `[B, G, n, D]`, n > 0, in the same dtype, as is `value`.
+    """
+    tokens = key.shape[2]
+    planned = tokens // PLANNED * PLANNED if _is_planned(query) else 0
+    parts = [_cudnn(query, key[:, :, :planned], value[:, :, :planned])] if planned else []
+    if planned < tokens:
+        parts.append(_others(query, key[:, :, planned:], value[:, :, planned:]))
+    return parts
+
+
+def _is_planned(query: Tensor) -> bool:
+    suits = query.shape[2] % _QUERIES == 0 and query.shape[3] <= _MOST_DIM and query.dtype == torch.float16
+    return suits and query.is_cuda and torch.backends.cuda.cudnn_sdp_enabled() and _is_wide(query.device)
+
+
+@cache
+def _is_wide(device: torch.device) -> bool:
+    """Whether a GPU is one for which cuDNN is the faster: from Hopper on, but not those of consumers."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _cudnn(query: Tensor, key: Tensor, value: Tensor) -> Part:
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, scale=1.0)
+    return output, lse.view(query.shape[:3])
+
+
+def _others(query: Tensor, key: Tensor, value: Tensor) -> Part:
+    if query.is_cuda and query.dtype == torch.float16:
+        return _flash(query, key, value, causal=False)
+    # the H / G queries of a KV head are so many more queries of one head
+    folded = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    output, lse = attend_masked(folded, key, value, None)
+    return output.reshape(query.shape), lse.reshape(query.shape[:3])
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Part:
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=1.0)[:2]
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Part:
+    """Attention of tokens to themselves and those before them: `key` and `value` `[B, G, S, D]`."""
+    if query.is_cuda and query.dtype == torch.float16:
+        return _flash(query, key, value, causal=True)
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    if not query.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=1.0)
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, None, True, 0.0, True, scale=1.0
+    )
+    return output, lse[:, :, : query.shape[2]]
+
+
+def attend_masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Part:
+    """Attention with as many heads of queries as of keys; `bias` `[B or 1, G or 1, S, n]` is added to the scores.
+
+    Its tokens are a multiple of 8 on a GPU. A query that sees nothing, 2 `HIDDEN` everywhere, has a log-sum-exp below `HIDDEN`.
+    """
+    if not query.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, False, attn_mask=bias, scale=1.0
+        )
+    bias = None if bias is None else bias.expand(*query.shape[:3], -1)
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=1.0)
+    return output, lse[:, :, : query.shape[2]]

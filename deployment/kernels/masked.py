@@ -1,0 +1,99 @@
+"""Attention over packed segments with masks made on the device, which alone need know how long sequences are.
+
+For what is captured in a graph, and for queries that are anywhere: slower than prefill.py, of any shape. So that few queries fill a GPU, the tokens
+are attended to in pieces, as if they were so many sequences.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deployment.kernels.library import HIDDEN, Part, attend_masked
+from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
+from deployment.kernels.phase import Rotary
+from deployment.kernels.plain import merged, rotated
+from deployment.kernels.unpacking import unpack
+from quant.storage import BLOCK_TOKENS
+
+_PIECE = 512  # tokens
+
+
+def attend_masked_segments(
+    query: Tensor,
+    positions: Tensor,
+    segments: Sequence[Segment],
+    rotary: Rotary,
+    kv_heads: int,
+    blocks: int,
+    longest: int | None = None,
+) -> Tensor:
+    """Causal attention of rotated and scaled queries, stretches of so many `blocks` at a time.
+
+    Args:
+        query: `[B, H, S, D]` fp16 or fp32; D may be more than the segments have.
+        positions: `[B, S]` int64, negative for queries that see nothing, which get zeros.
+        longest: tokens of the longest sequence, if the host knows.
+
+    Returns `[B, H, S, D]` in float32 or the query's dtype.
+    """
+    total: Part | None = None
+    for segment in segments:
+        there = segment.tokens
+        if longest is not None and isinstance(segment, PackedSegment):
+            there = min(there, longest - segment.start)
+        for first in range(0, there, blocks * BLOCK_TOKENS):
+            tokens = min(blocks * BLOCK_TOKENS, there - first)
+            key, value = _plain(segment, rotary, first, tokens, query, kv_heads)
+            part = _attend(query, key, value, _seen(segment, first, key.shape[1], positions))
+            total = part if total is None else merged(total, part)
+    return torch.zeros_like(query) if total is None else total[0]
+
+
+def _plain(
+    segment: Segment, rotary: Rotary, first: int, tokens: int, query: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Keys, rotated, and values `[B, n, G, D]` of some tokens, finite to the last; n whole pieces, or one that is whole blocks."""
+    room = -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+    room = -(-room // _PIECE) * _PIECE if room > _PIECE else room
+    key, value = query.new_zeros(2, len(query), room, heads, query.shape[-1])
+    if isinstance(segment, DenseSegment):
+        places = _places(segment, first, tokens)
+        rotated(segment.key[:, :, first : first + tokens], places, rotary, key[:, :tokens])
+        own = segment.value[:, :, first : first + tokens].transpose(1, 2)
+        value[:, :tokens, :, : own.shape[-1]] = own
+    else:
+        unpack(segment, rotary, first // BLOCK_TOKENS, -(-tokens // BLOCK_TOKENS), 0, key, value, 0)
+    return key, value
+
+
+def _places(segment: Segment, first: int, tokens: int) -> Tensor:
+    """Positions of tokens, `[B, tokens]`."""
+    return segment.origins[:, None] + segment.start + torch.arange(first, first + tokens, device=segment.origins.device)
+
+
+def _seen(segment: Segment, first: int, tokens: int, positions: Tensor) -> Tensor:
+    """Which tokens queries see, `[B, S, tokens]` bool."""
+    places = _places(segment, first, tokens)
+    there = (places >= 0) & (torch.arange(first, first + tokens, device=places.device) < segment.tokens)
+    if segment.limits is not None:
+        there &= places < segment.limits[:, None]
+    return there[:, None, :] & (places[:, None, :] <= positions[..., None])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Part:
+    """Attention over tokens of which `seen` `[B, S, n]` are."""
+    (batch, heads, new, dim), (tokens, kv_heads) = query.shape, key.shape[1:3]
+    piece = min(_PIECE, tokens)
+    pieces, rows = tokens // piece, heads // kv_heads * new
+    bias = query.new_zeros(seen.shape).masked_fill_(~seen, 2 * HIDDEN)
+    bias = bias.unflatten(2, (pieces, piece)).transpose(1, 2).flatten(0, 1)  # [B * pieces, S, piece]
+    bias = bias[:, None].expand(-1, heads // kv_heads, -1, -1).flatten(1, 2)[:, None]
+    folded = query.reshape(batch, 1, kv_heads, rows, dim).expand(-1, pieces, -1, -1, -1).flatten(0, 1)
+    key, value = (x.view(batch * pieces, piece, kv_heads, dim).transpose(1, 2) for x in (key, value))
+    output, lse = (x.unflatten(0, (batch, pieces)) for x in attend_masked(folded, key, value, bias))
+    lse = lse.masked_fill(lse < HIDDEN, -torch.inf)
+    total = lse.logsumexp(1)
+    weights = (lse - total[:, None]).exp().nan_to_num(0.0)  # all -inf: nothing is seen
+    output = (output.float() * weights[..., None]).sum(1)
+    return output.view(batch, heads, new, dim), total.view(batch, heads, new)
