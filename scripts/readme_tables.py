@@ -20,6 +20,7 @@ from scripts.report import summary
 from scripts.report.gpu_tables import (
     device_table,
     generate_table,
+    other_ops_table,
     prefill_table,
     processes_table,
     sharded_table,
@@ -244,6 +245,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ruler": lambda: markdown(*ruler_table(rows_of("ruler"))),
     "retrieval_packed": retrieval_packed,
     "gpu": lambda: of_gpus("gpu-benchmark", speed_table),
+    "gpu_other_ops": lambda: of_gpus("gpu-benchmark", other_ops_table),
     "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
     "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
     "gpu_sharded": lambda: of_gpus("gpu-multi-sharded", sharded_table),

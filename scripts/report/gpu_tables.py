@@ -53,6 +53,26 @@ def speed_table(rows: Sequence[Row]) -> Table:
     return header, lines
 
 
+_OTHER_OPS = {
+    "append": "store 1 token",
+    "chunk": "store 1024 tokens",
+    "prefill": "attend 1024 queries over past and chunk",
+}
+
+
+def other_ops_table(rows: Sequence[Row]) -> Table:
+    """What one layer does besides decode: storing new tokens, and attention of a chunk of a prompt, against fp16."""
+    lines: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        for op in (op for op in row["ops"] if op["op"] in _OTHER_OPS):
+            lines[short(row["device"]), row["shape"], _OTHER_OPS[op["op"]], row["scheme"], f"{row['context']:,}"] = op
+    cells = [
+        [*what, f"{op['us']:.1f}", f"{op['fp16_us']:.1f}", f"{op['speedup']:.2f}x"]
+        for what, op in sorted(lines.items(), key=lambda line: line[0][2::-1])
+    ]
+    return ["GPU", "shape", "operation", "scheme", "tokens before", "us", "fp16, us", "faster"], cells
+
+
 def generate_table(rows: Sequence[Row]) -> Table:
     """Greedy decoding with whole models: a line for each shape, context and cache."""
     steps = latest(

@@ -24,12 +24,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "gpu-benchmark.jsonl
 FP16 = "fp16"
 LOOKS = {
     FP16: (figures.INK, "o"),
-    "nuq4-1%": (figures.BLUE, "s"),
-    "nuq3-1%": (figures.GREEN, "D"),
-    "nuq2-1%": (figures.VERMILLION, "^"),
+    "nuq4": (figures.BLUE, "s"),
+    "nuq3": (figures.GREEN, "D"),
     "nuq2": (figures.ORANGE, "v"),
+    "nuq4-1%": (figures.PURPLE, "P"),
+    "nuq2-1%": (figures.VERMILLION, "^"),
 }
-_OTHERS = ((figures.PURPLE, "P"), (figures.SKY, "X"), (figures.GREY, "*"))
+_OTHERS = ((figures.SKY, "X"), (figures.GREY, "*"))
 
 Row = dict[str, Any]
 
