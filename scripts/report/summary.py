@@ -20,7 +20,8 @@ _QUALITY = [
     "kivi2 residual_tokens=0",
 ]
 _METHODS = {"nuq": "KVQuant", "rdnuq": "ours", "turbo": "TurboQuant", "kivi": "KIVI, no exact window"}
-_TIMED = ("nuq4", "nuq3", "nuq2", "nuq4-1%", "nuq3-1%", "nuq2-1%")
+_TIMED = ("nuq4", "nuq3", "nuq2")
+_SHAPES = ("llama-7b", "llama-3-8b")
 _OURS, _THEIRS = "nuq3+fb", "nuq3-1%"
 _CONTEXTS = [4096, 16_384, 131_072]
 _LONG_CACHES = ("fp16", "nuq4-1%", "nuq2")
@@ -34,7 +35,11 @@ def headline(schemes: Sequence[Row], gpu: Sequence[Row]) -> str:
     by_name = {row["scheme"]: row for row in schemes}
     ours, theirs = by_name[_OURS], by_name[_THEIRS]
     reads_as = _OURS.removesuffix("+fb")  # feedback changes what is stored, not how it is read
-    timed = [row for row in _decode_rows(gpu) if (row["scheme"], row["context"]) == (reads_as, _LONG)]
+    timed = [
+        row
+        for row in _decode_rows(gpu)
+        if (row["scheme"], row["context"]) == (reads_as, _LONG) and row["shape"] in _SHAPES
+    ]
     speeds = " and ".join(f"{_decode(row)['speedup']:.1f}x ({row['shape']}'s shape)" for row in timed)
     return (
         f"- **{16 / ours['bits_per_element']:.1f}x smaller** than fp16: {ours['bits_per_element']:.2f} bits per element "
@@ -60,7 +65,7 @@ def quality_table(schemes: Sequence[Row]) -> Table:
 def speed_table(gpu: Sequence[Row]) -> Table:
     """Decode attention of one layer, as a multiple of fp16's speed: a column for each context."""
     lines: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in (row for row in _decode_rows(gpu) if row["scheme"] in _TIMED):
+    for row in (row for row in _decode_rows(gpu) if row["scheme"] in _TIMED and row["shape"] in _SHAPES):
         line = lines.setdefault((short(row["device"]), row["shape"], row["scheme"]), {})
         line[row["context"]] = f"{_decode(row)['speedup']:.2f}x"
     cells = [
