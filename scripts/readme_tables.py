@@ -71,12 +71,6 @@ def percent(share: float, style: str) -> str:
 
 
 def schemes() -> str:
-    """The paper's scheme, ours and the field's."""
-    shown = re.compile(r"(nuq\d-1%|rdnuq\d(\.4)?)(\+fb)?|nuq\d\+fb|(kivi|flexgen|turbo|datafree)\d")
-    return scheme_table([row for row in rows_of("schemes") if shown.fullmatch(row["scheme"])])
-
-
-def all_schemes() -> str:
     """Everything that ran on the same windows."""
     return scheme_table(rows_of("schemes"))
 
@@ -234,7 +228,6 @@ TABLES: dict[str, Callable[[], str]] = {
         *summary.long_table(rows_of("gpu-generate"), rows_of("gpu-multi-sharded"), rows_of("long"))
     ),
     "schemes": schemes,
-    "all_schemes": all_schemes,
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,

@@ -241,11 +241,6 @@ def test_what_the_script_refuses(
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_failures_are_told(tmp_path: Path) -> None:
-    done, _ = run_script(tmp_path, str(tmp_path / "out"), code=3, PARTS="longest")
-    assert done.returncode == 1 and "failed     longest" in done.stdout
-
-
 @pytest.mark.slow
 def test_the_script_dry(tmp_path: Path) -> None:
     """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""

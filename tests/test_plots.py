@@ -4,7 +4,6 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -173,13 +172,6 @@ def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, row
     assert not (tmp_path / "none.png").exists()
 
 
-def test_a_truncated_row_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(ROWS[0])[:40])
-    with pytest.raises(UserError, match="damaged"):
-        plot_methods.read_methods(path)
-
-
 def test_the_committed_rows_can_be_drawn() -> None:
     methods, evaluation = plot_methods.read_methods(plot_methods.RESULTS)
     assert {"rdnuq", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
@@ -310,15 +302,6 @@ def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_written(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("")
-    with figures.style():
-        figure, _ = figures.panels(1, 1, (2, 2))
-        with pytest.raises(UserError, match="cannot write"):
-            figures.save(figure, tmp_path / "file" / "plot.png")
-
-
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("one.png", "two.png"):
@@ -342,13 +325,6 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
 )
 def test_labels_are_spread_out(wanted: list[float], placed: list[float]) -> None:
     assert figures.spread_out(wanted, 1.0) == pytest.approx(placed)
-
-
-@pytest.mark.parametrize("plot", ["speed", "methods", "needle"])
-def test_a_missing_file_of_results_is_called_missing(plot: str, tmp_path: Path) -> None:
-    main = import_module(f"scripts.report.plot_{plot}").main
-    with pytest.raises(UserError, match=r"none.jsonl' does not exist; give a JSONL file"):
-        main(["--results", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "plot.png")])
 
 
 @pytest.mark.parametrize("plot", ["speed", "methods", "needle", "levels", "fisher", "key_ranges"])

@@ -1,5 +1,6 @@
 """What the scripts compute: README tables, the quickstart's table, resumed sweeps, result rows."""
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -33,13 +34,24 @@ def test_an_outdated_table_is_noticed() -> None:
     )
 
 
+COMMANDS = [path for path in (REPOSITORY / "scripts").rglob("*.py") if "run_command(main)" in path.read_text()]
+
+
 def test_every_script_has_a_line_in_their_readme() -> None:
-    folder = REPOSITORY / "scripts"
-    text = (folder / "README.md").read_text()
-    commands = [path for path in folder.rglob("*.py") if "run_command(main)" in path.read_text()]
-    assert len(commands) > 20
-    for path in [*commands, *folder.rglob("*.sh")]:
+    text = (REPOSITORY / "scripts" / "README.md").read_text()
+    assert len(COMMANDS) > 20
+    for path in [*COMMANDS, *(REPOSITORY / "scripts").rglob("*.sh")]:
         assert f"{path.stem}`" in text or f"{path.name}`" in text, path
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_help_calls_a_script_by_the_name_it_is_run_by(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+    imported = importlib.import_module(module)
+    with pytest.raises(SystemExit, match="0"):
+        imported.main(["--help"])
+    assert capsys.readouterr().out.startswith(f"usage: python -m {module} ")
+    assert f"python -m {module}" in imported.__doc__
 
 
 def test_quickstart_table_has_bytes_and_changes(records: Records) -> None:

@@ -65,8 +65,8 @@ def asked(questions: Sequence[Question], prompter: Prompter) -> list[Sample]:
 
 
 def retrieval_parser(name: str, description: str | None, lengths: Sequence[int], samples: int) -> Any:
-    """The parser of `python -m scripts.{name}` with the options that all tests share, and their defaults."""
-    parser = command_parser(f"scripts.{name}", description)
+    """The parser of `python -m scripts.retrieval.{name}` with the options that all tests share, and their defaults."""
+    parser = command_parser(f"scripts.retrieval.{name}", description)
     add_model_arguments(parser)
     add_candidate_arguments(parser)
     shown = " ".join(map(str, lengths))
