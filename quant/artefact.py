@@ -212,4 +212,6 @@ def assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantizer
         return GroupQuantizer(scheme, codebook, axis)
     if form == "rotated":
         return RotatedQuantizer(scheme, codebook, **tables)
-    return (ChannelQuantizer if form == "static" else TokenQuantizer)(scheme, codebook, **tables, feedback=feedback)
+    if form == "static":
+        return ChannelQuantizer(scheme, codebook, **tables, feedback=feedback)
+    return TokenQuantizer(scheme, codebook, tables.get("thresholds"), feedback)

@@ -5,20 +5,26 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CONFIGS, REPOSITORY, build_model
+from test_feedback import random_feedback
+from test_kernels_attention import DEVICE, make_quantizer
 from test_processes import free_port
 from transformers import PreTrainedModel
 
 from deployment.evaluate import main as evaluate_main
 from deployment.generate import main as generate_main
+from deployment.kernels.append import Side, append
+from deployment.layout import PackedTensor
 from gradients.cli import UserError
 from gradients.parallel import WHOLE, Part, distribution, own_part
 from quant.artefact import Quantizers
+from quant.feedback import Feedback
 from quant.parts import own_heads
 from quant.quantizer import TokenQuantizer
 from quant.scheme import Scheme
@@ -197,3 +203,56 @@ def test_a_process_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
             UserError, match=f"{wrong}: 2 processes were started; use torchrun --nproc-per-node {wrong} "
         ):
             own_part(wrong, "this")
+
+
+@pytest.mark.parametrize(
+    ("share", "feedback", "sizes"), [(0.05, False, [9, 1]), (0.0, False, [3, 1]), (0.05, True, [5, 1])]
+)
+def test_the_append_kernels_store_of_parts_what_they_store_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, share: float, feedback: bool, sizes: list[int]
+) -> None:
+    heads, dim, sinks = 4, 20, 1
+    whole = make_quantizer(heads * dim, "token", 3, share)
+    if feedback:
+        whole = replace(whole, feedback=random_feedback(heads, dim).to(DEVICE))
+    generator = torch.Generator().manual_seed(3)
+    chunks = [torch.randn(1, heads, size, dim, generator=generator).to(DEVICE) * 2 for size in sizes]
+    halves = [
+        replace(
+            whole,
+            part=Part(number, 2),
+            feedback=whole.feedback
+            and Feedback(
+                *(table[Part(number, 2).of(heads)] for table in (whole.feedback.order, whole.feedback.matrix))
+            ),
+        )
+        for number in (0, 1)
+    ]
+    stored = [_stored_by_kernels(monkeypatch, quantizer, chunks, sinks) for quantizer in (whole, *halves)]
+    for number, own in enumerate(stored[1:]):
+        mine = Part(number, 2).of(heads)
+        for part, all_of_it in zip(own, stored[0], strict=True):
+            assert torch.equal(part, all_of_it if all_of_it.ndim == 2 else all_of_it[:, mine])
+
+
+def _stored_by_kernels(
+    monkeypatch: pytest.MonkeyPatch, quantizer: TokenQuantizer, chunks: list[torch.Tensor], sinks: int
+) -> tuple[torch.Tensor, ...]:
+    """(tokens, sink tokens, ranges) that a process with the quantizer's part of the heads has at the end."""
+    heads = quantizer.part.of(chunks[0].shape[1])
+    packed = PackedTensor(quantizer, 1, chunks[0][:, heads].shape[1], chunks[0].shape[-1], DEVICE, "value")
+    tokens = sum(chunk.shape[2] for chunk in chunks)
+    packed.reserve(tokens, exactly=True)
+    page = packed.pages[0]
+    if page.outliers is not None:
+        page.outliers = page.outliers.with_room(tokens * packed.head_dim)
+    stored, nobody, overflow = (
+        torch.zeros(1, dtype=dtype, device=DEVICE) for dtype in (torch.int64,) * 2 + (torch.int32,)
+    )
+    exact = torch.zeros(1, packed.heads, sinks, packed.head_dim, dtype=torch.float16, device=DEVICE)
+    for chunk in chunks:
+        monkeypatch.setattr("deployment.kernels.part.gathered_heads", lambda x, part, dim, chunk=chunk: chunk)
+        append([Side(packed, chunk[:, heads], exact, [page])], stored, nobody, overflow)
+        stored += chunk.shape[2]
+    assert page.scales is not None and not overflow.any()
+    return packed.read(page), exact, page.scales[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
+from deployment.kernels.part import encode_own
 from deployment.kernels.step import step_kernel
 from deployment.kernels.unpack import source_of
 from deployment.layout import PackedTensor, Page
@@ -40,6 +41,12 @@ class Side:
     def dynamic(self) -> bool:
         """Whether ranges are the tokens' own."""
         return isinstance(self.packed.quantizer, TokenQuantizer)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether a token's range takes heads that are not here."""
+        quantizer = self.packed.quantizer
+        return isinstance(quantizer, TokenQuantizer) and not quantizer.part.is_whole
 
     @property
     def per_end(self) -> int:
@@ -94,6 +101,12 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else _contiguous(side) for side in sides]
+    for side in sides:
+        if side.is_partial:
+            _append_chunk(side, stored, padding, overflow)
+    sides = [side for side in sides if not side.is_partial]
+    if not sides:
+        return
     if sides[0].x.shape[2] == 1 and all(side.packed.feedback is None for side in sides):
         _append_token(sides, stored, padding, overflow)
     else:
@@ -132,8 +145,9 @@ def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overfl
         )
 
 
-def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
-    packed, x, tables, order = side.packed, side.x, side.packed.tables, side.packed.order
+def _encode(side: Side, stored: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int16 `[B, S, C]` of a chunk, and its tokens' ranges fp16 `[B, S, 2]`; sinks are stored."""
+    packed, x, tables = side.packed, side.x, side.packed.tables
     batch, heads, tokens, dim = x.shape
     codes = torch.empty(batch, tokens, heads * dim, dtype=torch.int16, device=x.device)
     ranges = torch.empty(batch, tokens, 2, dtype=torch.float16, device=x.device)
@@ -162,6 +176,17 @@ def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor)
         BITS=side.element_bits,
         num_warps=4,
     )
+    return codes, ranges
+
+
+def _append_chunk(side: Side, stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
+    packed, x, tables, order = side.packed, side.x, side.packed.tables, side.packed.order
+    batch, heads, tokens, dim = x.shape
+
+    def encode(of: PackedTensor, new: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        return _encode(Side(of, new, sinks, []), stored, padding)
+
+    codes, ranges = encode_own(packed, x, side.sinks, encode) if side.is_partial else _encode(side, stored, padding)
     if packed.feedback is not None:
         x = feed_back(packed, x, codes, ranges, side.dynamic)  # what outliers are stored as
     placing: dict[str, Any] = dict(zip(("SOURCE", "PLANES"), side.placing, strict=True))
