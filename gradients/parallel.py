@@ -8,13 +8,15 @@ What a token's own range takes, its values in all heads, is gathered (`gathered_
 """
 
 import argparse
+import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedConfig
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from gradients.cli import UserError, positive_int
@@ -100,6 +102,32 @@ def distribution(config: PreTrainedConfig, part: Part) -> dict[str, Any]:
     part.check_heads(config.num_key_value_heads, "KV heads")
     part.check_heads(config.num_attention_heads, "query heads")
     return {"distributed_config": DistributedConfig(tp_size=part.count, tp_plan="auto")}
+
+
+def part_of_config(config: PreTrainedConfig, parts: int) -> PreTrainedConfig:
+    """A text decoder's config with the heads and the MLP of one part."""
+    own = copy.deepcopy(config)
+    own.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        setattr(own, name, getattr(config, name) // parts)
+    return own
+
+
+def own_parameters(model: PreTrainedModel, parts: int) -> dict[nn.Parameter, int]:
+    """How many numbers of every parameter one of `parts` holds, by the model's own plan."""
+    plan = model.tp_plan if parts > 1 else {}
+    styles = {name: plan.get(re.sub(r"\d+", "*", name.rpartition(".")[0])) for name, _ in model.named_parameters()}
+    return {
+        parameter: parameter.numel() // (parts if _is_split(styles[name], name) else 1)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _is_split(style: str | None, name: str) -> bool:
+    if style is None or style.startswith("replicated"):
+        return False
+    # what is added to the sum of all parts is everybody's
+    return not (style.startswith("rowwise") and name.endswith("bias"))
 
 
 def gathered_heads(x: Tensor, part: Part, dim: int) -> Tensor:
