@@ -204,7 +204,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 if part.is_whole
                 else Parallel(config, part, arguments.seed)
             )
-            for scheme, context in itertools.product(schemes, arguments.contexts):
+            for context, scheme in itertools.product(arguments.contexts, schemes):
                 rows.append(Bench(arguments.shape, config, scheme, memory, part, arguments).row(sharded, context))
                 add_equality(rows)
                 triton = ["triton"] if rows[-1].get("path") == "triton" else []
