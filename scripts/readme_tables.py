@@ -14,7 +14,15 @@ from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
-from scripts.gpu_tables import device_table, generate_table, prefill_table, processes_table, sharded_table, speed_table
+from scripts.gpu_tables import (
+    device_table,
+    generate_table,
+    parallel_table,
+    prefill_table,
+    processes_table,
+    sharded_table,
+    speed_table,
+)
 from scripts.long_tables import all_measured, decoding_in_float32
 from scripts.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.paper_tables import corpus_table
@@ -233,6 +241,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
     "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
     "gpu_sharded": lambda: of_gpus("gpu-multi-sharded", sharded_table),
+    "gpu_parallel": lambda: of_gpus("gpu-tensor-parallel", parallel_table),
     "gpu_processes": lambda: of_gpus("gpu-multi-processes", processes_table),
     "gpu_device": lambda: of_gpus("gpu-device", device_table),
     "instructions": instructions,

@@ -21,12 +21,14 @@ from deployment.evaluate import main as evaluate_main
 from deployment.generate import main as generate_main
 from deployment.kernels.append import Side, append
 from deployment.layout import PackedTensor
+from deployment.plan import main as plan_main
 from gradients.cli import UserError
 from gradients.parallel import WHOLE, Part, distribution, own_part
 from quant.artefact import Quantizers
 from quant.feedback import Feedback
 from quant.parts import own_heads
 from quant.quantizer import TokenQuantizer
+from quant.results import read_rows
 from quant.scheme import Scheme
 
 # a token's own range; outliers and errors handed on beside it; ranges per channel, which need nobody else
@@ -37,6 +39,7 @@ import json, os, sys
 from deployment.evaluate import main as evaluate
 from deployment.generate import main as generate
 from gradients.cli import UserError, end_process_group
+from scripts.benchmark_sharded import main as sharded
 
 def said(main, arguments):
     try:
@@ -44,7 +47,7 @@ def said(main, arguments):
     except (UserError, NotImplementedError) as error:
         return str(error)
 
-commands = {"generate": generate, "evaluate": evaluate}
+commands = {"generate": generate, "evaluate": evaluate, "sharded": sharded}
 summaries = [said(commands[name], arguments) for name, arguments in json.loads(sys.argv[1])]
 with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
     json.dump(summaries, file)
@@ -99,10 +102,27 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
     together = [
         (name, [*arguments, "--tensor-parallel", *["2"] * (name == "evaluate")]) for name, arguments in commands
     ]
-    refused = [("generate", [*commands[0][1], "--tensor-parallel", "4"])]
-    (main_process, other), printed = launch(tmp_path, [*together, *refused])
+    decoding = [
+        "--tensor-parallel",
+        "--shape",
+        "tiny",
+        "--layers",
+        "2",
+        "--scheme",
+        "nuq2",
+        "nuq3-1%",
+        "--new-tokens",
+        "4",
+    ]
+    decoding += ["--contexts", "300", "longest", "--device-memory", "257MiB", "--results", str(tmp_path / "rows")]
+    refused = ("generate", [*commands[0][1], "--tensor-parallel", "4"])
+    (main_process, other), printed = launch(tmp_path, [*together, ("sharded", decoding), refused])
 
-    assert other[:-1] == [None] * len(together), "only the main process reports"
+    assert other[:-1] == [None] * (len(together) + 1), "only the main process reports"
+    rows = main_process[len(together)]["rows"]
+    assert [row["fits"] for row in rows] == [True] * 4 and read_rows(tmp_path / "rows")[0]["tensor_parallel"] == 2
+    assert rows[2]["context"] == rows[2]["planned_context"] > 1000
+    assert all(abs(part["held_off_percent"]) < 1 for row in rows for part in row["memory"]), "bytes as planned"
     assert "4: 2 processes were started; use torchrun --nproc-per-node 4 -m deployment.generate" in other[-1]
     for (name, _), ours, theirs in zip(commands, main_process, alone, strict=False):
         assert theirs is not None
@@ -111,7 +131,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
             assert printed.count(ours["text"]) >= 1
         else:
             assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-9)
-    assert printed.count("tokens_per_second") == len(commands), "the other process is quiet"
+    assert printed.count("cache_bits_per_element") == len(commands), "the other process is quiet"
 
 
 def no_gathering(monkeypatch: pytest.MonkeyPatch, whole: torch.Tensor) -> None:
@@ -256,3 +276,29 @@ def _stored_by_kernels(
         stored += chunk.shape[2]
     assert page.scales is not None and not overflow.any()
     return packed.read(page), exact, page.scales[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme"), [("llama-3-8b", "nuq2"), ("llama-7b", "nuq3-1%"), ("llama-7b", "rdnuq2.4")]
+)
+def test_parts_of_a_plan_add_up(shape: str, scheme: str) -> None:
+    """But for what every process has: scales of tokens, gains of norms, and what the installed plan leaves whole."""
+    context = ["--shape", shape, "--scheme", scheme, "--context", "1M"]
+    whole, part = plan_main(context)["bytes"], plan_main([*context, "--tensor-parallel", "4"])["bytes"]
+    for name in ("keys", "values", "outliers", "list_ends", "sink_tokens"):
+        assert 4 * part[name] == pytest.approx(whole[name], rel=1e-6), name
+    assert part["scales"] == whole["scales"]
+    assert 0.999 < 4 * part["weights"] / whole["weights"] < 1.25
+
+
+def test_plan_of_parts_fits_all_of_them_or_none() -> None:
+    context = ["--shape", "llama-3-8b", "--scheme", "nuq2", "--context", "10000000"]
+    assert plan_main([*context, "--tensor-parallel", "2"])["gpus_needed"] is None
+    four = plan_main([*context, "--tensor-parallel", "4"])
+    assert four["gpus_needed"] == four["gpus"] == 4 and four["largest_context"] > 10**7
+    with pytest.raises(
+        UserError, match="--tensor-parallel 3: 8 KV heads do not divide by 3 processes; start 2 or 4 or 8"
+    ):
+        plan_main([*context, "--tensor-parallel", "3"])
+    with pytest.raises(UserError, match="--gpus 4 and --tensor-parallel 2 differ; drop --gpus"):
+        plan_main([*context, "--tensor-parallel", "2", "--gpus", "4"])
