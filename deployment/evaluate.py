@@ -3,6 +3,7 @@
     python -m deployment.evaluate --model ./smollm2 --quantizers nuq3.safetensors --text notes.txt:50-100
     python -m deployment.evaluate ... --no-exact-chunk --prefill-chunk 1       # equals `python -m quant.evaluate`
     accelerate launch -m deployment.evaluate ...                  # the windows split over processes (torchrun on CPUs)
+    torchrun --nproc-per-node 2 -m deployment.evaluate --tensor-parallel ...   # every layer split over processes
 
 By default a chunk sees itself in full precision and only the past packed, as generation does. With
 `--no-exact-chunk` it sees itself as stored, too; any size of chunk then reproduces the simulation, which proves
@@ -24,12 +25,14 @@ from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
+from gradients.parallel import WHOLE, Part, add_tensor_parallel_argument, own_part, summed
 from gradients.placement import input_device
 from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state
 from gradients.progress import progress
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_corpus
+from quant.parts import own_heads
 from quant.storage import FP16_BITS
 
 
@@ -52,24 +55,33 @@ def packed_nll(model: PreTrainedModel, windows: Tensor, cache: PackedCache, chun
 
 
 def evaluate_packed(
-    model: PreTrainedModel, windows: Tensor, quantizers: Quantizers, chunk: int, exact_chunk: bool, batch: int = 1
+    model: PreTrainedModel,
+    windows: Tensor,
+    quantizers: Quantizers,
+    chunk: int,
+    exact_chunk: bool,
+    batch: int = 1,
+    part: Part = WHOLE,
 ) -> dict[str, Any]:
     """Perplexity over `windows` `[n, S]`, and the bytes of the cache at the end of a window.
 
     `batch` windows run side by side, which changes the speed and nothing else. Under `accelerate launch` every process
-    takes its share of the batches and all return the whole result, to the last bit that of one.
+    takes its share of the batches and all return the whole result, to the last bit that of one. With a `part` of the model
+    all take all of them, and the bytes are those of all parts.
     """
     seqlen, parts, started = windows.shape[1], windows.split(batch), time.perf_counter()
     # of every batch: nats, bytes, bytes in fp16, packed bits and elements
     rows = torch.zeros(len(parts), 5, dtype=torch.float64)
     quiet = not process_state().is_main_process
-    for number in progress(own_share(len(parts)), desc="evaluating packed", unit="batch", disable=quiet):
+    share = own_share(len(parts)) if part.is_whole else range(len(parts))
+    for number in progress(share, desc="evaluating packed", unit="batch", disable=quiet):
         cache = PackedCache(quantizers, model.config, capacity=seqlen, exact_chunk=exact_chunk)
         nll = packed_nll(model, parts[number], cache, chunk)
         size = cache.packed_size()
-        row = [nll, cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements]
-        rows[number] = torch.tensor(row, dtype=torch.float64)
-    sums = [sum(column) for column in zip(*gathered(rows).tolist(), strict=True)]
+        sizes = summed([cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements], part)
+        rows[number] = torch.tensor([nll, *sizes], dtype=torch.float64)
+    together = gathered(rows) if part.is_whole else rows
+    sums = [sum(column) for column in zip(*together.tolist(), strict=True)]
     nll, nbytes, fp16_nbytes = sums[0], int(sums[1]), int(sums[2])
     tokens = len(windows) * (seqlen - 1)
     return {
@@ -92,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """The command; returns its JSON summary (None in all but the main process)."""
     parser = command_parser("deployment.evaluate", __doc__)
     add_model_arguments(parser)
+    add_tensor_parallel_argument(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
     add_evaluation_arguments(parser)
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens per forward")
@@ -99,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--batch", type=positive_int, default=1, help="windows side by side")
     arguments = parser.parse_args(argv)
 
-    quantizers = load_quantizers(arguments.quantizers)
-    loaded = load_model_from(arguments)
+    part = own_part(arguments.tensor_parallel, "deployment.evaluate")
+    quantizers = own_heads(load_quantizers(arguments.quantizers), part)
+    loaded = load_model_from(arguments, part)
     corpus = evaluation_corpus(loaded, arguments)
     quantizers.check_run(loaded, corpus.bos is not None)
     result = evaluate_packed(
@@ -110,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         arguments.prefill_chunk,
         arguments.exact_chunk,
         arguments.batch,
+        part,
     )
     if not process_state().is_main_process:
         return None

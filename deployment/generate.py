@@ -16,6 +16,10 @@ is one: the cache keeps the conversation, each turn reads only what is new. Ctrl
 /save FILE are understood. --save-cache then stores the conversation, and --load-cache goes on with it. --interactive
 without --chat continues plain text; an empty line lets the model go on.
 
+Several GPUs compute every layer together, each with its part of the heads and of the cache, under torchrun:
+
+    torchrun --nproc-per-node 2 -m deployment.generate --tensor-parallel --model ... --quantizers ... --prompt ...
+
 In a program:
 
     cache = PackedCache(load_quantizers("nuq3.safetensors"), model.config)
@@ -46,9 +50,13 @@ from gradients.cli import (
     run_command,
 )
 from gradients.models import LoadedModel
-from gradients.processes import require_one_process
+from gradients.parallel import Part, add_tensor_parallel_argument, own_part, summed
+from gradients.processes import process_state, require_one_process
 from quant.artefact import load_quantizers
-from quant.storage import FP16_BITS
+from quant.parts import own_heads
+from quant.storage import FP16_BITS, StoredSize
+
+_IN_ONE_PROCESS = ("interactive", "save_cache", "load_cache")  # one process reads lines; a file holds all heads
 
 
 def _prompt(arguments: argparse.Namespace) -> str | None:
@@ -81,6 +89,10 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.system is not None and (not arguments.chat or arguments.load_cache is not None):
         raise UserError("--system begins a conversation: it needs --chat, and no --load-cache, which has begun already")
+    asked = [name for name in _IN_ONE_PROCESS if getattr(arguments, name)]
+    if arguments.tensor_parallel is not None and asked:
+        option = "--" + asked[0].replace("_", "-")
+        raise UserError(f"{option} works in one process, which --tensor-parallel is not; drop one of them")
     only_reads = arguments.save_cache is not None and not arguments.chat and not arguments.interactive
     if arguments.max_new_tokens == 0 and not only_reads:
         raise UserError("--max-new-tokens 0 only reads, which is for --save-cache with a prompt; give at least 1")
@@ -125,9 +137,12 @@ def _answers(arguments: argparse.Namespace, session: Session, dialogue: Dialogue
     return answers
 
 
-def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
-    """The command's JSON: the cache at the end, all turns together, and the last answer."""
-    nbytes, fp16_nbytes, packed = session.cache.nbytes(), session.cache.fp16_nbytes(), session.cache.packed_size()
+def _summary(session: Session, answers: list[Answer], part: Part) -> dict[str, Any]:
+    """The command's JSON: the cache at the end, in all processes, all turns together, and the last answer."""
+    cache, size = session.cache, session.cache.packed_size()
+    sums = summed([cache.nbytes(), cache.fp16_nbytes(), size.bits, size.elements], part)
+    nbytes, fp16_nbytes = int(sums[0]), int(sums[1])
+    packed = StoredSize(int(sums[2]), int(sums[3]))
     decoding = sum(answer.decode_seconds for answer in answers)
     steps = sum(max(0, answer.new_tokens - 1) for answer in answers)
     return {
@@ -137,6 +152,7 @@ def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
         "read_tokens": session.read_tokens,
         "new_tokens": sum(answer.new_tokens for answer in answers),
         "tokens": session.cache.get_seq_length(),
+        "processes": part.count,
         "cache_bytes": nbytes,
         "fp16_bytes": fp16_nbytes,
         "ratio": round(fp16_nbytes / nbytes, 3) if nbytes else None,
@@ -149,10 +165,11 @@ def _summary(session: Session, answers: list[Answer]) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
     parser = command_parser("deployment.generate", __doc__)
     add_model_arguments(parser)
+    add_tensor_parallel_argument(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt")
@@ -176,17 +193,22 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     _check(arguments)
-    require_one_process("deployment.generate")
-    text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
+    part = own_part(arguments.tensor_parallel, "deployment.generate")
+    if part.is_whole:
+        require_one_process("deployment.generate", ", or give --tensor-parallel")
+    text, quantizers = _prompt(arguments), own_heads(load_quantizers(arguments.quantizers), part)
     saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
-    loaded = load_model_from(arguments)
+    loaded = load_model_from(arguments, part)
     quantizers.check_run(loaded)
     if saved is not None:
         saved.check_model(loaded.model)
     torch.manual_seed(arguments.seed)
-    session = Session(loaded, quantizers, arguments.prefill_chunk, saved, graph=arguments.cuda_graph)
+    quiet = not process_state().is_main_process
+    session = Session(loaded, quantizers, arguments.prefill_chunk, saved, quiet, arguments.cuda_graph)
     answers = _answers(arguments, session, _dialogue(arguments, loaded, saved), text)
-    result = _summary(session, answers)
+    result = _summary(session, answers, part)
+    if quiet:
+        return None
     shown = (
         "scheme",
         "tokens",

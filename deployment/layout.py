@@ -13,7 +13,7 @@ afterwards. The code of an outlier is stored as 0, so that a kernel knows what i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -24,6 +24,7 @@ from deployment.order import GroupOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
 from deployment.streams import FEW, OutlierStreams, index_span
 from deployment.tables import FeedbackTables, Tables
+from gradients.parallel import WHOLE
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
@@ -160,11 +161,19 @@ class PackedTensor:
             if page.outliers is not None and page.room is not None:
                 page.room.recount(page.outliers)
 
+    @cached_property
+    def of_all_heads(self) -> "PackedTensor":
+        """What encodes a token of which this holds some heads, where its range is its own: empty, and of all heads."""
+        assert isinstance(self.quantizer, TokenQuantizer)
+        quantizer = replace(self.quantizer, feedback=None, part=WHOLE)  # errors are handed on within a head, later
+        heads = self.heads * self.quantizer.part.count
+        return PackedTensor(quantizer, self.batch, heads, self.head_dim, self.device, "value", self.rotary_half)
+
     @property
     def most_outliers(self) -> int:
         """Of one token in one head."""
         if isinstance(self.quantizer, TokenQuantizer):
-            channels = self.heads * self.head_dim
+            channels = self.heads * self.head_dim * self.quantizer.part.count
             return min(self.head_dim, 2 * outliers_per_end(channels, self.quantizer.scheme.outliers))
         return self.head_dim
 

@@ -2,12 +2,13 @@
 
     python -m deployment.plan --shape llama-7b --scheme nuq2-1% --context 128K --gpus 8
     python -m deployment.plan --model ./smollm2 --scheme rdnuq2.4 --gpu-memory 24GiB --weight-bits 4
+    python -m deployment.plan --shape llama-3-8b --scheme nuq2 --context 10000000 --tensor-parallel 4   # bytes of each GPU
 
 Cached bytes are those that `deployment/layout.py` stores when the capacity is known in advance. Outliers are counted
 exactly where a token has a fixed number, else as the share that calibration aims at; rdnuq keeps its average over all
 layers. Only layers that cache their whole past count as cache; what sliding windows keep enters the fit alone. A GPU
-holds whole layers, weights and cache, as `--device auto` places them, and the activations of a prefill chunk, estimated
-in `deployment/shapes.py`. GB is 10^9 bytes, GiB 2^30 (an A100-80GB has 80 GiB); K and M of tokens are 1024 and 1024^2.
+holds whole layers, weights and cache, as `--device auto` places them, or with `--tensor-parallel N` an N-th of the heads of every
+layer, of which all bytes are then told; and the activations of a prefill chunk, estimated in `deployment/shapes.py`. GB is 10^9 bytes, GiB 2^30 (an A100-80GB has 80 GiB); K and M of tokens are 1024 and 1024^2.
 
 The paper's sizes are of the cache alone, in GiB though called GB; Table 1 (128K tokens) counts outliers. Its 64 GB for
 LLaMA-7B, 2 bits and 1M tokens are codes without scales and outliers: on 80 GiB they leave 16 for 12.6 of weights and for
@@ -58,8 +59,14 @@ class Plan:
         }
 
     def gpus_needed(self, tokens: int, batch: int = 1) -> int | None:
-        """GPUs, filled layer by layer, that hold `batch` sequences of `tokens`; None if a single layer is too large."""
+        """GPUs, filled layer by layer, that hold `batch` sequences of `tokens`; None if a single layer is too large.
+
+        Of a tensor-parallel model all of its parts' GPUs, or None.
+        """
         room = self.gpu_memory - self.shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), batch)
+        if self.shape.parts > 1:
+            held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch))
+            return self.shape.parts if held <= room else None
         needed, free = 1, room
         for size in self.shape.pieces(self.scheme, tokens, self.weight_bits, batch):
             if size > room:
@@ -137,7 +144,8 @@ def _show(result: Mapping[str, Any]) -> str:
     for row in result["table"]:
         cell = f"{row['cache_bytes'] / GIB:.1f} ({row['gpus_needed'] if row['fits'] else 'no'})"
         lines.setdefault(row["scheme"], {"scheme": row["scheme"]})[f"{row['context']:,}"] = cell
-    return f"""{result["model"]}, {result["scheme"]}, one sequence of {result["context"]:,} tokens
+    each_gpu = "" if result["tensor_parallel"] == 1 else f"on each of {result['tensor_parallel']} GPUs: "
+    return f"""{result["model"]}, {result["scheme"]}, {each_gpu}one sequence of {result["context"]:,} tokens
 (the cache is that of {result["cached_layers"]} layers of {result["layers"]}: those that cache their whole past)
 
 {format_table(parts)}
@@ -162,6 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", type=parse_tokens, default=1 << 17, help="tokens of a sequence (128K)")
     parser.add_argument("--gpu-memory", type=parse_bytes, default=80 * GIB, help="free memory of each (80GiB)")
     parser.add_argument("--gpus", type=positive_int, default=1)
+    parser.add_argument(
+        "--tensor-parallel", type=positive_int, default=1, metavar="N", help="GPUs that share every layer"
+    )
     parser.add_argument("--weight-bits", type=float, default=16.0, help="of a parameter, on average (16)")
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens per forward")
     return parser
@@ -176,13 +187,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     shape, model, tokens = arguments.shape, arguments.model, arguments.context
     config = load_config(model, arguments.full_attention) if shape is None else named_config(shape)
     machine = {name: getattr(arguments, name) for name in ("gpu_memory", "gpus", "weight_bits", "prefill_chunk")}
-    plan = Plan(ModelShape.of(config), schemes[arguments.scheme], **machine)
+    if arguments.tensor_parallel > 1:
+        if arguments.gpus not in (1, arguments.tensor_parallel):
+            raise UserError(
+                f"--gpus {arguments.gpus} and --tensor-parallel {arguments.tensor_parallel} differ; drop --gpus"
+            )
+        machine["gpus"] = arguments.tensor_parallel
+    plan = Plan(ModelShape.of(config, arguments.tensor_parallel), schemes[arguments.scheme], **machine)
     result = {
         "model": model if shape is None else shape,
         "scheme": plan.scheme.describe() if plan.scheme else "fp16",
         "layers": len(plan.shape.layers),
         "cached_layers": len(plan.shape.cached),
         **machine,
+        "tensor_parallel": arguments.tensor_parallel,
         "context": tokens,
         "bytes": plan.sizes(tokens),
         "bytes_per_token": plan.shape.bytes_per_token(plan.scheme),

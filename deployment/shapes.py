@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 from deployment.layout import STRETCH_BLOCKS
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
+from gradients.parallel import Part, distribution, own_parameters, part_of_config
 from quant.artefact import axis_of
 from quant.outliers import outliers_per_end
 from quant.scheme import Scheme
@@ -85,17 +86,24 @@ class ModelShape:
     layers: tuple[int, ...]  # parameters of every decoder layer
     embedding: int  # parameters before the layers
     head: int  # parameters after them; tied ones count once
+    parts: int = 1  # of a tensor-parallel model, of which the above is one: the config's heads are a part's, too
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "ModelShape":
-        """The shape of a config. Raises `UserError` when no layer caches its whole past."""
-        cached = frozenset(cached_layers(config))
+    def of(cls, config: PreTrainedConfig, parts: int = 1) -> "ModelShape":
+        """The shape of a config, or of one of the `parts` that processes compute in parallel (gradients/parallel.py).
+
+        Raises `UserError` when no layer caches its whole past, and as `distribution` does.
+        """
+        cached, text = frozenset(cached_layers(config)), decoder_config(config)
+        if parts > 1:
+            distribution(text, Part(0, parts))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        layers = tuple(sum(p.numel() for p in layer.parameters()) for layer in decoder(model).layers)
-        embedding = model.get_input_embeddings().weight.numel()
-        head = sum(p.numel() for p in model.parameters()) - embedding - sum(layers)
-        return cls(decoder_config(config), cached, layers, embedding, head)
+        own = own_parameters(model, parts)
+        layers = tuple(sum(own[p] for p in layer.parameters()) for layer in decoder(model).layers)
+        embedding = own[model.get_input_embeddings().weight]
+        head = sum(own.values()) - embedding - sum(layers)
+        return cls(text if parts == 1 else part_of_config(text, parts), cached, layers, embedding, head, parts)
 
     @property
     def parameters(self) -> int:
@@ -148,7 +156,7 @@ class ModelShape:
         bits = {"keys": exact, "values": exact}
         if scheme is not None:
             packed = max(0, tokens - scheme.sink_tokens)
-            keys, values = (_packed_bits(scheme, kind, heads, head_dim, packed, share) for kind in KINDS)
+            keys, values = (_packed_bits(scheme, kind, heads, head_dim, packed, share, self.parts) for kind in KINDS)
             bits = {"keys": keys.pop("codes"), "values": values.pop("codes")}
             bits |= {part: size + values[part] for part, size in keys.items()}
             bits["sink_tokens"] = len(KINDS) * exact_size(scheme.sink_tokens, heads * head_dim).bits
@@ -163,15 +171,15 @@ class ModelShape:
 
 
 def _packed_bits(
-    scheme: Scheme, kind: Kind, heads: int, head_dim: int, tokens: int, share: float | None
+    scheme: Scheme, kind: Kind, heads: int, head_dim: int, tokens: int, share: float | None, parts: int = 1
 ) -> dict[str, int]:
-    """Bits of the packed keys or values of one sequence in one layer."""
+    """Bits of the packed keys or values of one sequence in one layer, of one of `parts` that have `heads` each."""
     channels, lists = heads * head_dim, bool(scheme.outliers) or scheme.allocated
     per_token = scheme.form(axis_of(scheme, kind)) == "token"
     code_bits = scheme.bits * channels
     if scheme.allocated:  # the budget pays for everything, so the ends of lists come off
         code_bits -= heads * OUTLIER_LIST_BITS / BLOCK_TOKENS
-    outliers: float = 2 * outliers_per_end(channels, scheme.outliers)
+    outliers: float = 2 * outliers_per_end(parts * channels, scheme.outliers) / parts
     if not per_token:
         outliers = min(
             channels * (scheme.outliers if share is None else share),

@@ -20,6 +20,7 @@ from gradients.cli import UserError, command_parser, non_negative_int, positive_
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
 from gradients.models import LoadedModel, decoder_config, holds_gguf, kv_sites, load_model
+from gradients.parallel import WHOLE, Part
 from gradients.placement import STRATEGIES
 from gradients.positions import usable_positions
 from gradients.processes import own_share, process_state
@@ -63,8 +64,8 @@ def add_bos_argument(parser: argparse.ArgumentParser, default: bool | None = Non
     )
 
 
-def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
-    """The model that `add_model_arguments` describes."""
+def load_model_from(arguments: argparse.Namespace, part: Part = WHOLE) -> LoadedModel:
+    """The model that `add_model_arguments` describes, or a part of it."""
     if holds_gguf(arguments.model) and process_state().is_main_process:
         print(
             f"note: {arguments.model} holds GGUF weights, which are dequantized every time they are loaded; "
@@ -78,6 +79,7 @@ def load_model_from(arguments: argparse.Namespace) -> LoadedModel:
         arguments.full_attention,
         arguments.max_positions,
         arguments.device_map,
+        part,
     )
 
 

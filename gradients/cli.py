@@ -9,6 +9,7 @@ line on stderr that names the thing, the value and the remedy, and exit code 2. 
 import argparse
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -52,8 +53,9 @@ def non_negative_int(text: str) -> int:
 
 
 def note(message: str) -> None:
-    """Say on stderr what is worth knowing and no error."""
-    print(f"note: {' '.join(message.split())}", file=sys.stderr)
+    """Say on stderr what is worth knowing and no error; of a launcher's processes the first says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {' '.join(message.split())}", file=sys.stderr)
 
 
 def require_text(text: str, name: str) -> str:

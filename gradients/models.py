@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from gradients.cli import UserError
+from gradients.parallel import WHOLE, Part, distribution
 from gradients.placement import Placement, input_device
 from gradients.positions import extend_positions
 from gradients.progress import quiet_transformers
@@ -203,6 +204,7 @@ def load_model(
     full_attention: bool = False,
     max_positions: int | None = None,
     device_map: str | None = None,
+    part: Part = WHOLE,
 ) -> LoadedModel:
     """Load a hub id, a local folder, or a folder (or file) of GGUF weights; parameters come frozen.
 
@@ -211,6 +213,7 @@ def load_model(
     `full_attention`: treat sliding-window layers as fully attending (right while no context exceeds the window).
     `max_positions`: more positions than the model has, by linear scaling of its rotary embedding (positions.py).
     `device_map`: instead of a device one of accelerate's strategies, or a JSON file of modules and devices (placement.py).
+    `part`: instead of either, the part of every layer that this process computes (parallel.py).
     Raises `UserError` for a missing model or dtype, `NotImplementedError` for an unsupported architecture.
     """
     _refuse_adapter(name)
@@ -228,17 +231,26 @@ def load_model(
     if max_positions is not None:
         extend_positions(text_config, max_positions)
     placement = Placement.of(device, device_map)
+    spread = {"device_map": placement.device_map}
+    if not part.is_whole:
+        if device != "auto" or device_map is not None:
+            given = f"--device {device}" if device_map is None else f"--device-map {device_map}"
+            raise UserError(f"--tensor-parallel gives every process a device of its own; drop {given}")
+        spread = distribution(text_config, part)
     model = _load_or_explain(
         AutoModelForCausalLM,
         name,
         source,
         config=config,
         dtype=_resolve_dtype(dtype, placement.on_cpu),
-        device_map=placement.device_map,
+        **spread,
     )
     tokenizer = _load_or_explain(AutoTokenizer, name, source)
     model.eval().requires_grad_(False)
-    return LoadedModel(name, model, tokenizer)
+    loaded = LoadedModel(name, model, tokenizer)
+    if not part.is_whole:
+        _ = loaded.weights  # which takes all processes at once, and later only one may ask
+    return loaded
 
 
 def _resolve_dtype(dtype: str, on_cpu: bool) -> torch.dtype | str:

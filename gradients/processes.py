@@ -34,10 +34,10 @@ def gathered(rows: Tensor) -> Tensor:
     return reduce(rows.to(state.device), "sum").to(rows.device)
 
 
-def require_one_process(command: str) -> None:
-    """Raise `UserError` under a launcher of several processes, all of which would do the same work."""
+def require_one_process(command: str, or_else: str = "") -> None:
+    """Raise `UserError` under a launcher of several processes, all of which would do the same work, unless `or_else`."""
     if (processes := process_state().num_processes) > 1:
         raise UserError(
             f"{command} is one process's work and {processes} were started; start one, with --device-map to spread "
-            "the model over several GPUs"
+            f"the model over several GPUs{or_else}"
         )

@@ -2,7 +2,8 @@
 
 Two checkpoints of one training run have the same config, and often folders of the same name. What tells them apart is
 taken from the live parameters, not from files, so that it is the same for a checkpoint in one file, in shards, in GGUF or
-on a hub, and exists for a model that was never saved. Parameters that are offloaded are fetched, module by module.
+on a hub, and exists for a model that was never saved. Parameters that are offloaded are fetched, module by module, and those that
+processes share (parallel.py) one by one, by all of them at once.
 
 A model loaded in float32 and in bfloat16 is the same model, hence what is hashed of a parameter is its name, its shape,
 and a sample of its elements *rounded to bfloat16, those below 2^-14 taken as zero*:
@@ -49,13 +50,18 @@ def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             if own := dict(module.named_parameters(recurse=False)):
                 offloaded = any(parameter.device.type == "meta" for parameter in own.values())
                 if not offloaded:
-                    yield from ((f"{part}.{prefix}.{name}", parameter) for name, parameter in own.items())
+                    yield from ((f"{part}.{prefix}.{name}", _whole(parameter)) for name, parameter in own.items())
                     continue
                 with align_module_device(module, "cpu"):
                     fetched = [
                         (f"{part}.{prefix}.{name}", p.clone()) for name, p in module.named_parameters(recurse=False)
                     ]
                 yield from fetched
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """A parameter that is spread over processes, fetched from all of them; any other as it is."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 @torch.no_grad()

@@ -117,7 +117,7 @@ def load_quantizers(path: str | Path) -> Quantizers:
         tables = _read_tables(file, schemes, fingerprint)
         layers: dict[int, dict[Kind, Quantizer]] = {layer: {} for layer in fingerprint.cached_layers}
         for (layer, kind), own in schemes.items():
-            layers[layer][kind] = _assemble(own, axis_of(own, kind), tables[layer, kind])
+            layers[layer][kind] = assemble(own, axis_of(own, kind), tables[layer, kind])
         weights, bos = ("", None) if old else (content["weights"], content["bos"])
         if not isinstance(weights, str) or bos not in (None, False, True) or not isinstance(content["records"], str):
             raise ValueError("fields weights, bos and records are not a text, a boolean and a text")
@@ -199,7 +199,8 @@ def _read_tables(
     }
 
 
-def _assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantizer:
+def assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantizer:
+    """The quantizer that has these tables, which are used up. `tables` are as of `expected_tables`."""
     form = scheme.form(axis)
     feedback = Feedback(tables.pop("order").long(), tables.pop("feedback")) if scheme.feedback else None
     if form == "allocated":
@@ -211,4 +212,6 @@ def _assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantize
         return GroupQuantizer(scheme, codebook, axis)
     if form == "rotated":
         return RotatedQuantizer(scheme, codebook, **tables)
-    return (ChannelQuantizer if form == "static" else TokenQuantizer)(scheme, codebook, **tables, feedback=feedback)
+    if form == "static":
+        return ChannelQuantizer(scheme, codebook, **tables, feedback=feedback)
+    return TokenQuantizer(scheme, codebook, tables.get("thresholds"), feedback)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradients.parallel import WHOLE, Part, gathered_heads
 from quant.arithmetic import as_stored, denormalise, normalise
 from quant.codebook import Codebook
 from quant.feedback import ChannelBooks, Feedback
@@ -131,13 +132,15 @@ class ChannelQuantizer:
 class TokenQuantizer:
     """Dynamic ranges: each token's own, from the elements that are left when its outliers are set aside.
 
-    `thresholds` `[2]` float32 are those of a layer's whole matrix, where the scheme wants such.
+    `thresholds` `[2]` float32 are those of a layer's whole matrix, where the scheme wants such. With a `part` of the heads,
+    C are the channels of these; ranges and outliers are those of the token in all heads, which is gathered.
     """
 
     scheme: Scheme
     codebook: Codebook
     thresholds: Tensor | None = None
     feedback: Feedback | None = None
+    part: Part = WHOLE
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
@@ -145,8 +148,11 @@ class TokenQuantizer:
 
     def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
         """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
+        whole = x if self.part.is_whole else gathered_heads(x, self.part, -1)
+        outliers, scale, zero = token_range(whole.float(), self.scheme.outliers, self.thresholds)
         x = x.float()
-        outliers, scale, zero = token_range(x, self.scheme.outliers, self.thresholds)
+        if outliers is not None:
+            outliers = outliers[..., self.part.of(whole.shape[-1])]
         # the fp16 numbers as stored, so that encoding and decoding divide and multiply by the same
         ranges = scale.float(), zero.float()
         if self.feedback is None:

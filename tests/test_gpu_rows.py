@@ -11,6 +11,7 @@ from scripts.report import figures, plot_speed
 from scripts.report.gpu_tables import (
     device_table,
     generate_table,
+    parallel_table,
     prefill_table,
     processes_table,
     sharded_table,
@@ -86,6 +87,22 @@ def test_several_gpus_have_a_line_for_each_run() -> None:
     assert cells == [
         ["gradients", "2", "H200", "within 6.4e-03", ""],
         ["gradients", "2", "H200", "yes", "1.16x"],
+    ]
+    assert len(header) == len(cells[0])
+
+
+def test_tensor_parallel_runs_are_compared_with_one_gpu() -> None:
+    memory = [{"held": 2**30, "predicted_held": 2**30}, {"held": 2**31, "predicted_held": 2**30}]
+    row = {"shape": "llama-7b", "scheme": "nuq2", "context": 2049, "device": "NVIDIA H100 80GB HBM3", "memory": memory}
+    two, longest = row | {"world_size": 2, "tokens_per_second": 15.0}, row | {"world_size": 2, "context": 9000}
+    one = row | {"world_size": 1, "tokens_per_second": 10.0, "memory": memory[:1]}
+    check = {"part": "parallel", "same_tokens": 64}
+    header, cells = parallel_table([longest | {"tokens_per_second": 5.0}, two, check, one])
+    what = ["llama-7b", "nuq2"]
+    assert cells == [
+        [*what, "2,049", "1 x H100", "10.0", "", "1.00", "1.00"],
+        [*what, "2,049", "2 x H100", "15.0", "1.50x", "2.00", "1.00"],
+        [*what, "9,000", "2 x H100", "5.0", "", "2.00", "1.00"],
     ]
     assert len(header) == len(cells[0])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from deployment.kernels import feedback_host
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
+from deployment.kernels.part import encode_own
 from deployment.kernels.side import Codes, Side, contiguous, places
 from deployment.kernels.step import step_kernel
 from deployment.layout import PackedTensor
@@ -26,13 +27,18 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else contiguous(side) for side in sides]
+    if partial := [side for side in sides if side.is_partial]:
+        _append_chunk(partial, stored, padding, overflow)
+        sides = [side for side in sides if not side.is_partial]
+        if not sides:
+            return
     token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
     if token and not fed:
         _append_token(sides, stored, padding, overflow)
     elif token and len(fed) == len(sides) and feedback_host.takes(sides):
         feedback_host.append_token(sides, stored, padding, overflow)
     else:
-        _append_chunk(sides, fed, stored, padding, overflow)
+        _append_chunk(sides, stored, padding, overflow)
 
 
 def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -62,9 +68,8 @@ def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overfl
         )
 
 
-def _append_chunk(
-    sides: Sequence[Side], fed: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor
-) -> None:
+def _append_chunk(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
+    fed = [side for side in sides if side.packed.feedback is not None]
     found = {id(side): _encode(side, stored, padding) for side in sides}
     if fed and feedback_host.takes(fed):
         targets = feedback_host.feed_back(fed, [found[id(side)] for side in fed])
@@ -77,6 +82,13 @@ def _append_chunk(
 
 
 def _encode(side: Side, stored: Tensor, padding: Tensor) -> Codes:
+    """What is found of a chunk, whose sinks are stored; of tokens whose other heads are elsewhere, after they were gathered."""
+    if not side.is_partial:
+        return _encode_all(side, stored, padding)
+    return encode_own(side, lambda whole: _encode_all(whole, stored, padding))
+
+
+def _encode_all(side: Side, stored: Tensor, padding: Tensor) -> Codes:
     packed, x, tables = side.packed, side.x, side.packed.tables
     batch, heads, tokens, dim = x.shape
     found = Codes.empty(x)

@@ -30,6 +30,12 @@ class Side:
         return isinstance(self.packed.quantizer, TokenQuantizer)
 
     @property
+    def is_partial(self) -> bool:
+        """Whether a token's range takes heads that are not here."""
+        quantizer = self.packed.quantizer
+        return isinstance(quantizer, TokenQuantizer) and not quantizer.part.is_whole
+
+    @property
     def per_end(self) -> int:
         """Outliers at each end of a token, where ranges are its own."""
         quantizer = self.packed.quantizer

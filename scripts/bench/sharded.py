@@ -4,13 +4,17 @@
     python -m scripts.bench.sharded --shape llama-7b --scheme nuq3-1% --contexts 128K longest --against-one
     python -m scripts.bench.sharded --shape llama-7b --scheme nuq2 --contexts 10000000 longest --device-memory 79GiB
     python -m scripts.bench.sharded --shape tiny --scheme nuq3-1% --contexts 500 --devices cpu disk --against-one
+    torchrun --nproc-per-node 4 -m scripts.bench.sharded --tensor-parallel --graph --shape llama-3-8b --scheme nuq2 \
+        --contexts 128K 10000000 longest
 
 `longest` asks how much fits: first the largest context that `deployment.plan` predicts, then less while memory runs
 out, then halves of what is between. `--against-one` does the same on the first device alone, and says whether the
-tokens are equal. What is filled and what is decoded: `scripts/bench/sharded_decoding.py`.
+tokens are equal. What is filled and what is decoded: `scripts/bench/sharded_decoding.py`. With `--tensor-parallel` it is every layer
+that is spread, over the processes of torchrun (`scripts/bench/parallel_decoding.py`).
 """
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +26,13 @@ from transformers import PreTrainedConfig
 from deployment.plan import Plan, parse_bytes, parse_tokens
 from deployment.shapes import SHAPES, ModelShape
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
+from gradients.parallel import Part, add_tensor_parallel_argument, own_part
 from gradients.placement import exists
+from gradients.processes import process_state
 from quant.results import append_row
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
+from scripts.bench.parallel_decoding import ROOM, Parallel, everybodys, own_device
 from scripts.bench.random_model import config_of
 from scripts.bench.sharded_decoding import WARM_UP, Decoded, Request, Sharded, free, rounded_context
 
@@ -64,13 +71,15 @@ class Bench:
     config: PreTrainedConfig
     scheme: Scheme
     memory: int | None  # bytes per device that may be used; None: not known, so that nothing can be planned
+    part: Part
     arguments: argparse.Namespace
 
     def planned(self, devices: int) -> int:
         """The largest context that should fit. Raises `UserError` if there is none, or nothing to plan with."""
         if self.memory is None:
             raise UserError("context longest on a cpu needs a limit; give --device-memory, or a number of tokens")
-        plan = Plan(ModelShape.of(self.config), self.scheme, self.memory, devices, prefill_chunk=1)
+        parts = self.part.count
+        plan = Plan(ModelShape.of(self.config, parts), self.scheme, self.memory, devices * parts, prefill_chunk=1)
         tokens = plan.largest_context() - self.arguments.new_tokens
         if tokens < self.scheme.sink_tokens + BLOCK_TOKENS:
             raise UserError(
@@ -82,7 +91,13 @@ class Bench:
         """One row: what came of decoding at a context."""
         arguments = self.arguments
         request = Request(
-            self.scheme, 0, arguments.new_tokens, arguments.filled, arguments.prefill_chunk, arguments.seed
+            self.scheme,
+            0,
+            arguments.new_tokens,
+            arguments.filled,
+            arguments.prefill_chunk,
+            arguments.seed,
+            arguments.graph,
         )
         tried: list[dict[str, Any]] = []
         best: dict[int, Decoded] = {}
@@ -97,7 +112,9 @@ class Bench:
 
         row: dict[str, Any] = {"part": arguments.part, "shape": self.shape, "scheme": self.scheme.describe()}
         row |= {"asked": context, "filled": arguments.filled, "devices": sharded.devices}
-        row |= {"world_size": len(sharded.devices), "processes": 1, "device_memory": self.memory}
+        count = self.part.count
+        row |= {"world_size": len(sharded.devices) * count, "processes": count, "device_memory": self.memory}
+        row |= {"tensor_parallel": count} if count > 1 else {}
         row |= {"layers_per_device": [sharded.layers.count(place) for place in range(len(sharded.devices))]}
         if context == LONGEST:
             planned = self.planned(len(sharded.devices))
@@ -117,6 +134,7 @@ def _measured(decoded: Decoded) -> dict[str, Any]:
     return {
         "path": decoded.path,
         "new_tokens": len(decoded.tokens),
+        "replays": decoded.replays,
         "timed_tokens": len(decoded.tokens) - WARM_UP,
         "seconds": round(decoded.seconds, 4),
         "tokens_per_second": round(decoded.tokens_per_second, 3),
@@ -159,28 +177,38 @@ def memory_of(devices: Sequence[str], limit: int | None) -> int | None:
 
 def add_equality(rows: Sequence[dict[str, Any]]) -> None:
     """Tell every row of several devices whether a row of one device, equal in all else, has its tokens."""
-    alone = {row["context"]: row["tokens"] for row in rows if row["world_size"] == 1 and row["fits"]}
+    alone = {(row["scheme"], row["context"]): row["tokens"] for row in rows if row["world_size"] == 1 and row["fits"]}
     for row in rows:
-        if row["world_size"] > 1 and row["fits"] and row["context"] in alone:
-            row["tokens_equal_one_device"] = row["tokens"] == alone[row["context"]]
+        here = row["scheme"], row["context"]
+        if row["world_size"] > 1 and row["fits"] and here in alone:
+            row["tokens_equal_one_device"] = row["tokens"] == alone[here]
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of all contexts, on one device first if that is asked for, each written as it is measured."""
-    scheme = Scheme.parse(arguments.scheme)
-    config = config_of(arguments.shape, arguments.layers)
-    bench = Bench(arguments.shape, config, scheme, memory_of(arguments.devices, arguments.device_memory), arguments)
+    """The rows of all schemes and contexts, on one device first if that is asked for, each written as it is measured."""
+    schemes = [Scheme.parse(name) for name in arguments.scheme]
+    part = own_part(arguments.tensor_parallel, "scripts.bench.sharded")
+    if not part.is_whole:
+        arguments.devices = [own_device()]
+        everybodys([0.0], part)  # makes the channels between processes, which take memory
+    config, memory = config_of(arguments.shape, arguments.layers), memory_of(arguments.devices, arguments.device_memory)
+    if not part.is_whole and memory is not None:
+        memory = int(min(everybodys([float(memory)], part)[0])) - ROOM
     alone = arguments.against_one and len(arguments.devices) > 1
     rows: list[dict[str, Any]] = []
     packages = ["torch", "transformers", "accelerate"]
     for devices in [arguments.devices[:1], arguments.devices] if alone else [arguments.devices]:
         with tempfile.TemporaryDirectory() as folder:
-            sharded = Sharded(config, devices, arguments.seed, folder)
-            for context in arguments.contexts:
-                rows.append(bench.row(sharded, context))
+            sharded = (
+                Sharded(config, devices, arguments.seed, folder)
+                if part.is_whole
+                else Parallel(config, part, arguments.seed)
+            )
+            for context, scheme in itertools.product(arguments.contexts, schemes):
+                rows.append(Bench(arguments.shape, config, scheme, memory, part, arguments).row(sharded, context))
                 add_equality(rows)
                 triton = ["triton"] if rows[-1].get("path") == "triton" else []
-                append_row(arguments.results, rows[-1], [*packages, *triton])
+                append_row(arguments.results if part.number == 0 else None, rows[-1], [*packages, *triton])
             del sharded  # and with it the model, before the next one is made
             free(devices)
     return rows
@@ -204,8 +232,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("scripts.bench.sharded", __doc__)
     parser.add_argument("--shape", default="llama-7b", help=f"tiny, {', '.join(SHAPES)}, or a model")
-    parser.add_argument("--layers", type=positive_int, help="number of layers (all)")
-    parser.add_argument("--scheme", default="nuq3-1%")
+    parser.add_argument("--layers", type=positive_int, help="of the model, so many and not all")
+    parser.add_argument("--scheme", nargs="+", default=["nuq3-1%"])
+    add_tensor_parallel_argument(parser)
+    parser.add_argument("--graph", action="store_true", help="record the steps in a CUDA graph")
     parser.add_argument("--devices", nargs="+", default=visible_devices(), help="cuda:0 cuda:1 ... (all), or cpu disk")
     parser.add_argument("--contexts", type=parse_context, nargs="+", default=[1 << 17], help="128K, or longest")
     parser.add_argument("--filled", choices=("synthetic", "prefill"), default="synthetic", help="how the cache is")
@@ -222,13 +252,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """The command; returns its JSON summary (None in all but the main process)."""
     arguments = _parser().parse_args(argv)
     if arguments.new_tokens <= WARM_UP:
         raise UserError(f"--new-tokens {arguments.new_tokens}: the first {WARM_UP} are not timed; ask for more")
     check_devices(arguments.devices)
     rows = measure(arguments)
+    if not process_state().is_main_process:
+        return None
     print(table(rows))
     return {"rows": rows}
 

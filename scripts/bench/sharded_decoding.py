@@ -14,6 +14,7 @@ On CUDA both are the allocator's; elsewhere the tensors are counted by where the
 import gc
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -24,12 +25,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache, PackedLayer
 from deployment.filled import synthetic_artefact
+from deployment.graphed import graphed
 from deployment.kernels.dispatch import runs_kernels
 from deployment.shapes import ModelShape
 from deployment.synthetic import Shape, fill_with_blocks
 from gradients.cli import UserError
 from gradients.models import cached_layers, decoder, decoder_config, kv_shape
 from gradients.placement import input_device, module_device
+from quant.artefact import Quantizers
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.bench.random_model import random_model, spread
@@ -48,6 +51,7 @@ class Request:
     filled: Filled = "synthetic"
     prefill_chunk: int = 1024
     seed: int = 0
+    graph: bool = False  # whether steps are recorded in a CUDA graph, which the first tokens are not timed for either
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Decoded:
     fill_seconds: float
     path: str
     memory: list[dict[str, Any]]  # per device
+    replays: int = 0  # of a graph
 
     @property
     def tokens_per_second(self) -> float:
@@ -140,17 +145,21 @@ class Sharded:
             if self.on_cuda:
                 for device in self.devices:
                     torch.cuda.reset_peak_memory_stats(device)
-            tokens, seconds = self._continue(cache, token, request.new_tokens)
+            with graphed(self.model, cache, request.new_tokens) if request.graph else nullcontext() as steps:
+                tokens, seconds = self._continue(cache, token, request.new_tokens)
         memory = self._memory(request, cache)
         if not self.on_cuda and limit is not None and max(row["held"] for row in memory) > limit:
             raise torch.OutOfMemoryError(f"more than {limit} bytes")
         first = cache.layers[0]
         path = "triton" if runs_kernels(None, first, first.device) else "torch"
-        return Decoded(tokens, seconds, fill_seconds, path, memory)
+        return Decoded(tokens, seconds, fill_seconds, path, memory, 0 if steps is None else steps.replays)
 
     def _cache(self, request: Request) -> PackedCache:
-        quantizers = synthetic_artefact(request.scheme, self.config)
+        quantizers = self._quantizers(request.scheme)
         return PackedCache(quantizers, self.config, capacity=request.context + request.new_tokens)
+
+    def _quantizers(self, scheme: Scheme) -> Quantizers:
+        return synthetic_artefact(scheme, self.config)
 
     def _fill(self, request: Request, cache: PackedCache) -> int:
         """Fill the cache with blocks; returns the token to go on with."""

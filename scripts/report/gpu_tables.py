@@ -139,6 +139,27 @@ def sharded_table(rows: Sequence[Row]) -> Table:
     return [*header, "tokens as on one GPU"], cells
 
 
+def parallel_table(rows: Sequence[Row]) -> Table:
+    """A model on one GPU and tensor-parallel on several: speed, and bytes of each GPU against the plan."""
+    decoded = [row for row in rows if "context" in row]
+    alone = {_of(row): row["tokens_per_second"] for row in decoded if row["world_size"] == 1}
+    cells = []
+    for row in sorted(decoded, key=lambda row: (*_of(row), row["world_size"])):
+        several = row["world_size"] > 1 and _of(row) in alone
+        times = f"{row['tokens_per_second'] / alone[_of(row)]:.2f}x" if several else ""
+        what = [row["shape"], row["scheme"], f"{row['context']:,}", f"{row['world_size']} x {short(row['device'])}"]
+        most = max(row["memory"], key=lambda part: part["held"])
+        sizes = [f"{most[name] / 2**30:.2f}" for name in ("held", "predicted_held")]
+        cells.append([*what, f"{row['tokens_per_second']:.1f}", times, *sizes])
+    header = ["shape", "scheme", "context", "GPUs", "tokens/s", "of one GPU's", "held by each, GiB", "planned, GiB"]
+    return header, cells
+
+
+def _of(row: Row) -> tuple[str, str, int]:
+    """What is decoded, whatever it is decoded on."""
+    return row["shape"], row["scheme"], row["context"]
+
+
 def processes_table(rows: Sequence[Row]) -> Table:
     """Commands in several processes against one."""
     cells = []
