@@ -114,7 +114,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
         "--new-tokens",
         "4",
     ]
-    decoding += ["--contexts", "300", "longest", "--device-memory", "257MiB", "--results", str(tmp_path / "rows")]
+    decoding += ["--contexts", "300", "longest", "--device-memory", "263MiB", "--results", str(tmp_path / "rows")]
     refused = ("generate", [*commands[0][1], "--tensor-parallel", "4"])
     (main_process, other), printed = launch(tmp_path, [*together, ("sharded", decoding), refused])
 
@@ -286,7 +286,7 @@ def test_parts_of_a_plan_add_up(shape: str, scheme: str) -> None:
     context = ["--shape", shape, "--scheme", scheme, "--context", "1M"]
     whole, part = plan_main(context)["bytes"], plan_main([*context, "--tensor-parallel", "4"])["bytes"]
     for name in ("keys", "values", "outliers", "list_ends", "sink_tokens"):
-        assert 4 * part[name] == pytest.approx(whole[name], rel=1e-6), name
+        assert 4 * part[name] == pytest.approx(whole[name], rel=1e-3), name
     assert part["scales"] == whole["scales"]
     assert 0.999 < 4 * part["weights"] / whole["weights"] < 1.25
 
