@@ -207,6 +207,8 @@ class Steps:
         recorded = self._recorded.get(new)
         if recorded is None or first.slots < recorded.slots:
             recorded = self._record(cache, ids) if self._ready() else None
+        if not self._recorded:
+            self._unfix()
         return recorded
 
     def _make_room(self, new: int) -> bool:
@@ -261,7 +263,6 @@ class Steps:
             layer.lengths, layer.slots, layer._handed_on = lengths, slots, False
         if recorded is None:
             self.settle()
-            self._unfix()
             self._give_up(f"recording failed ({failure})", expected=False)
             return None
         self._recorded[ids.shape[1]] = recorded
