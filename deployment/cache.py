@@ -11,6 +11,7 @@ so rows of a left-padded batch have lengths of their own. Sliding-window layers 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from deployment.layout import PackedTensor, Rows
 from deployment.numbered import Numbered
 from deployment.room import LOST
 from deployment.rope import rotary_half
+from deployment.streams import sent
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind, cached_layers, decoder_config
 from quant.artefact import Quantizers
@@ -203,15 +205,17 @@ class PackedLayer(Numbered, CacheLayerMixin):
             packed.fix()
 
     def recount(self) -> None:
-        """Take over what the device has counted; waits for it. Raises RuntimeError if tokens or outliers found no room."""
-        lengths = self.stored.tolist()
-        if self.overflow.item():
+        """`recount` of this layer."""
+        recount([self])
+
+    def _take_over(self, lengths: list[int], overflow: int, counts: Iterator[Tensor]) -> None:
+        if overflow:
             raise RuntimeError(LOST)
         longest = max(lengths, default=0)
         for packed in self.packed.values():
             if longest > self.sink_tokens + packed.tokens_reserved:
                 raise RuntimeError(f"a graph was replayed to {longest} tokens; reserve more before capturing it")
-            packed.recount()
+            packed.recount(counts)
         self.slots += longest - max(self.lengths, default=0)
         self.lengths = lengths
 
@@ -274,6 +278,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens of every row. Raises ValueError for a positive number."""
+        tokens_to_remove = int(tokens_to_remove)  # prompt lookup gives a tensor, depending on transformers' version
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -289,7 +294,11 @@ class PackedLayer(Numbered, CacheLayerMixin):
             self.reset()
             return
         self.slots, self.lengths, self._handed_on, self._read_only = slots, lengths, False, True
-        self.stored = torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+        stored = sent(torch.tensor(self.lengths, dtype=torch.int64), self.device)
+        if torch.is_inference_mode_enabled() or not self.stored.is_inference():
+            self.stored.copy_(stored)  # where it was, since a graph may count there
+        else:
+            self.stored = stored
         for packed in self.packed.values():
             packed.truncate([length - self.sink_tokens for length in self.lengths])
 
@@ -337,6 +346,22 @@ class PackedLayer(Numbered, CacheLayerMixin):
     def tensors(self) -> list[Tensor]:
         """Every tensor held for cached tokens."""
         return [*self.sinks.values(), *(tensor for packed in self.packed.values() for tensor in packed.tensors())]
+
+
+def recount(layers: Sequence[PackedLayer]) -> None:
+    """Take over what one device has counted of layers; waits for it once.
+
+    Raises RuntimeError if tokens or outliers found no room.
+    """
+    counted = [
+        [layer.stored, layer.overflow.long(), *chain.from_iterable(packed.counts() for packed in layer.packed.values())]
+        for layer in layers
+    ]
+    numbers = list(chain.from_iterable(counted))
+    on_host = iter(torch.cat(numbers).cpu().split([len(number) for number in numbers]))
+    for layer in layers:
+        lengths, overflow = next(on_host).tolist(), int(next(on_host))
+        layer._take_over(lengths, overflow, on_host)
 
 
 class PackedCache(Cache):

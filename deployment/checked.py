@@ -59,7 +59,13 @@ class Checked:
             self._trusting = False
 
     def padding(
-        self, layer: Counts, mask: Tensor | None, positions: Tensor | None, new: int, absolute: bool = False
+        self,
+        layer: Counts,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        new: int,
+        absolute: bool = False,
+        none: bool = False,
     ) -> list[int]:
         """How many of a chunk's `new` tokens are left padding, for each row.
 
@@ -68,12 +74,13 @@ class Checked:
             mask: `[B or 1, 1, 1, T + S]` bool or integer, 0 for padding; None if nothing is hidden.
             positions: `[B or 1, S]` int64; None if nobody said.
             absolute: whether positions matter themselves, and not only their differences.
+            none: that none may be, so that the mask need not be read: rows that hold tokens are padded no more.
 
         Raises ValueError for other masks and positions, RuntimeError for layers that hold different tokens.
         """
         if layer.leads:
             self._said = None
-            padding = self._checked(layer, mask, positions, new, absolute)
+            padding = self._checked(layer, mask, positions, new, absolute, none)
             self._said = layer.slots, layer.lengths, new, padding
         elif self._said is None or self._said[:3] != (layer.slots, layer.lengths, new):
             raise RuntimeError(
@@ -84,7 +91,7 @@ class Checked:
         return self._said[3]
 
     def _checked(
-        self, layer: Counts, mask: Tensor | None, positions: Tensor | None, new: int, absolute: bool
+        self, layer: Counts, mask: Tensor | None, positions: Tensor | None, new: int, absolute: bool, none: bool
     ) -> list[int]:
         if self._trusting:
             return [0] * len(layer.lengths)
@@ -101,7 +108,7 @@ class Checked:
                 raise ValueError("rows of the packed cache began with padding; pass attention_mask with every step")
         else:
             _check_form(mask, len(hidden), layer.slots + new)
-            if new > 1 or not all(layer.lengths):
+            if (new > 1 and not none) or not all(layer.lengths):
                 padding = _read_padding(mask, layer, new)
             else:
                 padding = [0] * len(hidden)

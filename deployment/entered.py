@@ -4,6 +4,7 @@
   pre-RoPE queries to the attention function;
 - attention modules are told how to rotate; the decoder attends through our function, other parts of the model as before;
 - a hook on every forward keeps the cache whole if it fails, and refuses caches that are not ours;
+- on CUDA, decode steps of its forward are recorded in a CUDA graph and replayed (automatic.py);
 - `prepare_inputs_for_generation` keeps the cache: Phi-3's drops it where its frequencies change, which keys that are
   rotated when they are read need not care about.
 """
@@ -23,6 +24,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
+from deployment.automatic import Automatic, possible, replaying
 from deployment.cache import PackedCache
 from deployment.checked import settle_all
 from deployment.interrupted import Forwards
@@ -53,33 +55,38 @@ class _Entry:
     blocks: int = 0
     undo: ExitStack = field(default_factory=ExitStack)
     forwards: Forwards = field(default_factory=Forwards)
+    automatic: Automatic | None = None
 
 
 _lock = threading.RLock()
 _entries: "WeakKeyDictionary[nn.Module, _Entry]" = WeakKeyDictionary()
+_threads: list[int] = []  # those within blocks, once for each
 
 
 @contextmanager
-def packed_attention(model: PreTrainedModel, backend: Backend | None = None) -> Iterator[None]:
+def packed_attention(model: PreTrainedModel, backend: Backend | None = None, graphs: bool = True) -> Iterator[None]:
     """Within the block, `model` attends through the packed layers of any `PackedCache` it is given.
 
     Blocks may be nested, overlap, and be entered by several threads; the model is as it was when the last one ends.
-    `backend` overrides the environment's choice between kernels and torch (kernels/dispatch.py).
+    `backend` overrides the environment's choice between kernels and torch (kernels/dispatch.py). With `graphs`, decode steps
+    on CUDA are recorded once and replayed (automatic.py), unless another block that has not ended wants none.
 
     Raises `NotImplementedError` for an unsupported architecture, `UserError` if another block that has not ended has another
     backend, and ValueError at the end if the device has found a mask or positions that are not supported (checked.py).
     """
+    thread = threading.get_ident()
     with _lock:
-        entry = _enter(model, backend)
+        entry = _enter(model, backend, graphs)
+        _threads.append(thread)
     try:
         yield
     except BaseException:
-        _leave(model, entry, failed=True)
+        _leave(model, entry, graphs, thread, failed=True)
         raise
-    _leave(model, entry, failed=False)
+    _leave(model, entry, graphs, thread, failed=False)
 
 
-def _enter(model: PreTrainedModel, backend: Backend | None) -> _Entry:
+def _enter(model: PreTrainedModel, backend: Backend | None, graphs: bool) -> _Entry:
     part = decoder(model)
     entry = _entries.get(part)
     if entry is None:
@@ -94,12 +101,22 @@ def _enter(model: PreTrainedModel, backend: Backend | None) -> _Entry:
             "leave the block it was given in first"
         )
     entry.blocks += 1
+    if entry.automatic is not None:
+        entry.automatic.stopped += not graphs
     return entry
 
 
-def _leave(model: PreTrainedModel, entry: _Entry, failed: bool) -> None:
+def _is_alone() -> bool:
+    """Whether no thread but one is within a block."""
+    return len(set(_threads)) == 1
+
+
+def _leave(model: PreTrainedModel, entry: _Entry, graphs: bool, thread: int, failed: bool) -> None:
     with _lock:
         entry.blocks -= 1
+        _threads.remove(thread)
+        if entry.automatic is not None:
+            entry.automatic.stopped -= not graphs
         if entry.blocks == 0:
             del _entries[decoder(model)]
             entry.undo.close()
@@ -126,8 +143,11 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
     for number, module in enumerate(modules):
         setattr(module, CONTEXT, Context(ropes[number], entry.backend))
         undo.callback(delattr, module, CONTEXT)
+    if possible(model):
+        entry.automatic = Automatic(model, entry.backend, ready=_is_alone)
+        undo.enter_context(replaying(model, entry.automatic))
     for watched in {id(one): one for one in (model, part)}.values():  # both may be called
-        begin, end = _watching(watched, entry.forwards, refuses=watched is model)
+        begin, end = _watching(watched, entry, refuses=watched is model)
         undo.callback(watched.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(watched.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
     own = getattr(type(model), "prepare_inputs_for_generation", None)
@@ -155,18 +175,21 @@ def _frequencies_kept(rotary: nn.Module) -> Iterator[None]:
             vars(rotary).update(others)
 
 
-def _watching(module: nn.Module, forwards: Forwards, refuses: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+def _watching(module: nn.Module, entry: _Entry, refuses: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
     """What is called before and after every forward of a module, also after one that fails.
 
     `refuses` is whether a cache of another kind was given by somebody, and not made by a module around this one. A compiler would take it into its graph; what runs compiled is checked by the layers alone.
     """
+    forwards, automatic = entry.forwards, entry.automatic
 
     def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         cache = _cache_of(arguments, options)
         if isinstance(cache, PackedCache):
-            forwards.begin(cache, module)
+            outermost = forwards.begin(cache, module)
+            if outermost and automatic is not None and not refuses:
+                automatic.settle(cache)  # the model's own forward, which sees to that, is not called
         elif cache is not None and refuses:
             raise UserError(
                 f"within packed_attention a cache must be a PackedCache, not a {type(cache).__name__}: it would hold keys "

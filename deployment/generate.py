@@ -83,10 +83,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--beams {arguments.beams} leaves no cache to go on with; drop it, --chat and --interactive need one"
         )
-    if arguments.beams > 1 and arguments.cuda_graph:
-        raise UserError(
-            f"--beams {arguments.beams} reorders the cache after every token, which a recorded step cannot; drop --cuda-graph"
-        )
     if arguments.system is not None and (not arguments.chat or arguments.load_cache is not None):
         raise UserError("--system begins a conversation: it needs --chat, and no --load-cache, which has begun already")
     asked = [name for name in _IN_ONE_PROCESS if getattr(arguments, name)]
@@ -187,7 +183,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--top-p", type=float, default=1.0, help="with --sample")
     parser.add_argument("--beams", type=positive_int, default=1, help="beam search; the text comes at the end")
     parser.add_argument(
-        "--cuda-graph", action="store_true", help="record decode steps, which the host then only repeats"
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on CUDA, record decode steps, which the host then only repeats (default)",
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
@@ -204,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         saved.check_model(loaded.model)
     torch.manual_seed(arguments.seed)
     quiet = not process_state().is_main_process
-    session = Session(loaded, quantizers, arguments.prefill_chunk, saved, quiet, arguments.cuda_graph)
+    session = Session(loaded, quantizers, arguments.prefill_chunk, saved, quiet, graphs=arguments.cuda_graph)
     answers = _answers(arguments, session, _dialogue(arguments, loaded, saved), text)
     result = _summary(session, answers, part)
     if quiet:

@@ -20,15 +20,15 @@ class Forwards:
 
     _begun: dict[PackedCache, tuple[nn.Module, list[Any]]] = field(default_factory=dict)
 
-    def begin(self, cache: PackedCache, module: nn.Module) -> None:
-        """Before a forward, which may be a part of another module's.
+    def begin(self, cache: PackedCache, module: nn.Module) -> bool:
+        """Before a forward, which may be a part of another module's; whether it is not.
 
         Raises RuntimeError if the last one was interrupted, and the cache is put back only now, and for layers that hold
         different numbers of tokens.
         """
         if cache in self._begun:
             if self._begun[cache][0] is not module:
-                return
+                return False
             self.put_back(cache)
             raise RuntimeError(
                 f"a forward over this cache was interrupted; it holds the {cache.get_seq_length()} tokens from before again, "
@@ -39,6 +39,7 @@ class Forwards:
             raise RuntimeError(f"the layers of the cache hold {tokens} tokens; reset() it and read the text again")
         self._begun[cache] = module, [_held(layer) for layer in cache.layers]
         cache.in_forward = True
+        return True
 
     def end(self, cache: PackedCache, module: nn.Module, failed: bool) -> None:
         """After a forward, unless it is a part of another module's."""

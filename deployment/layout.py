@@ -22,7 +22,7 @@ from torch import Tensor
 from deployment.bits import places_of
 from deployment.order import GroupOrder, Order, Role, order_of
 from deployment.room import ROOM_TOKENS, Room
-from deployment.streams import FEW, OutlierStreams, index_span
+from deployment.streams import FEW, OutlierStreams, index_span, sent
 from deployment.tables import FeedbackTables, Tables
 from gradients.parallel import WHOLE
 from quant.outliers import outliers_per_end
@@ -155,11 +155,19 @@ class PackedTensor:
             if page.room is not None:
                 page.room.fixed = True
 
-    def recount(self) -> None:
-        """Take over how many outliers the device has counted; waits for it."""
+    def counts(self) -> list[Tensor]:
+        """How many outliers the device has counted, `[B * G]` int64 for every page with room."""
+        return [
+            page.outliers.counts().flatten()
+            for page in self.pages
+            if page.outliers is not None and page.room is not None
+        ]
+
+    def recount(self, counts: Iterator[Tensor]) -> None:
+        """Take over the next of `counts`, which have come to the host."""
         for page in self.pages:
             if page.outliers is not None and page.room is not None:
-                page.room.recount(page.outliers)
+                page.room.recount(next(counts))
 
     @cached_property
     def of_all_heads(self) -> "PackedTensor":
@@ -268,9 +276,13 @@ class PackedTensor:
 
     def truncate(self, lengths: list[int]) -> None:
         """Forget all tokens from `lengths[b]` on of each sequence b."""
-        limits = torch.tensor(lengths, device=self.device)
+        limits = sent(torch.tensor(lengths), self.device)
         for page in self.pages:
-            if page.outliers is not None:
+            if page.outliers is None or page.end <= min(lengths):
+                continue
+            if page.outliers.can_shorten:
+                page.outliers.shorten(limits - page.start, self.head_dim)
+            else:
                 page.outliers = page.outliers.before(limits - page.start, self.head_dim)
                 page.room = None
 

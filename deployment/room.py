@@ -92,9 +92,9 @@ class Room:
         if self.since * _ASKED >= spare:
             self._ask(streams, overflow)
 
-    def recount(self, streams: OutlierStreams) -> None:
-        """Take over what the device has counted; waits for it."""
-        self.held, self.since, self._count = streams.counts().flatten().cpu(), 0, None
+    def recount(self, held: Tensor) -> None:
+        """Take over what the device has counted, `[B * G]` int64 on the host."""
+        self.held, self.since, self._count = held, 0, None
         self._update()
 
     def _ask(self, streams: OutlierStreams, overflow: Tensor) -> None:

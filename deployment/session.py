@@ -10,7 +10,6 @@ again, and where it departs (a chat template may render an old answer differentl
 """
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 from deployment.answer import Answer, Interruption, TimedStreamer
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.graphed import graphed
 from deployment.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
 from gradients.models import LoadedModel, decoder_config
@@ -35,7 +33,7 @@ class Session:
         prefill_chunk: tokens per forward while reading.
         saved: where to begin; None begins with an empty text.
         quiet: whether not to print answers as they come.
-        graph: whether to record decode steps in a CUDA graph (graphed.py).
+        graphs: whether decode steps on CUDA are recorded and replayed (automatic.py).
     """
 
     def __init__(
@@ -45,10 +43,10 @@ class Session:
         prefill_chunk: int = 1024,
         saved: SavedCache | None = None,
         quiet: bool = False,
-        graph: bool = False,
+        graphs: bool = True,
     ) -> None:
         self.loaded, self.quantizers, self.prefill_chunk, self.quiet = loaded, quantizers, prefill_chunk, quiet
-        self.graph = graph
+        self.graphs = graphs
         self.tokens: list[int] = []
         self.read_tokens = 0
         self.read_seconds = self.open_seconds = 0.0
@@ -135,8 +133,7 @@ class Session:
         if beams > 1:
             self.cache.batch_repeat_interleave(beams)
         started = time.perf_counter()
-        recorded = graphed(loaded.model, self.cache) if self.graph else nullcontext()
-        with torch.inference_mode(), packed_attention(loaded.model), recorded:
+        with torch.inference_mode(), packed_attention(loaded.model, graphs=self.graphs):
             output = loaded.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -189,6 +189,27 @@ class OutlierStreams:
         kept = token < limits[lists // self.ends[0].numel()]
         return self.rebuilt(lists[kept], index[kept], value[kept])
 
+    @property
+    def can_shorten(self) -> bool:
+        """Whether `shorten` may be called: there are starts, and this is no tensor of an inference mode that has ended."""
+        return self.starts is not None and (torch.is_inference_mode_enabled() or not self.ends.is_inference())
+
+    def shorten(self, limits: Tensor, head_dim: int) -> None:
+        """Forget the outliers of tokens from `limits` `[B]` of their sequence on, in place; the device is not waited for.
+
+        Those of earlier tokens come first in every list, so lists merely end earlier, and there is more room behind them.
+        """
+        if not len(self.index):
+            return
+        block = (limits // BLOCK_TOKENS).clamp(0, self.blocks - 1)[:, None, None]
+        begin, end = (place.gather(-1, block.expand(*place.shape[:2], 1)) for place in self.places())
+        place = begin + torch.arange(BLOCK_TOKENS * head_dim, device=begin.device)
+        index = self.index[place.clamp(max=len(self.index) - 1)].long() & 0xFFFF
+        token = block * BLOCK_TOKENS + index // head_dim % BLOCK_TOKENS
+        last = begin + ((place < end) & (token < limits[:, None, None])).sum(-1, keepdim=True)
+        earlier = torch.arange(self.blocks, device=begin.device) < block
+        self.ends.copy_(self.ends.where(earlier, last.int()))
+
     def select(self, sequences: Tensor) -> "OutlierStreams":
         """The streams of the given sequences `[B']` int64, in this order, repeats allowed, and no room."""
         per_sequence = self.ends[0].numel()

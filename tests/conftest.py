@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 from interpreter import quicken
+from recorders import Recording
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -43,6 +44,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from deployment.cache import PackedCache, PackedLayer
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
@@ -358,3 +360,26 @@ def make_records(records: Records) -> Callable[..., Records]:
         return created
 
     return make
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """For `graphed(..., recorder=...)`."""
+    monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
+    monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
+    return Recording()
+
+
+@pytest.fixture
+def automatic(recorder: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording:
+    """As if models were on a GPU: within `packed_attention` steps are recorded by themselves."""
+    made = PackedCache.__init__
+
+    def noted(cache: PackedCache, *arguments: object, **options: object) -> None:
+        made(cache, *arguments, **options)  # type: ignore[arg-type]
+        recorder.caches.append(cache)
+
+    monkeypatch.setattr(PackedCache, "__init__", noted)
+    monkeypatch.setattr("deployment.entered.possible", lambda _: True)
+    monkeypatch.setattr("deployment.automatic.record", recorder)
+    return recorder

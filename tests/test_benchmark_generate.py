@@ -16,7 +16,7 @@ from gradients.models import KINDS
 from quant.results import read_rows
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import attending, full_cache, stored_bytes
-from scripts.bench.generate import main
+from scripts.bench.generate import MODES, main
 from scripts.bench.random_model import random_model
 from scripts.checks.small_steps import relative_error
 
@@ -44,10 +44,11 @@ def test_everything_asked_for_becomes_a_row(tmp_path: Path, monkeypatch: pytest.
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "nuq3-1%", "hqq4", "--device", "cpu"]
     rows = main([*arguments, "--chunks", "8", "--prefill-context", "70", "--results", str(results)])["rows"]
     kinds = [(row["op"], row["cache"], row.get("mode") or row.get("chunk")) for row in rows]
-    steps = [("decode", cache, mode) for cache in ("fp16", "nuq3-1%") for mode in ("eager", "graph")]
+    steps = [("decode", cache, mode) for cache in ("fp16", "nuq3-1%") for mode in MODES]
     prefill = [("prefill", cache, 8) for cache in ("fp16", "nuq3-1%")]
     assert [kind for kind in kinds if kind[1] != "hqq4"] == [*steps, *prefill]
     eager = {row["cache"]: row for row in rows if row.get("mode") == "eager" and "error" not in row}
+    assert sum("tokens_per_second" in row for row in rows if row.get("mode") == "generate") == 2
     assert all(row["tokens_per_second"] > 0 and row["filled"] == "synthetic" for row in eager.values())
     assert eager["nuq3-1%"]["cache_bytes"] < eager["fp16"]["cache_bytes"]  # float32, and room
     assert all("graphs are recorded on CUDA" in row["error"] for row in rows if row.get("mode") == "graph")

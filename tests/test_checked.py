@@ -217,12 +217,12 @@ def test_recorded_steps_are_checked_too(
     """Masks and positions are no part of what is replayed."""
     from deployment.cache import PackedLayer
 
-    monkeypatch.setattr("deployment.graphed.obstacle", lambda *_: None)
+    monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
     monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
     ids, cache = make_tokens(1, TOKENS), PackedCache(exact, llama.config)
 
     def recorder(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
-        return (lambda: None), torch.zeros(1, 1, 259)
+        return (lambda: [layer.stored.add_(1) for layer in cache.layers]), torch.zeros(1, 1, 259)
 
     with packed_attention(llama), graphed(llama, cache, recorder=recorder) as steps:
         llama(ids, past_key_values=cache)
@@ -235,7 +235,8 @@ def test_recorded_steps_are_checked_too(
             llama(ids[:, :1], past_key_values=cache, attention_mask=mask)
         with pytest.raises(ValueError, match="position_ids"):
             llama(ids[:, :1], past_key_values=cache, position_ids=torch.tensor([[7]]))
-        assert steps.replays == 2
+        assert {layer.slots for layer in cache.layers} == {TOKENS + 3}  # as they were before these
+        assert all(layer.lengths == layer.stored.tolist() == [TOKENS + 3] for layer in cache.layers)
         with pytest.raises(UserError, match="recorded already"), graphed(llama, cache):
             pass
 

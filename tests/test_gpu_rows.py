@@ -54,6 +54,7 @@ def test_whole_models_have_a_line_for_each_cache() -> None:
     rows = [
         model_row("fp16", "eager", 30.0),
         model_row("fp16", "graph", 80.04, peak_bytes=17e9),
+        model_row("fp16", "generate", 75.5),
         model_row("fp16-dynamic", None, None, error="out of memory"),
         model_row("fp16-static", "eager", 20.0),
         model_row("fp16-static", "graph", None, error="not recorded: RuntimeError"),
@@ -64,11 +65,11 @@ def test_whole_models_have_a_line_for_each_cache() -> None:
     header, cells = generate_table(rows)
     what = ["H200", "llama-7b", "32,768"]
     assert cells == [
-        [*what, "fp16", "30.0", "80.0", "2.0", "17.0"],
-        [*what, "fp16-dynamic", "out of memory", "out of memory", "", ""],
-        [*what, "fp16-static", "20.0", "failed", "2.0", "16.0"],
+        [*what, "fp16", "30.0", "80.0", "75.5", "2.0", "17.0"],
+        [*what, "fp16-dynamic", *["out of memory"] * 3, "", ""],
+        [*what, "fp16-static", "20.0", "failed", "", "2.0", "16.0"],
     ]
-    assert len(header) == 8
+    assert len(header) == 9
     assert prefill_table(rows)[1] == [
         [*what, "nuq2", "8000.0", "9000.0"],
         [*what, "hqq4", "not installed", "not installed"],

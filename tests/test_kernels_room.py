@@ -1,5 +1,7 @@
 """Layers that the kernels append to hold what torch stores, however the room for outliers grows and shrinks."""
 
+import copy
+
 import pytest
 import torch
 from test_kernels_attention import DEVICE, make_quantizer
@@ -202,3 +204,24 @@ def test_a_captured_step_replayed_stores_what_eager_steps_store() -> None:
     assert layer.slots == expected.slots == 104
     assert_same(layer, expected)
     store(layer, *tokens(1, heads=8))
+
+
+def test_cropping_shortens_streams_where_they_are() -> None:
+    """A graph may write there, and the device is not waited for."""
+    full, reference = make_layer(), make_layer()
+    first, then = tokens(140), tokens(3)
+    store(full, *first)
+    reference.append(*first, [0])
+    for kept in (1, 2, 66, 67, 100, 139):
+        layer, expected = copy.deepcopy(full), copy.deepcopy(reference)
+        places, counts = [tensor.data_ptr() for tensor in layer.tensors()], layer.stored
+        layer.crop(torch.tensor(kept - 140))
+        expected.crop(kept - 140)
+        assert [tensor.data_ptr() for tensor in layer.tensors()] == places and layer.stored is counts
+        for packed, wanted in zip(layer.packed.values(), expected.packed.values(), strict=True):
+            mine, other = packed.pages[0].outliers, wanted.pages[0].outliers
+            assert torch.equal(mine.counts(), other.counts())
+            assert all(torch.equal(got, entry) for got, entry in zip(mine.entries(), other.entries(), strict=True))
+    store(layer, *then)
+    expected.append(*then, [0])
+    assert_same(layer, expected)

@@ -7,8 +7,9 @@
 The model has random weights of a named shape in fp16, and the cache is full of random tokens from the start
 (`"filled": "synthetic"`): neither changes what is timed. A row is one cache at one context and
 
-    decode     greedy steps of one sequence, as they are (`eager`) and recorded in a CUDA graph (`graph`; only caches that
-               are written in place); the peak of allocated memory during them, weights and cache included
+    decode     greedy steps of one sequence, as they are (`eager`), recorded in a CUDA graph (`graph`; only caches that are
+               written in place), and as `model.generate` takes them (`generate`), which records them by itself over a
+               packed cache; the peak of allocated memory during them, weights and cache included
     prefill    forwards of a chunk of tokens behind `--prefill-context` others, logits of the last token only
 
 Caches are schemes, such as nuq3-1%, or those of scripts/bench/fp16_caches.py. What runs out of memory, or is not installed,
@@ -19,20 +20,21 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.filled import filled_cache, synthetic_artefact
-from deployment.graphed import graphed, record
+from deployment.graphed import graphed
 from deployment.plan import parse_tokens
+from deployment.recording import record
 from deployment.shapes import SHAPES, named_config
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.results import append_row
@@ -41,7 +43,7 @@ from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is
 from scripts.bench.random_model import random_model
 
 CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
-MODES = ("eager", "graph")
+MODES = ("eager", "graph", "generate")
 TINY = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -56,6 +58,18 @@ _CHUNKS_EACH = 3  # forwards of a chunk; the first compiles
 
 Row = dict[str, Any]
 Forward = Callable[[Tensor], Tensor]
+
+
+class Clock(LogitsProcessor):
+    """Notes when the host comes to each step's logits, which it does when the step before has ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores as they are."""
+        self.times.append(time.perf_counter())
+        return scores
 
 
 class Benchmark:
@@ -149,12 +163,15 @@ class Benchmark:
                     continue  # what is copied to another place with every token cannot be replayed
                 measured: Row
                 try:
-                    with self._steps(cache, mode) as forward:
-                        measured = self._timed_steps(forward)
+                    if mode == "generate":
+                        measured = self._timed_generate(cache)
+                    else:
+                        with self._steps(cache, mode) as forward:
+                            measured = self._timed_steps(forward)
                 except torch.OutOfMemoryError:
                     measured = {"error": "out of memory"}
                 except RuntimeError as error:
-                    if mode == "eager":
+                    if mode != "graph":
                         raise
                     measured = {"error": f"not recorded: {_first_line(error)}"}
                 self._add({**row, "mode": mode, **measured})
@@ -167,7 +184,8 @@ class Benchmark:
             return self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
 
         if mode == "eager":
-            yield forward
+            with packed_attention(self.model, graphs=False) if isinstance(cache, PackedCache) else nullcontext():
+                yield forward
         elif self.device.type != "cuda":
             raise RuntimeError(f"graphs are recorded on CUDA devices, not on {self.device}")
         elif isinstance(cache, PackedCache):
@@ -194,10 +212,25 @@ class Benchmark:
         self._seconds(forward, ids, _WARM_STEPS)
         first = self._seconds(forward, ids, _STEPS[0]) / _STEPS[0]
         steps = min(_STEPS[1], max(_STEPS[0], int(_MEASURED_SECONDS / first)))
-        seconds = self._seconds(forward, ids, steps) / steps
+        return self._measured(steps, self._seconds(forward, ids, steps) / steps)
+
+    def _measured(self, steps: int, seconds: float) -> Row:
+        """Of steps that took so long each."""
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         measured = {"steps": steps, "ms_per_token": round(1e3 * seconds, 3), "tokens_per_second": round(1 / seconds, 2)}
         return {**measured, "peak_bytes": peak}
+
+    def _timed_generate(self, cache: Cache) -> Row:
+        """Of the steps of one call of `generate`, greedy, but for the first: compiling, and recording."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        ids = torch.zeros(1, cache.get_seq_length() + 1, dtype=torch.int64, device=self.device)
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        clock, steps = Clock(), _STEPS[1]
+        options["logits_processor"] = LogitsProcessorList([clock])
+        self.model.generate(ids, past_key_values=cache, max_new_tokens=_WARM_STEPS + 1 + steps, **options)
+        warm, last = clock.times[_WARM_STEPS], clock.times[-1]
+        return self._measured(steps, (last - warm) / steps)
 
     def _seconds(self, forward: Forward, ids: Tensor, steps: int) -> float:
         """Of greedy steps; the device is waited for at the end only."""

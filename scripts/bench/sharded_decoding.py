@@ -137,7 +137,7 @@ class Sharded:
     def _decode(self, request: Request, limit: int | None) -> Decoded:
         started = time.perf_counter()
         cache = self._cache(request)
-        with packed_attention(self.model):
+        with packed_attention(self.model, graphs=False):  # several GPUs cannot have them, and one is to be like them
             begin = self._read if request.filled == "prefill" else self._fill
             token = begin(request, cache)
             self._synchronise()

@@ -8,6 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Table = tuple[list[str], list[list[str]]]
+_MODES = ("eager", "graph", "generate")
 _EQUAL = ("equal_tokens", "rounded_equal_tokens")
 
 
@@ -82,10 +83,10 @@ def generate_table(rows: Sequence[Row]) -> Table:
     lines: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in steps:
         line = lines.setdefault((short(row["device"]), row["shape"], row["context"], row["cache"]), {})
-        line |= {mode: row for mode in ([row["mode"]] if "mode" in row else ["eager", "graph"])}
+        line |= {mode: row for mode in ([row["mode"]] if "mode" in row else _MODES)}
     cells = []
     for (device, shape, context, cache), modes in sorted(lines.items(), key=lambda line: line[0][0]):
-        rates = [_rate(modes[mode]) if mode in modes else "" for mode in ("eager", "graph")]
+        rates = [_rate(modes[mode]) if mode in modes else "" for mode in _MODES]
         sizes = [
             max((row.get(name) or 0 for row in modes.values()), default=0) for name in ("cache_bytes", "peak_bytes")
         ]
@@ -98,7 +99,8 @@ def generate_table(rows: Sequence[Row]) -> Table:
         "context",
         "cache",
         "tokens/s",
-        "tokens/s, CUDA graph",
+        "CUDA graph",
+        "`generate`",
         "cache, GB",
         "peak memory, GB",
     ], cells

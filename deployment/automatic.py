@@ -1,0 +1,106 @@
+"""Within `packed_attention` on CUDA, decode steps are recorded in a CUDA graph and replayed without being asked for.
+
+The model's forward is wrapped. A forward of one new token per sequence over a packed cache, or of up to 16, which records no gradients and
+is asked for nothing that `generate` does not ask for, is a step. The first two steps of so many tokens run as they are; the third is recorded
+(steps.py), the others are replayed. Everything else runs as it is and ends the recordings: chunks of a prompt, beams that change places.
+Where recordings are replayed too rarely to pay, twice as many steps must come before the next, 64 at most. `generate` thus says the same
+with and without graphs.
+
+Steps that cannot be recorded run as they are (recording.py says which), silently: layers of sliding windows, adapters, hooks of others on
+the model's modules, a model on several devices. While several threads are within blocks nothing is recorded, since torch's random
+numbers are not to be drawn meanwhile; what has been recorded is still replayed.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import PreTrainedModel
+
+from deployment.cache import PackedCache
+from deployment.kernels.dispatch import Backend
+from deployment.recording import record
+from deployment.steps import Steps
+from gradients.models import decoder
+from gradients.placement import input_device
+
+_STEPS = 64  # tokens that a recording has room for: it was not asked for, so it takes little memory
+_PATIENCE = 2
+
+
+class Automatic:
+    """The forward of a model, steps over each of its caches replayed where they can be.
+
+    `stopped` counts the blocks that want none of it; `ready` is whether now is a time for recording.
+    """
+
+    def __init__(self, model: PreTrainedModel, backend: Backend | None, ready: Callable[[], bool]) -> None:
+        self.eager, self.stopped = model.forward, 0
+        self._model, self._backend, self._ready = model, backend, ready
+        self._steps: WeakKeyDictionary[PackedCache, Steps] = WeakKeyDictionary()
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """The model's forward."""
+        cache = options.get("past_key_values")
+        if torch.compiler.is_compiling() or not isinstance(cache, PackedCache):
+            return self.eager(*arguments, **options)
+        if self.stopped:
+            self.settle(cache)
+            return self.eager(*arguments, **options)
+        return self.steps_of(cache).forward(cache, arguments, options)
+
+    def steps_of(self, cache: PackedCache) -> Steps:
+        """The steps over a cache."""
+        steps = self._steps.get(cache)
+        if steps is None:
+            steps = self._steps[cache] = Steps(
+                self._model,
+                cache,
+                self.eager,
+                _STEPS,
+                self._backend,
+                record,
+                patience=_PATIENCE,
+                quietly=True,
+                ready=self._ready,
+            )
+        return steps
+
+    def settle(self, cache: PackedCache) -> None:
+        """Drop what was recorded over a cache; waits for the device if there is something."""
+        if cache in self._steps:
+            self._steps[cache].settle()
+
+    def settle_all(self) -> None:
+        """Drop everything that was recorded."""
+        for steps in list(self._steps.values()):
+            steps.settle()
+
+
+def possible(model: PreTrainedModel) -> bool:
+    """Whether the model is where graphs are, and has a head."""
+    return decoder(model) is not model and input_device(model).type == "cuda"
+
+
+@contextmanager
+def replaying(model: PreTrainedModel, automatic: Automatic) -> Iterator[None]:
+    """Within the block the model's forward is that of `automatic`."""
+    before = model.__dict__.get("forward")  # of a hook's; usually the class's
+
+    @functools.wraps(automatic.eager)  # `generate` looks at its signature
+    def forward(*arguments: Any, **options: Any) -> Any:
+        return automatic.forward(*arguments, **options)
+
+    forward.automatic = automatic  # type: ignore[attr-defined]
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.forward
+        else:
+            model.forward = before  # type: ignore[method-assign]
+        automatic.settle_all()
