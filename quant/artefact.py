@@ -7,7 +7,7 @@ depart from it, the model's fingerprint, the digest of the records, package vers
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,22 @@ class Quantizers:
                 f"scheme {self.scheme.describe()} exists in simulation only, to be compared with; deploy one with keys "
                 "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
             )
+
+    def with_window(self, residual_tokens: int | None) -> "Quantizers":
+        """The same with another recent window, which nothing is fitted to; None leaves it as it is.
+
+        Raises `UserError` for a negative number.
+        """
+        if residual_tokens in (None, self.scheme.residual_tokens):
+            return self
+        layers: dict[int, dict[Kind, Quantizer]] = {
+            layer: {
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(residual_tokens=residual_tokens))
+                for kind, quantizer in sides.items()
+            }
+            for layer, sides in self.layers.items()
+        }
+        return replace(self, scheme=self.scheme.with_changes(residual_tokens=residual_tokens), layers=layers)
 
     def save(self, path: str | Path) -> None:
         """Write the artefact atomically."""
