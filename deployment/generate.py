@@ -48,6 +48,7 @@ from gradients.cli import (
 from gradients.models import LoadedModel
 from gradients.processes import require_one_process
 from quant.artefact import load_quantizers
+from quant.options import add_window_argument
 from quant.storage import FP16_BITS
 
 
@@ -154,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.generate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
+    add_window_argument(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt")
     prompt.add_argument("--prompt-file", help="UTF-8 text file")
@@ -177,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     _check(arguments)
     require_one_process("deployment.generate")
-    text, quantizers = _prompt(arguments), load_quantizers(arguments.quantizers)
+    text = _prompt(arguments)
+    quantizers = load_quantizers(arguments.quantizers).with_window(arguments.residual_tokens)
     saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
     loaded = load_model_from(arguments)
     quantizers.check_run(loaded)

@@ -83,7 +83,7 @@ class Quantizers:
             return self
         layers: dict[int, dict[Kind, Quantizer]] = {
             layer: {
-                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(residual_tokens=residual_tokens))
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(residual_tokens=residual_tokens))  # type: ignore[type-var]
                 for kind, quantizer in sides.items()
             }
             for layer, sides in self.layers.items()

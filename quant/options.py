@@ -31,6 +31,13 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     parser.add_argument("--residual-tokens", type=non_negative_int, help="recent tokens kept exact (0)")
 
 
+def add_window_argument(parser: argparse.ArgumentParser) -> None:
+    """`--residual-tokens` of commands that read fitted quantizers: nothing is fitted to the recent window."""
+    parser.add_argument(
+        "--residual-tokens", type=non_negative_int, metavar="N", help="recent tokens kept exact; default: as fitted"
+    )
+
+
 _OPTIONS = (
     "sink_tokens",
     "q_norm",

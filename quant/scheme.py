@@ -161,6 +161,11 @@ class Scheme:
         return self.datatype == "rdnuq"
 
     @property
+    def exact_tokens(self) -> int:
+        """Of a long text: sinks and recent window, which no code stands for."""
+        return self.sink_tokens + self.residual_tokens
+
+    @property
     def levels(self) -> int:
         """L = 2^bits."""
         return 2 ** int(self.bits)
