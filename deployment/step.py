@@ -82,7 +82,7 @@ def attend_with_torch(
     query, more = widened(query), 0 if chunk is None else chunk[0].shape[2] - new  # tokens of the window
     # of every token of window and chunk; negative for padding
     places = tuple(
-        tuple(-1 if token < max(pad, pad - stored) else stored + token - pad for token in range(-more, new))
+        tuple(max(-1, stored + token - pad) for token in range(-more, new))
         for stored, pad in zip(before, padding, strict=True)
     )
     length = max(row[-1] + 1 for row in places)
