@@ -121,13 +121,15 @@ def test_kernels_and_torch_hold_and_say_the_same(window: int, chunk: int, exact_
 
 
 @pytest.mark.parametrize("past", [60, 500])
-@pytest.mark.parametrize("scheme", ["nuq4-1%", "nuq3-5%", "nuq2"])
+@pytest.mark.parametrize(
+    ("scheme", "window"), [("nuq4-1%", 0), ("nuq3-5%", 0), ("nuq2", 0), ("nuq2", 70), ("nuq3-5%", 128)]
+)
 class TestOnAGPU:
     pytestmark = needs_gpu
 
-    def test_a_recorded_step_is_replayed(self, past: int, scheme: str) -> None:
+    def test_a_recorded_step_is_replayed(self, past: int, scheme: str, window: int) -> None:
         steps = 20
-        recorded, direct, warm = (Decoder(past, scheme) for _ in range(3))
+        recorded, direct, warm = (Decoder(past, scheme, window) for _ in range(3))
         warm.layer.reserve(steps)
         inputs = Decoder.tokens(1, seed=1)
         torch.cuda.synchronize()
@@ -146,8 +148,8 @@ class TestOnAGPU:
         recorded.layer.recount()
         assert_holds_the_same(recorded.layer, direct.layer)
 
-    def test_a_decode_step_never_waits(self, past: int, scheme: str) -> None:
-        decoder = Decoder(past, scheme)
+    def test_a_decode_step_never_waits(self, past: int, scheme: str, window: int) -> None:
+        decoder = Decoder(past, scheme, window)
         for number in range(2):  # compiles, and makes room for the outliers of 64 tokens
             decoder.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number))
         tokens, mask = Decoder.tokens(1, seed=5), grown(past + 3)
