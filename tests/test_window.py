@@ -12,12 +12,16 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment import native
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache
+from deployment.benchmark import benchmark
+from deployment.cache import PackedCache, PackedLayer
 from deployment.evaluate import main as evaluate_main
+from deployment.filled import copy_filling
+from deployment.filled import fill as fill_by_appending
 from deployment.generate import main as generate_main
 from deployment.plan import Plan
 from deployment.saved import load_cache, save_cache
 from deployment.shapes import ModelShape
+from deployment.synthetic import Shape, fill_with_blocks, synthetic_quantizers
 from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.artefact import Quantizers
@@ -282,3 +286,21 @@ def test_commands(llama_folder: Path, quantizers_file: Path, text_file: Path) ->
 def test_a_negative_window_is_refused(llama: PreTrainedModel, quantizers: Quantizers) -> None:
     with pytest.raises(UserError, match="residual_tokens -1 is negative; use 0 for none"):
         PackedCache(quantizers, llama.config, residual_tokens=-1)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_benchmarks_fill_layers_with_windows(window: int) -> None:
+    scheme = Scheme.parse("nuq3-1%", residual_tokens=window)
+    shape, device, layers = Shape(2, 1, 64), torch.device("cpu"), []
+    for fill in (fill_with_blocks, lambda layer, *_: fill_by_appending(layer, 1, 64, 1 + 128 + window, device)):
+        sides = synthetic_quantizers(scheme, shape)
+        layers.append(PackedLayer(*sides, scheme.sink_tokens, 200, residual_tokens=window))
+        fill(layers[-1], shape, 2, device, 0)
+    layers.append(PackedLayer(*sides, scheme.sink_tokens, 200, residual_tokens=window))
+    copy_filling(layers[1], layers[2])
+    for layer in layers:
+        assert layer.lengths == [129 + window] == layer.stored.tolist() and layer.coded == [129]
+        assert (layer.window is None) == (window == 0)
+        assert layer.window is None or layer.window.recent["key"].abs().amax(-1)[0, 0].min() > 0.1
+    row = benchmark(shape, scheme, 64, 1, ["append", "decode"], device, 1e9)
+    assert (row["bits_per_element"] > 4.5) == (window > 0)
