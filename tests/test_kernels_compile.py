@@ -72,6 +72,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from deployment.kernels.chunk import store_kernel
 from deployment.kernels.unpack import unpack_kernel
+from deployment.kernels.window import shift_kernel
 
 def types(**names):
     return {name: kind.replace("_", "*") for kind, which in names.items() for name in which.split()}
@@ -88,6 +89,9 @@ for source in (-1, 0, 1, 2):
     if source >= 0:
         compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
             OUTLIERS=True, SPAN=512)
+for kind in ("_fp16", "_bf16", "_fp32"):
+    tokens = {kind: "key_source key_new key_target value_source value_new value_target"}
+    compiled(shift_kernel, types(**tokens), D=96, LANES=128, SLOTS=64)
 """
 
 
