@@ -304,3 +304,28 @@ def test_benchmarks_fill_layers_with_windows(window: int) -> None:
         assert layer.window is None or layer.window.recent["key"].abs().amax(-1)[0, 0].min() > 0.1
     row = benchmark(shape, scheme, 64, 1, ["append", "decode"], device, 1e9)
     assert (row["bits_per_element"] > 4.5) == (window > 0)
+
+
+def test_every_architecture(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+    """Sliding-window layers beside it, partial and scaled rotary embeddings, norms of keys."""
+    quantizers = fit_model(model, Scheme.parse("nuq4-5%", sink_tokens=2, residual_tokens=11))
+    tokens = make_tokens(1, 60)
+    with torch.inference_mode(), simulated(model, quantizers):
+        expected = model(input_ids=tokens, use_cache=False).logits
+    got = read(model, PackedCache(quantizers, model.config, exact_chunk=False), tokens, [30, 1, 1, 28])
+    assert (got - expected).abs().amax(-1).median() < 2e-4
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "prompt lookup"])
+def test_what_transformers_generates(
+    options: dict[str, int], llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
+) -> None:
+    """With 8 bits the text is the unquantized cache's, as rows are reordered and guesses taken back."""
+    quantizers = fit_model(llama, Scheme.parse("int8-5%", sink_tokens=2, residual_tokens=8))
+    tokens = make_tokens(1, 6).repeat(1, 4)
+    asked = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "pad_token_id": 2, **options}
+    expected = llama.generate(tokens, attention_mask=torch.ones_like(tokens), **asked)
+    with packed_attention(llama):
+        cache = PackedCache(quantizers, llama.config)
+        got = llama.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, **asked)
+    assert torch.equal(got, expected)
