@@ -506,7 +506,7 @@ class PackedCache(Cache):
         if quantizers is not None:
             quantizers.check_model(config)
             quantizers.check_packable()
-            quantizers = quantizers.with_window(residual_tokens)
+            quantizers = quantizers.with_exact(residual_tokens=residual_tokens)
             self.residual_tokens = quantizers.scheme.residual_tokens
             for layer in cached_layers(config):
                 sides = quantizers.layers[layer]

@@ -30,7 +30,7 @@ from gradients.processes import gathered, own_share, process_state
 from gradients.progress import progress
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_corpus
-from quant.options import add_window_argument
+from quant.options import add_exact_arguments, exact_from
 from quant.storage import FP16_BITS
 
 
@@ -94,14 +94,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser = command_parser("deployment.evaluate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
-    add_window_argument(parser)
+    add_exact_arguments(parser)
     add_evaluation_arguments(parser)
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens per forward")
     parser.add_argument("--exact-chunk", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--batch", type=positive_int, default=1, help="windows side by side")
     arguments = parser.parse_args(argv)
 
-    quantizers = load_quantizers(arguments.quantizers).with_window(arguments.residual_tokens)
+    quantizers = exact_from(load_quantizers(arguments.quantizers), arguments)
     loaded = load_model_from(arguments)
     corpus = evaluation_corpus(loaded, arguments)
     quantizers.check_run(loaded, corpus.bos is not None)

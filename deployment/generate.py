@@ -48,7 +48,7 @@ from gradients.cli import (
 from gradients.models import LoadedModel
 from gradients.processes import require_one_process
 from quant.artefact import load_quantizers
-from quant.options import add_window_argument
+from quant.options import add_exact_arguments, exact_from
 from quant.storage import FP16_BITS
 
 
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.generate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
-    add_window_argument(parser)
+    add_exact_arguments(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt")
     prompt.add_argument("--prompt-file", help="UTF-8 text file")
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     _check(arguments)
     require_one_process("deployment.generate")
     text = _prompt(arguments)
-    quantizers = load_quantizers(arguments.quantizers).with_window(arguments.residual_tokens)
+    quantizers = exact_from(load_quantizers(arguments.quantizers), arguments)
     saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
     loaded = load_model_from(arguments)
     quantizers.check_run(loaded)

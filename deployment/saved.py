@@ -76,9 +76,9 @@ def save_cache(
 
     `tokens` `[B, n]` int64 are the text: those cached, left padding included, and any that come next. Raises
     `UserError` for an empty cache, and for one with a layer that is neither packed nor a sliding window. A recent window that
-    the cache was given beside `quantizers` is asked for again when the file is read: `quantizers.with_window`.
+    the cache was given beside `quantizers` is asked for again when the file is read: `quantizers.with_exact`.
     """
-    quantizers = quantizers.with_window(cache.residual_tokens)
+    quantizers = quantizers.with_exact(residual_tokens=cache.residual_tokens)
     tensors = {"tokens": tokens.cpu().contiguous()}
     for number, layer in enumerate(cache.layers):
         if not layer.is_initialized:

@@ -101,8 +101,8 @@ def make_case(shape: Shape, scheme: Scheme, context: int, batch: int, device: to
         torch.randn(batch, shape.kv_heads, context, shape.head_dim, generator=generator, device=device).half()
         for _ in range(2)
     )
-    sides, window = synthetic_quantizers(scheme, shape), {"residual_tokens": scheme.residual_tokens}
-    layer = PackedLayer(*sides, scheme.sink_tokens, context + SPARE_TOKENS, **window)
+    sides, capacity = synthetic_quantizers(scheme, shape), context + SPARE_TOKENS
+    layer = PackedLayer(*sides, scheme.sink_tokens, capacity, residual_tokens=scheme.residual_tokens)
     layer.lazy_initialization(key, value)
     kernels = runs_kernels(None, layer, device)
     for part in torch.arange(context).split(_FILL):

@@ -26,7 +26,7 @@ from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
-from quant.options import add_window_argument
+from quant.options import add_exact_arguments, exact_from
 from quant.results import append_row, is_of, read_rows
 
 
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.tasks", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", help="file written by `python -m quant.fit`; without it, the model as it is")
-    add_window_argument(parser)
+    add_exact_arguments(parser)
     parser.add_argument("--tasks", required=True, metavar="NAME,...", help="as the harness knows them; patterns work")
     parser.add_argument("--include-path", metavar="DIR", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=positive_int, help="samples per task; default: all of them")
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     names = task_names(manager, arguments.tasks)
     quantizers = None
     if arguments.quantizers:
-        quantizers = load_quantizers(arguments.quantizers).with_window(arguments.residual_tokens)
+        quantizers = exact_from(load_quantizers(arguments.quantizers), arguments)
     loaded = load_model_from(arguments)
     if quantizers is not None:
         quantizers.check_run(loaded)

@@ -74,21 +74,24 @@ class Quantizers:
                 "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
             )
 
-    def with_window(self, residual_tokens: int | None) -> "Quantizers":
-        """The same with another recent window, which nothing is fitted to; None leaves it as it is.
+    def with_exact(self, sink_tokens: int | None = None, residual_tokens: int | None = None) -> "Quantizers":
+        """The same for other sinks and another recent window; None leaves them as they are.
 
-        Raises `UserError` for a negative number.
+        Nothing is fitted to a window, and sinks are merely left out when quantizers are fitted. Raises `UserError` for a
+        negative number.
         """
-        if residual_tokens in (None, self.scheme.residual_tokens):
+        asked = {"sink_tokens": sink_tokens, "residual_tokens": residual_tokens}
+        changes = {name: tokens for name, tokens in asked.items() if tokens not in (None, getattr(self.scheme, name))}
+        if not changes:
             return self
         layers: dict[int, dict[Kind, Quantizer]] = {
             layer: {
-                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(residual_tokens=residual_tokens))  # type: ignore[type-var]
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))  # type: ignore[type-var]
                 for kind, quantizer in sides.items()
             }
             for layer, sides in self.layers.items()
         }
-        return replace(self, scheme=self.scheme.with_changes(residual_tokens=residual_tokens), layers=layers)
+        return replace(self, scheme=self.scheme.with_changes(**changes), layers=layers)
 
     def save(self, path: str | Path) -> None:
         """Write the artefact atomically."""

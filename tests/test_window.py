@@ -73,7 +73,7 @@ def test_simulated_equals_packed(
         expected = double(input_ids=tokens, use_cache=False).logits
     got = read(double, PackedCache(quantizers, double.config, exact_chunk=False), tokens, sizes)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()  # tables are in float32
-    plain = quantizers.with_window(0)
+    plain = quantizers.with_exact(residual_tokens=0)
     assert (
         read(double, PackedCache(plain, double.config, exact_chunk=False), tokens, sizes) - expected
     ).abs().max() > 0.1
@@ -82,7 +82,7 @@ def test_simulated_equals_packed(
 def test_an_exact_chunk_comes_on_top(double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
     """A single token that sees itself and 8 before it has a window of 9."""
     quantizers, tokens = fit_model(double, Scheme.parse("nuq2-5%", sink_tokens=2)), make_tokens(1, 40)
-    with torch.inference_mode(), simulated(double, quantizers.with_window(9)):
+    with torch.inference_mode(), simulated(double, quantizers.with_exact(residual_tokens=9)):
         expected = double(input_ids=tokens, use_cache=False).logits
     got = read(double, PackedCache(quantizers, double.config, residual_tokens=8), tokens, 1)
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -219,7 +219,9 @@ def test_saved_and_restored(
     save_cache(tmp_path / "cache", cache, quantizers, llama, tokens)
     with pytest.raises(UserError, match="residual_tokens=16.*and not nuq3-1% sink_tokens=3"):
         load_cache(tmp_path / "cache", quantizers, llama)
-    restored = load_cache(tmp_path / "cache", quantizers.with_window(16), llama).restore(llama, capacity=120)
+    restored = load_cache(tmp_path / "cache", quantizers.with_exact(residual_tokens=16), llama).restore(
+        llama, capacity=120
+    )
     for layer, other in zip(cache.layers, restored.layers, strict=True):
         assert layer.coded == other.coded and layer.lengths == other.lengths
         assert all(torch.equal(layer.window.recent[kind], other.window.recent[kind]) for kind in KINDS)
@@ -273,6 +275,9 @@ def test_commands(llama_folder: Path, quantizers_file: Path, text_file: Path) ->
     assert simulated_row is not None and packed_row is not None
     assert simulated_row["scheme"] == packed_row["scheme"] == "nuq3-1% residual_tokens=10"
     assert packed_row["nll"] == pytest.approx(simulated_row["nll"], rel=1e-4)
+    sinks = simulate_main([*windows, "--sink-tokens", "60"])
+    assert sinks is not None and sinks["scheme"] == "nuq3-1% sink_tokens=60 residual_tokens=10"
+    assert sinks["bits_per_element"] == 16 and sinks["nll"] == pytest.approx(sinks["baseline_nll"], abs=0.01)
     wide = simulate_main([*windows[:-1], "20"])
     assert wide is not None and wide["bits_per_element"] > simulated_row["bits_per_element"] > 3.5
     generated: Any = generate_main(
