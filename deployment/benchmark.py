@@ -27,6 +27,7 @@ from deployment.step import attend_with_torch
 from deployment.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
 from deployment.timing import copy_rate, fastest, microseconds
 from gradients.cli import command_parser, format_table, positive_int, run_command
+from quant.options import add_scheme_arguments, scheme_from
 from quant.results import append_row
 from quant.scheme import Scheme
 
@@ -44,11 +45,11 @@ def decode_call(case: Case, new: int, shape: Shape, kernels: bool) -> Callable[[
     query = torch.randn(batch, shape.heads, new, shape.head_dim, device=device).half()
     key, value = (torch.randn(batch, shape.kv_heads, new, shape.head_dim, device=device).half() for _ in range(2))
     scaling, padding = shape.head_dim**-0.5, [0] * batch
+    layer, rope = case.layer, case.rope
     if kernels:
-        return lambda: attend(case.layer, case.rope, query, (key, value), padding, scaling)
-    return lambda: attend_with_torch(
-        case.layer, case.rope, query, (key, value), padding, scaling, list(case.layer.lengths)
-    )
+        return lambda: attend(layer, rope, query, layer.joined(key, value, padding, True), padding, scaling)
+    lengths = list(layer.lengths)
+    return lambda: attend_with_torch(layer, rope, query, layer.joined(key, value, padding), padding, scaling, lengths)
 
 
 def append_call(case: Case, kernels: bool, tokens: int = 1) -> Callable[[], object]:
@@ -87,7 +88,7 @@ def benchmark(
 ) -> dict[str, Any]:
     """Timings of one shape, scheme and context on a device whose memory reaches `rate` bytes per second."""
     # whole blocks, so that an append can be repeated in place
-    context = scheme.sink_tokens + -(-context // 64) * 64
+    context = scheme.exact_tokens + -(-context // 64) * 64
     cases = [make_case(shape, scheme, context, batch, device, 0)]
     stored = stored_bytes(cases[0].layer)
     copies = min(_MOST_COPIES, -(-_FLUSH_BYTES // stored)) if device.type == "cuda" else 1
@@ -145,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.benchmark", __doc__)
     parser.add_argument("--shape", default="llama-7b", help=f"{', '.join(SHAPES)}, or a model")
     parser.add_argument("--scheme", default="nuq3-1%")
+    add_scheme_arguments(parser, named=False)
     parser.add_argument(
         "--contexts", "--context", type=parse_tokens, nargs="+", default=[4096], help="tokens per sequence (4K)"
     )
@@ -161,11 +163,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all contexts, printed and appended to the results one by one."""
     device = torch.device(arguments.device)
-    scheme, shape = Scheme.parse(arguments.scheme), Shape.named(arguments.shape)
+    scheme, shape = scheme_from(arguments.scheme, arguments), Shape.named(arguments.shape)
     rate, rows = copy_rate(device), []
     for context in arguments.contexts:
-        row = {name: getattr(arguments, name) for name in ("shape", "scheme", "batch")}
-        row |= {"context": context}
+        row = {"shape": arguments.shape, "scheme": scheme.describe(), "batch": arguments.batch, "context": context}
         row |= benchmark(shape, scheme, context, arguments.batch, arguments.ops, device, rate)
         path = "Triton kernels" if row["path"] == "triton" else "the torch path, no kernels"
         print(f"{context} tokens, {path} on {device}; a copy moves {row['copy_gb_per_s']} GB/s; ", end="")

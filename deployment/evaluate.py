@@ -32,6 +32,7 @@ from gradients.processes import gathered, own_share, process_state
 from gradients.progress import progress
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import add_evaluation_arguments, append_result, evaluation_corpus
+from quant.options import add_exact_arguments, exact_from
 from quant.parts import own_heads
 from quant.storage import FP16_BITS
 
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     add_model_arguments(parser)
     add_tensor_parallel_argument(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
+    add_exact_arguments(parser)
     add_evaluation_arguments(parser)
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="tokens per forward")
     parser.add_argument("--exact-chunk", action=argparse.BooleanOptionalAction, default=True)
@@ -113,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     arguments = parser.parse_args(argv)
 
     part = own_part(arguments.tensor_parallel, "deployment.evaluate")
-    quantizers = own_heads(load_quantizers(arguments.quantizers), part)
+    quantizers = own_heads(exact_from(load_quantizers(arguments.quantizers), arguments), part)
     loaded = load_model_from(arguments, part)
     corpus = evaluation_corpus(loaded, arguments)
     quantizers.check_run(loaded, corpus.bos is not None)

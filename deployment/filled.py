@@ -79,6 +79,8 @@ def copy_filling(source: PackedLayer, layer: PackedLayer) -> None:
     for kind in KINDS:
         layer.sinks[kind] = source.sinks[kind].clone()
         layer.packed[kind].pages = [_copied(page) for page in source.packed[kind].pages]
+    if source.window is not None:
+        layer.window = source.window.of_recent({kind: x.clone() for kind, x in source.window.recent.items()})
     layer.stored, layer.lengths, layer.slots = source.stored.clone(), list(source.lengths), source.slots
 
 

@@ -53,6 +53,7 @@ from gradients.models import LoadedModel
 from gradients.parallel import Part, add_tensor_parallel_argument, own_part, summed
 from gradients.processes import process_state, require_one_process
 from quant.artefact import load_quantizers
+from quant.options import add_exact_arguments, exact_from
 from quant.parts import own_heads
 from quant.storage import FP16_BITS, StoredSize
 
@@ -167,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     add_model_arguments(parser)
     add_tensor_parallel_argument(parser)
     parser.add_argument("--quantizers", required=True, help="file written by `python -m quant.fit`")
+    add_exact_arguments(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt")
     prompt.add_argument("--prompt-file", help="UTF-8 text file")
@@ -195,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     part = own_part(arguments.tensor_parallel, "deployment.generate")
     if part.is_whole:
         require_one_process("deployment.generate", ", or give --tensor-parallel")
-    text, quantizers = _prompt(arguments), own_heads(load_quantizers(arguments.quantizers), part)
+    text = _prompt(arguments)
+    quantizers = own_heads(exact_from(load_quantizers(arguments.quantizers), arguments), part)
     saved = None if arguments.load_cache is None else read_cache(arguments.load_cache, quantizers)
     loaded = load_model_from(arguments, part)
     quantizers.check_run(loaded)

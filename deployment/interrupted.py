@@ -69,4 +69,4 @@ class Forwards:
 
 def _held(layer: CacheLayerMixin) -> Any:
     """What a layer holds, by reference: nothing is changed in place that was there before."""
-    return (layer.slots, layer.lengths) if isinstance(layer, PackedLayer) else dict(vars(layer))
+    return (layer.slots, layer.lengths, layer.window) if isinstance(layer, PackedLayer) else dict(vars(layer))

@@ -82,10 +82,10 @@ class Plan:
         return needed is not None and needed <= self.gpus
 
     def largest_context(self, batch: int = 1) -> int:
-        """Most tokens per sequence that fit, in whole blocks after the sink tokens; 0 if not even one block does."""
-        sinks = 0 if self.scheme is None else self.scheme.sink_tokens
-        blocks = _largest(lambda count: self.fits(sinks + count * BLOCK_TOKENS, batch))
-        return sinks + blocks * BLOCK_TOKENS if blocks else 0
+        """Most tokens per sequence that fit, in whole blocks beside the exact tokens; 0 if not even one block does."""
+        exact = 0 if self.scheme is None else self.scheme.exact_tokens
+        blocks = _largest(lambda count: self.fits(exact + count * BLOCK_TOKENS, batch))
+        return exact + blocks * BLOCK_TOKENS if blocks else 0
 
     def largest_batch(self, tokens: int) -> int:
         """Most sequences of `tokens` that fit, 0 if not even one does."""

@@ -1,8 +1,9 @@
 """A packed cache as a file, so that a long document is read once and continued from as often as one likes.
 
 Tensors: `tokens` `[B, n]` and `lengths` `[B]`; per packed layer and kind `layers.{i}.{key|value}.{sinks,words,scales,
-index,value,ends}`, as `layout.py` and `streams.py` name them, one page exactly as long as needed; for a sliding-window
-layer what it still holds, `layers.{i}.native.{key|value}`. Metadata, one JSON object: schema version, the model's
+index,value,ends}`, as `layout.py` and `streams.py` name them, one page exactly as long as needed; with a recent window
+`layers.{i}.{key|value}.recent` `[B, G, N + 1, D]` of the model's dtype (window.py), and `coded` `[B]`, how many tokens are
+packed, sinks included; for a sliding-window layer what it still holds, `layers.{i}.native.{key|value}`. Metadata, one JSON object: schema version, the model's
 fingerprint, the scheme and the digest of the quantizers, a checksum per tensor, a conversation's messages. Nothing is ever
 unpickled. A cache belongs to one model, its weights included, and to one set of quantizers.
 """
@@ -74,8 +75,10 @@ def save_cache(
     """Write a filled cache atomically.
 
     `tokens` `[B, n]` int64 are the text: those cached, left padding included, and any that come next. Raises
-    `UserError` for an empty cache, and for one with a layer that is neither packed nor a sliding window.
+    `UserError` for an empty cache, and for one with a layer that is neither packed nor a sliding window. A recent window that
+    the cache was given beside `quantizers` is asked for again when the file is read: `quantizers.with_exact`.
     """
+    quantizers = quantizers.with_exact(residual_tokens=cache.residual_tokens)
     tensors = {"tokens": tokens.cpu().contiguous()}
     for number, layer in enumerate(cache.layers):
         if not layer.is_initialized:
@@ -84,12 +87,15 @@ def save_cache(
             )
         if isinstance(layer, PackedLayer):
             tensors["lengths"] = torch.tensor(layer.lengths)
-            tokens_packed = max(0, *layer.lengths) - layer.sink_tokens
+            if layer.window is not None:
+                tensors["coded"] = torch.tensor(layer.coded)
+            tokens_packed = max(0, *layer.coded) - layer.sink_tokens
             parts = {
                 f"{kind}.{name}": part
                 for kind in KINDS
                 for name, part in {
                     "sinks": layer.sinks[kind],
+                    **({} if layer.window is None else {"recent": layer.window.recent[kind]}),
                     **one_page(layer.packed[kind], -(-max(0, tokens_packed) // BLOCK_TOKENS)),
                 }.items()
             }
@@ -117,6 +123,7 @@ class SavedCache:
 
     tokens: Tensor  # [B, n] int64, the text, left padding included
     lengths: list[int]  # tokens stored per row
+    coded: list[int] | None  # of these, how many are packed, where there is a recent window
     slots: int  # of the n tokens, how many are cached
     messages: Messages | None  # if the text is a conversation
     quantizers: Quantizers
@@ -174,7 +181,12 @@ class SavedCache:
         for kind, packed in layer.packed.items():
             layer.sinks[kind].copy_(parts[f"{kind}.sinks"])
             own = {name.removeprefix(f"{kind}."): t for name, t in parts.items() if name.startswith(f"{kind}.")}
-            packed.pages = pages_of(packed, own, (capacity or 0) - layer.sink_tokens)
+            packed.pages = pages_of(packed, own, (capacity or 0) - layer.sink_tokens - layer.residual_tokens)
+        if layer.window is not None:
+            recent = {kind: parts[f"{kind}.recent"].to(device) for kind in KINDS}
+            if any(x.shape != layer.window.recent[kind].shape for kind, x in recent.items()) or self.coded is None:
+                raise ValueError(f"a recent window of {tuple(recent['key'].shape)}")
+            layer.window = layer.window.of_recent(recent, list(self.coded))
         layer.slots, layer.lengths = self.slots, list(self.lengths)
         layer.stored = torch.tensor(self.lengths, device=device)
 
@@ -203,11 +215,14 @@ def read_cache(path: str | Path, quantizers: Quantizers) -> SavedCache:
         _check_quantizers(str(path), content, quantizers)
         tensors = _read_tensors(file, fingerprint)
         tokens, lengths = tensors.pop("tokens"), tensors.pop("lengths").tolist()
-        _check_sizes(file, tokens, lengths)
+        coded = tensors.pop("coded").tolist() if "coded" in tensors else None
+        _check_sizes(file, tokens, lengths, coded)
         messages = content["messages"]
         if messages is not None and not _are_messages(messages):
             raise file.error(f"is damaged (messages {messages!r:.40} are no conversation)")
-    return SavedCache(tokens, lengths, content["slots"], messages, quantizers, fingerprint, weights, tensors, str(path))
+    return SavedCache(
+        tokens, lengths, coded, content["slots"], messages, quantizers, fingerprint, weights, tensors, str(path)
+    )
 
 
 def _read_tensors(file: CheckedFile, fingerprint: Fingerprint) -> dict[str, Tensor]:
@@ -215,11 +230,11 @@ def _read_tensors(file: CheckedFile, fingerprint: Fingerprint) -> dict[str, Tens
     expected = {}
     for name in file.names():
         part = name.rpartition(".")[2]
-        if name in ("tokens", "lengths"):
+        if name in ("tokens", "lengths", "coded"):
             expected[name] = Expected((-1, -1) if name == "tokens" else (-1,), torch.int64)
         elif part in _PARTS and ".native." not in name:
             expected[name] = _PARTS[part]
-        else:  # sinks are fp16, what a sliding window holds is of the model's dtype
+        else:  # sinks are fp16, what a window holds is of the model's dtype
             dtypes = (
                 [torch.float16] if part == "sinks" else [torch.float32, torch.bfloat16, torch.float16, torch.float64]
             )
@@ -233,13 +248,17 @@ def _read_tensors(file: CheckedFile, fingerprint: Fingerprint) -> dict[str, Tens
     return {name: file.read(name, wanted) for name, wanted in expected.items()}
 
 
-def _check_sizes(file: CheckedFile, tokens: Tensor, lengths: list[int]) -> None:
+def _check_sizes(file: CheckedFile, tokens: Tensor, lengths: list[int], coded: list[int] | None) -> None:
     """Raise `UserError` when the numbers of rows, tokens and cached tokens contradict each other."""
     slots = file.content["slots"]
     if type(slots) is not int or not 0 < slots <= tokens.shape[1]:
         raise file.error(f"is damaged (slots {slots!r:.40} of {tokens.shape[1]} tokens)")
     if len(lengths) != len(tokens) or not lengths or max(lengths) > slots or min(lengths) < 0:
         raise file.error(f"is damaged (rows of {lengths} tokens, of {slots} in {len(tokens)} rows)")
+    if coded is not None and (
+        len(coded) != len(lengths) or any(not 0 <= c <= n for c, n in zip(coded, lengths, strict=True))
+    ):
+        raise file.error(f"is damaged ({coded} tokens are packed, of {lengths})")
 
 
 def _are_messages(messages: object) -> bool:

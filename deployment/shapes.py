@@ -155,11 +155,13 @@ class ModelShape:
         exact = exact_size(tokens, heads * head_dim).bits
         bits = {"keys": exact, "values": exact}
         if scheme is not None:
-            packed = max(0, tokens - scheme.sink_tokens)
+            packed = max(0, tokens - scheme.exact_tokens)
             keys, values = (_packed_bits(scheme, kind, heads, head_dim, packed, share, self.parts) for kind in KINDS)
             bits = {"keys": keys.pop("codes"), "values": values.pop("codes")}
             bits |= {part: size + values[part] for part, size in keys.items()}
             bits["sink_tokens"] = len(KINDS) * exact_size(scheme.sink_tokens, heads * head_dim).bits
+            recent = scheme.residual_tokens + 1 if scheme.residual_tokens else 0  # one that leaves (window.py)
+            bits["recent_window"] = len(KINDS) * exact_size(recent, heads * head_dim).bits
         return {part: size * len(self.cached) // 8 for part, size in bits.items()}
 
     def bytes_per_token(self, scheme: Scheme | None) -> dict[str, float]:

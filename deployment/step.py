@@ -43,7 +43,9 @@ def attend_step(
     except (ValueError, RuntimeError):
         layer.withdraw()
         raise
-    if query.dtype != torch.float64 and runs_kernels(backend, layer, query.device):
+    # kernels know one window for all queries of a row, which is the wrong one where each has its own
+    one_window = layer.exact_chunk or not layer.residual_tokens or query.shape[2] == 1
+    if one_window and query.dtype != torch.float64 and runs_kernels(backend, layer, query.device):
         with current(query.device):
             return attend_and_store(layer, rope, query, key, value, padding, scaling)
     output = _with_torch(layer, rope, query, key, value, padding, scaling)
@@ -54,13 +56,13 @@ def _with_torch(
     layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
 ) -> Tensor:
     """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` in float32, or float64 for such a query."""
-    if not layer.exact_chunk:
-        before = list(layer.lengths)
-        layer.append(key, value, padding)
-        return attend_with_torch(layer, rope, query, None, padding, scaling, before)
-    output = attend_with_torch(layer, rope, query, (key, value), padding, scaling, layer.lengths)
-    layer.append(key, value, padding)
-    return output
+    joined, before = layer.joined(key, value, padding), list(layer.lengths)
+    if layer.exact_chunk:
+        output = attend_with_torch(layer, rope, query, joined, padding, scaling, before)
+        layer.append(key, value, padding, joined)
+        return output
+    layer.append(key, value, padding, joined)
+    return attend_with_torch(layer, rope, query, joined if layer.residual_tokens else None, padding, scaling, before)
 
 
 def attend_with_torch(
@@ -72,30 +74,32 @@ def attend_with_torch(
     scaling: float,
     before: list[int],
 ) -> Tensor:
-    """Attend over what is stored, and over the keys and values of the chunk if they are given.
+    """Attend over what is packed, and over keys and values `chunk` that end where the queries do, if they are given.
 
     `before` is how many tokens each row held before the chunk. Returns `[B, H, S, D]` in float32, or float64 for such a query.
     """
     new, device = query.shape[2], query.device
-    query = widened(query)
-    # of every token of the chunk; negative for padding
+    query, more = widened(query), 0 if chunk is None else chunk[0].shape[2] - new  # tokens of the window
+    # of every token of window and chunk; negative for padding
     places = tuple(
-        tuple(-1 if token < pad else stored + token - pad for token in range(new))
+        tuple(max(-1, stored + token - pad) for token in range(-more, new))
         for stored, pad in zip(before, padding, strict=True)
     )
     length = max(row[-1] + 1 for row in places)
-    tables = rope.chunk_tables(places, length, device)
-    positions, exact = torch.tensor(places, device=device), None
-    if chunk is None:
-        rotated = rotate(query, *tables)
-    else:
-        both = rotate(torch.cat([query, chunk[0].to(query.dtype)], dim=1), *tables)
-        rotated, key = both.split([query.shape[1], chunk[0].shape[1]], dim=1)
-        visible = (positions[:, None, :] <= positions[:, :, None]) & (positions[:, None, :] >= 0)
-        exact = Segment(key, chunk[1].to(query.dtype), visible)
+    cos, sin = rope.chunk_tables(places, length, device)
+    own = torch.tensor(places, device=device)
+    positions, exact = own[:, more:], None
+    rotated = rotate(query, cos[:, more:], sin[:, more:])
+    if chunk is not None:
+        visible = (own[:, None, :] <= positions[:, :, None]) & (own[:, None, :] >= 0)
+        if not layer.exact_chunk:
+            visible &= own[:, None, :] > positions[:, :, None] - layer.residual_tokens
+        exact = Segment(rotate(chunk[0].to(query.dtype), cos, sin), chunk[1].to(query.dtype), visible)
     if native.takes(layer, query):
         few = _few_segment(layer, rope, exact, positions, length)
-        limits = [[min(stored, place + 1) for place in row] for stored, row in zip(layer.lengths, places, strict=True)]
+        back = 0 if layer.exact_chunk else layer.residual_tokens
+        rows = zip(layer.past, positions.tolist(), strict=True)
+        limits = [[min(past, place + 1 - back) for place in row] for past, row in rows]
         return native.attend(layer, rope, rotated * scaling, few, limits, length)
     # chained, not listed: a list would hold the whole past dequantized
     segments = chain(_stored_segments(layer, rope, positions, length, query.dtype), [] if exact is None else [exact])
@@ -105,7 +109,7 @@ def attend_with_torch(
 def _stored_segments(
     layer: PackedLayer, rope: Rope, positions: Tensor, length: int, dtype: torch.dtype
 ) -> Iterator[Segment]:
-    """What the layer stores, a stretch at a time, rotated; a query at position p sees the tokens up to p."""
+    """What the layer has packed, a stretch at a time, rotated; a query at position p sees the tokens up to p, or its own window."""
     for stretch in layer.stretches():
         tables = rope.range_tables(stretch.start, stretch.end, length, positions.device)
         visible = _visible(layer, stretch.start, stretch.end, positions)
@@ -114,17 +118,18 @@ def _stored_segments(
 
 def _visible(layer: PackedLayer, start: int, end: int, positions: Tensor) -> Tensor | None:
     """Which of the stored tokens `start`, ..., `end - 1` the queries see; None for all."""
-    # with exact chunks the stored tokens all precede the queries
-    if end <= min(layer.lengths, default=0) and layer.exact_chunk:
+    # with exact chunks the packed tokens all precede the queries
+    if end <= min(layer.past, default=0) and layer.exact_chunk:
         return None
-    lengths = torch.tensor(layer.lengths, device=positions.device)
+    past = torch.tensor(layer.past, device=positions.device)
     token = torch.arange(start, end, device=positions.device)
-    return (token < lengths[:, None, None]) & (token <= positions[..., None])
+    last = positions if layer.exact_chunk else positions - layer.residual_tokens
+    return (token < past[:, None, None]) & (token <= last[..., None])
 
 
 def _few_segment(layer: PackedLayer, rope: Rope, chunk: Segment | None, positions: Tensor, length: int) -> Segment:
-    """The tokens that no block holds: sinks, and the chunk if it is given."""
-    sinks = min(layer.sink_tokens, max(layer.lengths, default=0))
+    """The tokens that no block holds: sinks, and window and chunk if they are given."""
+    sinks = min(layer.sink_tokens, max(layer.past, default=0))
     key, value = (layer.sinks[kind][:, :, :sinks].float() for kind in KINDS)
     if sinks:
         key = rotate(key, *rope.range_tables(0, sinks, length, positions.device))

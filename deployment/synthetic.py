@@ -110,7 +110,8 @@ def make_case(shape: Shape, scheme: Scheme, context: int, batch: int, device: to
         torch.randn(batch, shape.kv_heads, context, shape.head_dim, generator=generator, device=device).half()
         for _ in range(2)
     )
-    layer = PackedLayer(*synthetic_quantizers(scheme, shape), scheme.sink_tokens, context + SPARE_TOKENS)
+    sides, capacity = synthetic_quantizers(scheme, shape), context + SPARE_TOKENS
+    layer = PackedLayer(*sides, scheme.sink_tokens, capacity, residual_tokens=scheme.residual_tokens)
     layer.lazy_initialization(key, value)
     kernels = runs_kernels(None, layer, device)
     for part in torch.arange(context).split(_FILL):
@@ -125,7 +126,7 @@ def make_case(shape: Shape, scheme: Scheme, context: int, batch: int, device: to
 
 
 def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torch.device, seed: int) -> None:
-    """Let an empty layer hold one sequence: random sink tokens, and `blocks` blocks that repeat a few random ones.
+    """Let an empty layer hold one sequence: random sinks, `blocks` blocks that repeat a few random ones, and a random window.
 
     The few are encoded as any tokens are, so what is stored is valid in every byte, and filling takes no longer than
     writing does. Numbers are drawn on the host, so that all devices hold the same. Raises `UserError` for 2^31 outliers
@@ -142,11 +143,15 @@ def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torc
     key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=drawn).half() for _ in range(2))
     few.lazy_initialization(key.to(device), value.to(device))
     few.append(key.to(device), value.to(device), [0])
+    if layer.window is not None:
+        recent = {kind: torch.randn(x.shape, generator=drawn).to(x) for kind, x in layer.window.recent.items()}
+        layer.window = layer.window.of_recent(recent)
     for kind, packed in layer.packed.items():
         layer.sinks[kind].copy_(few.sinks[kind])
         packed.reserve(blocks * BLOCK_TOKENS, exactly=True)
         _repeat_page(few.packed[kind], packed, blocks, runs_kernels(None, layer, device))
-    layer.slots, layer.lengths = layer.sink_tokens + blocks * BLOCK_TOKENS, [layer.sink_tokens + blocks * BLOCK_TOKENS]
+    layer.slots = layer.sink_tokens + blocks * BLOCK_TOKENS + layer.residual_tokens
+    layer.lengths = [layer.slots]
     layer.stored = torch.tensor(layer.lengths, device=device)
 
 
@@ -206,7 +211,8 @@ def stored_bytes(layer: PackedLayer) -> int:
     for packed in layer.packed.values():
         for page in packed.pages:
             fixed = page.words.nbytes + (0 if page.scales is None else page.scales.nbytes)
-            total += fixed * max(layer.lengths) // capacity
+            total += fixed * max(layer.past) // capacity
             if page.outliers is not None:
                 total += int(page.outliers.lengths().sum()) * 4 + page.outliers.ends.nbytes
-    return total + sum(sinks.nbytes for sinks in layer.sinks.values())
+    recent = [] if layer.window is None else layer.window.recent.values()
+    return total + sum(exact.nbytes for exact in (*layer.sinks.values(), *recent))

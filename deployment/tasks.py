@@ -26,6 +26,7 @@ from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
+from quant.options import add_exact_arguments, exact_from
 from quant.results import append_row, is_of, read_rows
 
 
@@ -142,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser = command_parser("deployment.tasks", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", help="file written by `python -m quant.fit`; without it, the model as it is")
+    add_exact_arguments(parser)
     parser.add_argument("--tasks", required=True, metavar="NAME,...", help="as the harness knows them; patterns work")
     parser.add_argument("--include-path", metavar="DIR", help="folder with YAML files of further tasks")
     parser.add_argument("--limit", type=positive_int, help="samples per task; default: all of them")
@@ -161,7 +163,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     manager = _manager(arguments.include_path)
     names = task_names(manager, arguments.tasks)
-    quantizers = load_quantizers(arguments.quantizers) if arguments.quantizers else None
+    quantizers = None
+    if arguments.quantizers:
+        quantizers = exact_from(load_quantizers(arguments.quantizers), arguments)
     loaded = load_model_from(arguments)
     if quantizers is not None:
         quantizers.check_run(loaded)

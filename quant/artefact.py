@@ -7,7 +7,7 @@ depart from it, the model's fingerprint, the digest of the records, package vers
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,25 @@ class Quantizers:
                 f"scheme {self.scheme.describe()} exists in simulation only, to be compared with; deploy one with keys "
                 "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
             )
+
+    def with_exact(self, sink_tokens: int | None = None, residual_tokens: int | None = None) -> "Quantizers":
+        """The same for other sinks and another recent window; None leaves them as they are.
+
+        Nothing is fitted to a window, and sinks are merely left out when quantizers are fitted. Raises `UserError` for a
+        negative number.
+        """
+        asked = {"sink_tokens": sink_tokens, "residual_tokens": residual_tokens}
+        changes = {name: tokens for name, tokens in asked.items() if tokens not in (None, getattr(self.scheme, name))}
+        if not changes:
+            return self
+        layers: dict[int, dict[Kind, Quantizer]] = {
+            layer: {
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))  # type: ignore[type-var]
+                for kind, quantizer in sides.items()
+            }
+            for layer, sides in self.layers.items()
+        }
+        return replace(self, scheme=self.scheme.with_changes(**changes), layers=layers)
 
     def save(self, path: str | Path) -> None:
         """Write the artefact atomically."""

@@ -30,6 +30,7 @@ from gradients.processes import gathered, own_share, process_state
 from gradients.progress import progress
 from gradients.text import Corpus, load_corpus
 from quant.artefact import Quantizers, load_quantizers
+from quant.options import add_exact_arguments, exact_from
 from quant.results import append_row
 from quant.simulate import simulated
 from quant.storage import StoredSize
@@ -200,10 +201,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser = command_parser("quant.evaluate", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--quantizers", help="file written by `python -m quant.fit`; without it, the model as it is")
+    add_exact_arguments(parser)
     add_evaluation_arguments(parser)
     arguments = parser.parse_args(argv)
 
-    quantizers = load_quantizers(arguments.quantizers) if arguments.quantizers else None
+    quantizers = None
+    if arguments.quantizers:
+        quantizers = exact_from(load_quantizers(arguments.quantizers), arguments)
     loaded = load_model_from(arguments)
     corpus = evaluation_corpus(loaded, arguments)
     if quantizers is not None:

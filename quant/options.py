@@ -4,6 +4,7 @@ import argparse
 from typing import get_args
 
 from gradients.cli import non_negative_int, positive_int
+from quant.artefact import Quantizers
 from quant.presets import PRESETS
 from quant.scheme import Axis, Range, Rope, Scheme, Thresholds, Weights
 
@@ -29,6 +30,19 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     parser.add_argument("--outlier-cap", type=non_negative_int, help="most outliers per token, channel-wise axes")
     parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, help="error feedback, as +fb (no)")
     parser.add_argument("--residual-tokens", type=non_negative_int, help="recent tokens kept exact (0)")
+
+
+def add_exact_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--sink-tokens --residual-tokens` of commands that read fitted quantizers."""
+    for name, which in (("--sink-tokens", "first"), ("--residual-tokens", "recent")):
+        parser.add_argument(
+            name, type=non_negative_int, metavar="N", help=f"{which} tokens kept exact; default: as the quantizers say"
+        )
+
+
+def exact_from(quantizers: Quantizers, arguments: argparse.Namespace) -> Quantizers:
+    """The quantizers with what `add_exact_arguments` asks for."""
+    return quantizers.with_exact(arguments.sink_tokens, arguments.residual_tokens)
 
 
 _OPTIONS = (

@@ -2,11 +2,12 @@
 
 The keys of a transformers model meet its rotary embedding on their way to the attention function, so that is where
 the field's other methods are simulated. A residual window (KIVI) makes quantization depend on who asks: query i sees
-its last `residual_tokens` keys and values exactly, so scores and sums are formed with both versions.
+its last `residual_tokens` keys and values exactly, so scores and sums are formed with both versions. Keys that are
+quantized before the rotary embedding then go on exactly, and what would have become of the others follows separately.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gradients.attention import PREFIX, attending_through
-from gradients.models import Kind, decoder
+from gradients.models import Kind, KVSite, decoder
 from gradients.precision import widened
+from gradients.rope import rotate
 from quant.scheme import Scheme
 
 NAME = f"{PREFIX}_simulated"
@@ -56,6 +58,34 @@ def intercepting_attention(model: PreTrainedModel, layers: dict[int, Intercepted
             for module in modules.values():
                 if hasattr(module, _INTERCEPTED):
                     delattr(module, _INTERCEPTED)
+
+
+@contextmanager
+def changing_before_rope(
+    model: PreTrainedModel, site: KVSite, change: Callable[[Tensor], Tensor]
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the block the model goes on with its keys, and what was yielded tells how they would be if `change` came first.
+
+    It takes a layer's rotated keys `[B, S, C]`, once in every forward, and returns those of `change`, rotated. `change`
+    maps the keys `[B, S, C]` of `site` before the rotary embedding.
+    """
+    held: dict[str, Any] = {}
+
+    def note_tables(_module: torch.nn.Module, _inputs: object, options: dict[str, Any]) -> None:
+        held["tables"] = options["position_embeddings"]
+
+    def note_keys(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+        held["key"] = change(site.read(output))
+
+    def rotated(_key: Tensor) -> Tensor:
+        by_head = held.pop("key").unflatten(2, (site.heads, site.head_dim)).transpose(1, 2)
+        return rotate(by_head, *held.pop("tables")).transpose(1, 2).flatten(2)
+
+    with ExitStack() as undo:
+        attends = decoder(model).layers[site.layer].self_attn
+        undo.callback(attends.register_forward_pre_hook(note_tables, with_kwargs=True).remove)
+        undo.callback(site.module.register_forward_hook(note_keys).remove)
+        yield rotated
 
 
 def attention(

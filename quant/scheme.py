@@ -51,7 +51,7 @@ class Scheme:
         key_rope: the side of the rotary embedding on which keys are quantized (section 3.2).
         thresholds: beyond which elements are outliers: one pair per channel or token, or one for a layer's matrix.
         outlier_cap: at most so many outliers per token on a channel-wise axis, None for no limit.
-        residual_tokens: the most recent tokens stay exact until so many newer ones have come (KIVI).
+        residual_tokens: the recent window: a query sees its own token and those right before it exactly, so many in all (KIVI).
         feedback: errors are handed on within a head, by the Fisher matrix that the records hold (quant/feedback.py).
     """
 
@@ -118,11 +118,6 @@ class Scheme:
             )
         if self.feedback and self.q_norm:
             raise UserError(f"scheme {self}: error feedback fits its own levels; drop q_norm, or +fb")
-        if self.residual_tokens and self.key_rope == "pre":
-            raise UserError(
-                f"scheme residual_tokens {self.residual_tokens} keeps recent keys exact as attention sees them: "
-                "add key_rope=post, or use residual_tokens=0"
-            )
         if self.thresholds == "matrix" and (dynamic or not self.outliers):
             raise UserError(
                 "scheme thresholds=matrix are calibrated, of outliers: add -P%, drop group and channel_range=online"
@@ -164,6 +159,11 @@ class Scheme:
     def allocated(self) -> bool:
         """Whether bits and outliers are allocated channel by channel."""
         return self.datatype == "rdnuq"
+
+    @property
+    def exact_tokens(self) -> int:
+        """Of a long text: sinks and recent window, which no code stands for."""
+        return self.sink_tokens + self.residual_tokens
 
     @property
     def levels(self) -> int:

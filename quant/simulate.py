@@ -1,11 +1,12 @@
 """Run a live model as if its cache were quantized: every site hands on `decode(encode(x))`.
 
 Each sequence must start at its first token and come in one piece, without a cache and without padding; the
-packed cache of stage 3 has no such limits and gives the same numbers. Schemes that quantize keys after the rotary
-embedding change them where attention receives them (`quant/post_rope.py`) instead of where they leave their projection.
+packed cache of stage 3 has no such limits and gives the same numbers. Keys quantized after the rotary embedding, and all keys
+and values of which a recent window stays exact, change where attention receives them (`quant/post_rope.py`) instead of where
+they leave their projection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from gradients.models import KVSite, kv_sites
 from quant.artefact import Quantizers, axis_of
-from quant.post_rope import Intercepted, intercepting_attention
+from quant.post_rope import Intercepted, changing_before_rope, intercepting_attention
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored, code_bits
 from quant.scheme import Scheme
 from quant.storage import FP16_BITS, OUTLIER_BITS, StoredSize, exact_size, packed_size
@@ -54,15 +55,18 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Usage]
     """
     quantizers.check_model(model.config)
     usage = Usage()
-    post = quantizers.scheme.key_rope == "post"
+    scheme, post = quantizers.scheme, quantizers.scheme.key_rope == "post"
     intercepted: dict[int, Intercepted] = {}
     with ExitStack() as stack:
         for site in kv_sites(model):
-            round_trip = RoundTrip(site, quantizers.layers[site.layer][site.kind], quantizers.scheme, usage)
-            if post and (site.kind == "key" or quantizers.scheme.residual_tokens):
-                intercepted.setdefault(site.layer, Intercepted(quantizers.scheme)).changes[site.kind] = round_trip
-            else:
-                stack.enter_context(site.rewriting(round_trip))
+            change: Callable[[Tensor], Tensor]
+            change = RoundTrip(site, quantizers.layers[site.layer][site.kind], scheme, usage)
+            if not scheme.residual_tokens and not (post and site.kind == "key"):
+                stack.enter_context(site.rewriting(change))
+                continue
+            if site.kind == "key" and not post:
+                change = stack.enter_context(changing_before_rope(model, site, change))
+            intercepted.setdefault(site.layer, Intercepted(scheme)).changes[site.kind] = change
         if intercepted:
             stack.enter_context(intercepting_attention(model, intercepted))
         yield usage

@@ -25,7 +25,7 @@ on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA 
 
 @on_cpu
 @pytest.mark.parametrize("capacity", [None, 40])
-@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize(("sample", "window"), [(False, 0), (True, 0), (False, 6), (True, 24)])
 def test_recorded_steps_generate_the_same(
     llama: PreTrainedModel,
     quantizers: Quantizers,
@@ -33,12 +33,13 @@ def test_recorded_steps_generate_the_same(
     recorder: Recording,
     capacity: int | None,
     sample: bool,
+    window: int,
 ) -> None:
     ids = make_tokens(2, 21)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     options = {"do_sample": sample, "attention_mask": mask}
-    plain, cache = (PackedCache(quantizers, llama.config, capacity) for _ in range(2))
+    plain, cache = (PackedCache(quantizers, llama.config, capacity, residual_tokens=window) for _ in range(2))
     recorder.caches.append(cache)
     with packed_attention(llama, "torch"):
         expected = generated(llama, plain, ids, 9, **options)
@@ -51,11 +52,12 @@ def test_recorded_steps_generate_the_same(
 
 
 @on_cpu
+@pytest.mark.parametrize("window", [0, 5])
 def test_what_happens_to_the_cache_in_between_is_noticed(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, recorder: Recording
+    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, recorder: Recording, window: int
 ) -> None:
     ids, more = make_tokens(1, 12), make_tokens(1, 30, seed=1)
-    plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
+    plain, cache = (PackedCache(quantizers, llama.config, residual_tokens=window) for _ in range(2))
     recorder.caches.append(cache)
 
     def talk(past: PackedCache, steps: Steps | None) -> list[Tensor]:
@@ -159,9 +161,10 @@ def test_where_nothing_can_be_recorded_it_is_said(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
+@pytest.mark.parametrize("window", [0, 30])
 @pytest.mark.parametrize("case", ["greedy", "sampled", "left padding", "300 tokens", "cropped", "prompt lookup"])
 def test_on_a_gpu_graphs_generate_the_same(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, case: str
+    make_model: Any, quantizers: Quantizers, make_tokens: Any, case: str, window: int
 ) -> None:
     model, ids = make_model("llama").to(DEVICE), make_tokens(1 if case == "prompt lookup" else 2, 60).to(DEVICE)
     new = 300 if case == "300 tokens" else 40
@@ -179,7 +182,7 @@ def test_on_a_gpu_graphs_generate_the_same(
         shorter = text[:, :-6]
         return generated(model, past, shorter, 9, **options | {"attention_mask": torch.ones_like(shorter)})
 
-    plain, cache = (PackedCache(quantizers, model.config) for _ in range(2))
+    plain, cache = (PackedCache(quantizers, model.config, residual_tokens=window) for _ in range(2))
     with packed_attention(model, graphs=False):
         expected = text_of(plain)
         with graphed(model, cache, steps=_STEPS if new > _STEPS else 8) as steps:

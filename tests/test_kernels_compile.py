@@ -74,6 +74,7 @@ from triton.compiler import ASTSource
 from deployment.kernels.chunk import store_kernel
 from deployment.kernels.plain import merge_kernel, rotate_kernel
 from deployment.kernels.unpack import unpack_kernel
+from deployment.kernels.window import shift_kernel
 
 def types(**names):
     return {name: kind.replace("_", "*") for kind, which in names.items() for name in which.split()}
@@ -94,6 +95,9 @@ for source in (0, 1, 2):
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)
 compiled(merge_kernel, lists, D=128, ROWS=16, CHANNELS=128)
+for kind in ("_fp16", "_bf16", "_fp32"):
+    tokens = {kind: "key_source key_new key_target value_source value_new value_target"}
+    compiled(shift_kernel, types(**tokens), D=96, LANES=128, SLOTS=64)
 """
 
 

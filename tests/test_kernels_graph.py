@@ -25,10 +25,11 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type != "cuda", reason="
 class Decoder:
     """A layer that holds a chunk of `past` tokens, less padding, and steps through the same random tokens as any other."""
 
-    def __init__(self, past: int, scheme: str = "nuq3-5%") -> None:
+    def __init__(self, past: int, scheme: str = "nuq3-5%", window: int = 0, exact_chunk: bool = True) -> None:
         parsed = Scheme.parse(scheme)
         config = LlamaConfig(hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=1024)
-        self.layer = PackedLayer(*synthetic_quantizers(parsed, SHAPE), parsed.sink_tokens)
+        sides, options = synthetic_quantizers(parsed, SHAPE), {"exact_chunk": exact_chunk, "residual_tokens": window}
+        self.layer = PackedLayer(*sides, parsed.sink_tokens, **options)
         self.rope = Rope(LlamaRotaryEmbedding(config).to(DEVICE))
         mask = torch.ones(2, past, dtype=torch.bool, device=DEVICE)
         mask[0, :PADDING] = False
@@ -67,12 +68,30 @@ def assert_holds_the_same(layer: PackedLayer, other: PackedLayer) -> None:
         blocks = min(page.blocks, twin.blocks)
         assert torch.equal(page.words[:, :blocks], twin.words[:, :blocks])
         assert torch.equal(packed.read(page, 0, blocks), other.packed[kind].read(twin, 0, blocks))
+        assert torch.equal(layer.sinks[kind], other.sinks[kind])
+        if layer.window is not None:
+            slots = min(max(layer.lengths), layer.residual_tokens)
+            recent = [one.window.recent[kind][1, :, -slots:] for one in (layer, other)]
+            assert torch.equal(recent[0], recent[1])
 
 
-def test_steps_do_not_need_what_the_host_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("window", "past", "cropped"),
+    [
+        pytest.param(0, 64, 0, id="across the end of a block: a sink, then 63"),
+        pytest.param(70, 134, 0, id="with a window"),
+        pytest.param(9, 9, 0, id="a window that becomes full, of a row and then the other"),
+        pytest.param(9, 31, 1, id="a token that came back does not leave again"),
+    ],
+)
+def test_steps_do_not_need_what_the_host_has_counted(
+    window: int, past: int, cropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As in a graph's replays: the host's lengths stay at those of the recording."""
-    past, steps = 64, 2  # across the end of a block: a sink, then 63
-    recorded, direct = Decoder(past), Decoder(past)
+    steps = 2
+    recorded, direct = (Decoder(past + cropped, window=window) for _ in range(2))
+    for decoder in (recorded, direct):
+        decoder.layer.crop(-cropped)
     recorded.layer.reserve(steps)
     for module in ("deployment.cache", "deployment.kernels.dispatch"):
         monkeypatch.setattr(f"{module}.is_capturing", lambda _device: True)
@@ -88,14 +107,29 @@ def test_steps_do_not_need_what_the_host_has_counted(monkeypatch: pytest.MonkeyP
     assert_holds_the_same(recorded.layer, direct.layer)
 
 
+@pytest.mark.parametrize(
+    ("window", "chunk", "exact_chunk"), [(12, 1, True), (12, 1, False), (12, 5, True), (3, 9, True)]
+)
+def test_kernels_and_torch_hold_and_say_the_same(window: int, chunk: int, exact_chunk: bool) -> None:
+    past = 15
+    ours, other = (Decoder(past, window=window, exact_chunk=exact_chunk) for _ in range(2))
+    for number in range(2):
+        total = past + chunk * (number + 1)
+        tokens = Decoder.tokens(chunk, seed=1 + number)
+        assert_same(ours.step(tokens, grown(total)), other.step(tokens, grown(total), "torch"))
+    assert_holds_the_same(ours.layer, other.layer)
+
+
 @pytest.mark.parametrize("past", [60, 500])
-@pytest.mark.parametrize("scheme", ["nuq4-1%", "nuq3-5%", "nuq2"])
+@pytest.mark.parametrize(
+    ("scheme", "window"), [("nuq4-1%", 0), ("nuq3-5%", 0), ("nuq2", 0), ("nuq2", 70), ("nuq3-5%", 128)]
+)
 class TestOnAGPU:
     pytestmark = needs_gpu
 
-    def test_a_recorded_step_is_replayed(self, past: int, scheme: str) -> None:
+    def test_a_recorded_step_is_replayed(self, past: int, scheme: str, window: int) -> None:
         steps = 20
-        recorded, direct, warm = (Decoder(past, scheme) for _ in range(3))
+        recorded, direct, warm = (Decoder(past, scheme, window) for _ in range(3))
         warm.layer.reserve(steps)
         inputs = Decoder.tokens(1, seed=1)
         torch.cuda.synchronize()
@@ -114,8 +148,8 @@ class TestOnAGPU:
         recorded.layer.recount()
         assert_holds_the_same(recorded.layer, direct.layer)
 
-    def test_a_decode_step_never_waits(self, past: int, scheme: str) -> None:
-        decoder = Decoder(past, scheme)
+    def test_a_decode_step_never_waits(self, past: int, scheme: str, window: int) -> None:
+        decoder = Decoder(past, scheme, window)
         for number in range(2):  # compiles, and makes room for the outliers of 64 tokens
             decoder.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number))
         tokens, mask = Decoder.tokens(1, seed=5), grown(past + 3)

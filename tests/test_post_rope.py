@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import CONFIGS, build_model
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from gradients.models import Kind, cached_layers, decoder, kv_sites
-from quant.artefact import Quantizers
+from quant.artefact import Quantizers, axis_of
 from quant.codebook import int_codebook
 from quant.grouped import GroupQuantizer
 from quant.post_rope import Intercepted, attend_with_residual, first_exact, intercepting_attention
@@ -457,3 +458,41 @@ def test_a_residual_window_takes_no_mask(
         mask[:, :7] = 0
         with pytest.raises(ValueError, match="without padding"):
             model(tokens, attention_mask=mask, use_cache=False)
+
+
+BEFORE_ROPE = {
+    "nuq, static": Scheme.parse("nuq2-1%", residual_tokens=5),
+    "many sinks": Scheme.parse("nuq2", residual_tokens=4, sink_tokens=7),
+    "error feedback": Scheme.parse("rdnuq2.4+fb", residual_tokens=6, sink_tokens=2),
+    "kivi before RoPE": Scheme.parse("kivi2", group=4, residual_tokens=8, key_rope="pre"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_ROPE)
+@pytest.mark.parametrize("architecture", ["llama", "llama-yarn-mha", "qwen3", "phi3-partial", "gemma3"])
+def test_a_window_over_keys_before_rope(
+    architecture: str, name: str, fit_model: FitModel, make_tokens: MakeTokens
+) -> None:
+    """In a single layer the last token sees what its site would hand on with all but the window rewritten."""
+    config, scheme = CONFIGS[architecture](), BEFORE_ROPE[name]
+    config.num_hidden_layers = 1
+    if architecture == "gemma3":
+        config.layer_types = ["full_attention"]
+    model, ids = build_model(config), make_tokens(2, 21, seed=6)
+    quantizers = fit_model(model, scheme)
+    sinks, window = scheme.sink_tokens, scheme.residual_tokens
+    with simulated(model, quantizers):
+        got = logits_of(model, ids)
+    for tokens in (3, 9, 20, 21):
+        with ExitStack() as stack:
+            for site in kv_sites(model):
+                quantizer, step = quantizers.layers[0][site.kind], step_of(scheme, axis_of(scheme, site.kind))
+                end = sinks + max(0, tokens - sinks - window) // step * step
+
+                def change(x: Tensor, q: Quantizer = quantizer, end: int = end) -> Tensor:
+                    return torch.cat([with_sinks(x[:, :end], q, sinks), x[:, end:]], dim=1)
+
+                stack.enter_context(site.rewriting(change))
+            expected = logits_of(model, ids[:, :tokens])[:, -1]
+        assert torch.allclose(got[:, tokens - 1], expected, atol=ROUNDING)
+    assert not torch.allclose(got, logits_of(model, ids), atol=1e-2)

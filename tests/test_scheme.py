@@ -22,7 +22,7 @@ names = st.builds(
 
 def without_effectless(fields: dict[str, Any]) -> dict[str, Any]:
     """The same fields but for those that would be refused for having no effect."""
-    dropped = set() if "key_rope" in fields else {"residual_tokens"}
+    dropped = set()
     online = fields.get("channel_range") == "online"
     axes = (fields.get("key_axis", "channel"), fields.get("value_axis", "token"))
     if online or "channel" not in axes:
@@ -124,7 +124,7 @@ def test_refuses_names_of_another_form(name: str) -> None:
         ("nuq3", {"thresholds": "layer"}, ["thresholds", "'layer'", "vector, matrix"]),
         ("nuq3", {"group": 1}, ["group 1", "None for one range per vector"]),
         ("nuq3", {"group": 0}, ["group 0", "None for one range per vector"]),
-        ("nuq3", {"key_rope": "post", "residual_tokens": -1}, ["residual_tokens -1", "0 for none"]),
+        ("nuq3", {"residual_tokens": -1}, ["residual_tokens -1", "0 for none"]),
         ("lloyd2.5", {}, ["bits 2.5", "lloyd", "not a whole number"]),
     ],
 )
@@ -137,8 +137,6 @@ def test_refuses_values_out_of_range(name: str, fields: dict[str, Any], fragment
 @pytest.mark.parametrize(
     ("name", "fields", "fragments"),
     [
-        ("nuq3", {"residual_tokens": 128}, ["residual_tokens", "add key_rope=post"]),
-        ("kivi2", {"key_rope": "pre"}, ["residual_tokens", "add key_rope=post"]),
         ("nuq3-1%", {"thresholds": "matrix", "group": 32}, ["thresholds=matrix", "drop group"]),
         ("nuq3-1%", {"thresholds": "matrix", "channel_range": "online"}, ["thresholds=matrix", "channel_range=online"]),
         ("kivi2", {"thresholds": "matrix"}, ["thresholds=matrix", "drop group and channel_range=online"]),

@@ -88,14 +88,16 @@ def attend_and_store(
 
     Returns `[B, S, H, D]` in the query's dtype.
     """
+    pads = layer.pads_of(padding)
+    joined = layer.joined(key, value, padding, with_kernels=True)
     if layer.exact_chunk:
-        output = attend(layer, rope, query, (key, value), padding, scaling)
-        layer.append_with_kernels(key, value, padding, _on_device(layer, padding))
+        output = attend(layer, rope, query, joined, padding, scaling)
+        layer.append_with_kernels(key, value, padding, pads, joined)
         return output
-    pads = _on_device(layer, padding)
     origins = layer.stored - pads
-    layer.append_with_kernels(key, value, padding, pads)
-    return attend(layer, rope, query, None, padding, scaling, origins)
+    layer.append_with_kernels(key, value, padding, pads, joined)
+    window = (joined[0][:, :, 1:], joined[1][:, :, 1:]) if layer.residual_tokens else None
+    return attend(layer, rope, query, window, padding, scaling, origins)
 
 
 def attend(
@@ -107,18 +109,19 @@ def attend(
     scaling: float,
     origins: Tensor | None = None,
 ) -> Tensor:
-    """Attend over what is stored, and over the keys and values of the chunk if they are given.
+    """Attend over what is packed, and over keys and values `chunk` that end where the queries do, if they are given.
 
     `origins` `[B]` int64 are the positions of the queries' first tokens, padding included, if the layer holds the
     chunk already; else they follow what is stored.
     """
     from deployment.kernels.packed import DenseSegment, Known, attend_packed
 
-    new, pads = query.shape[2], _on_device(layer, padding)
+    new, pads = query.shape[2], layer.pads_of(padding)
+    held = new if origins is None else 0
     known = None
-    if not is_capturing(query.device):
+    if not is_capturing(query.device) and not layer.residual_tokens:
         own = [new - pad if origins is not None else 0 for pad in padding]  # that are stored already
-        known = [Known(held - more, held, pad) for held, more, pad in zip(layer.lengths, own, padding, strict=True)]
+        known = [Known(stored - more, stored, pad) for stored, more, pad in zip(layer.lengths, own, padding, strict=True)]
     if origins is None:
         origins = layer.stored - pads
     positions = origins[:, None]
@@ -127,31 +130,25 @@ def attend(
         positions = positions + token
         if any(padding):
             positions = positions.masked_fill(token < pads[:, None], -1)
-    held = 0 if chunk is None else new
     length = max(stored + held - pad for stored, pad in zip(layer.lengths, padding, strict=True))
     rotary = rope.for_kernels(length, query.shape[-1], query.device)
     segments = _stored_segments(layer)
     if chunk is not None:
-        segments.append(DenseSegment(*chunk, origins, None))
+        segments.append(DenseSegment(*chunk, origins, None, new - chunk[0].shape[2]))
     return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads, known)
-
-
-def _on_device(layer: PackedLayer, padding: Sequence[int]) -> Tensor:
-    """`padding` as a tensor; where there is none, nothing is copied."""
-    return torch.tensor(padding, device=layer.device) if any(padding) else layer.no_padding
 
 
 def _stored_segments(layer: PackedLayer) -> list[Any]:
     from deployment.kernels.packed import DenseSegment, PackedSegment
 
     segments: list[Any] = []
-    longest = max(layer.lengths)
-    if layer.sink_tokens and longest:
+    longest, limits, capturing = max(layer.past), layer.window_begins(), is_capturing(layer.device)
+    if layer.sink_tokens and (longest or capturing):
         sinks = layer.sinks["key"], layer.sinks["value"]
-        segments.append(DenseSegment(*sinks, layer.no_padding, layer.stored))
+        segments.append(DenseSegment(*sinks, layer.no_padding, limits))
     key, value = layer.packed["key"], layer.packed["value"]
     for key_page, value_page in zip(key.pages, value.pages, strict=True):
         start = layer.sink_tokens + key_page.start
-        if start < longest or is_capturing(layer.device):
-            segments.append(PackedSegment(key, key_page, value, value_page, layer.no_padding, layer.stored, start))
+        if start < longest or capturing:
+            segments.append(PackedSegment(key, key_page, value, value_page, layer.no_padding, limits, start))
     return segments
