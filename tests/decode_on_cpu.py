@@ -39,7 +39,11 @@ def library(shape: host.Shape) -> ctypes.CDLL:
     """Compiled for a shape, kept among temporary files from run to run."""
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas", f"-I{HERE}", f"-I{SOURCE.parent}"]
     flags += [f"-D{name}={value}" for name, value in shape.defines().items()]
-    parts = [_WRAPPER, SOURCE.read_text(), (HERE / "lanes.h").read_text(), *flags]
+    parts = [
+        _WRAPPER,
+        *(path.read_text() for path in (SOURCE, SOURCE.with_name("combine.h"), HERE / "lanes.h")),
+        *flags,
+    ]
     folder = Path(tempfile.gettempdir()) / "kvquant-decode-on-cpu"
     folder.mkdir(exist_ok=True)
     made = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"

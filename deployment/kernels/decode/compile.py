@@ -71,7 +71,7 @@ def runner(device: torch.device) -> Run:
     def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(device).cuda_stream
-        _launch(_function(kernel, shape, device), blocks, threads, shared, stream, ctypes.addressof(pointers), early and kernel == "combine")
+        _launch(_function(kernel, shape, device), blocks, threads, shared, stream, ctypes.addressof(pointers), early)
 
     return run
 
@@ -99,7 +99,8 @@ def compiled(shape: Shape, arch: str, lines: bool = False) -> bytes:
 
 def _built(name: str, source: str, defines: dict[str, int], arch: str) -> bytes:
     """Machine code, from the cache folder if it is there."""
-    parts = [source, (FOLDER / "ptx.h").read_text(), arch, repr(sorted(defines.items())), *_versions()]
+    headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
+    parts = [source, *headers, arch, repr(sorted(defines.items())), *_versions()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(root) / "kvquant" / f"{name}-{arch}-{digest}.cubin"

@@ -83,7 +83,9 @@ class Shape:
         """What each of them takes, `sizeof(Team)`."""
         dim, queries, keys, values = self.head_dim, self.queries, self.key_outliers, self.value_outliers
         team = 2 * (dim // 32 * CHUNK * queries * 4 + queries * (CHUNK + 8) * 2) + dim * 4
-        team += sum(dim // 32 * 2 * 256 * max(widths.bit_length() - 1, 1) for widths in (self.key_widths, self.value_widths))
+        team += sum(
+            dim // 32 * 2 * 256 * max(widths.bit_length() - 1, 1) for widths in (self.key_widths, self.value_widths)
+        )
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
         team += keys * _padded(8 * dim // 2 * queries + 8 * CHUNK * queries + 4 * dim)
