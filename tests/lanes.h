@@ -14,6 +14,10 @@
 #include <functional>
 #include <random>
 #include <vector>
+#define UNROLL
+#define UNROLL_BY_2
+#define UNROLL_BY_8
+#define ROLLED
 #define DEVICE inline
 #define GRID_CONSTANT
 #define KERNEL(threads) inline void

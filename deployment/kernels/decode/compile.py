@@ -74,6 +74,7 @@ def most_shared(device: torch.device) -> int:
 @cache
 def runner(device: torch.device) -> Run:
     """Launches kernels on the current stream of a GPU, compiling and loading them first if need be."""
+    # `combine` may begin while the last of `attend` run, and waits for them itself
     early = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
@@ -114,7 +115,8 @@ def compiled(shape: Shape, arch: str, lines: bool = False) -> bytes:
 
 def _built(name: str, source: str, defines: dict[str, int], arch: str) -> bytes:
     """Machine code, from the cache folder if it is there."""
-    parts = [source, (FOLDER / "ptx.h").read_text(), arch, repr(sorted(defines.items())), *_versions()]
+    headers = [path.read_text() for path in sorted(FOLDER.glob("*.h"))]
+    parts = [source, *headers, arch, repr(sorted(defines.items())), *_versions()]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     path = Path(root) / "kvquant" / f"{name}-{arch}-{digest}.cubin"

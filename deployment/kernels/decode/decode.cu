@@ -54,13 +54,7 @@ struct Params {
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
-#ifndef EIGHT
-#define EIGHT (QUERIES == 1 ? 2 : 4)
-#endif
-constexpr int STRETCHES = 8 / QUERIES, EIGHTS = EIGHT, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
-#ifndef UNROLLED
-#define UNROLLED 2
-#endif
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
 constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
@@ -117,8 +111,7 @@ template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, in
     constexpr int COUNT = first_entry(5, WIDTHS);
     for (int entry = thread; entry < COUNT; entry += threads) {
         const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
-#pragma unroll
-        for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
+        UNROLL for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
     }
 }
 
@@ -127,8 +120,7 @@ template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int wid
     const uint32_t copy = is_quad(WIDTHS) ? 8 * (lane & 15) : 4 * lane;
     uint32_t first = 0;
     if (only(WIDTHS) < 0)
-#pragma unroll
-        for (int w = 0; w < 5; w++) first = width == w ? first_entry(w, WIDTHS) : first;
+        UNROLL for (int w = 0; w < 5; w++) first = width == w ? first_entry(w, WIDTHS) : first;
     return shared_address(table) + 128 * first + copy;
 }
 
@@ -206,8 +198,7 @@ struct Worker {
         const uint32_t width_of_all = only(WIDTHS);
         uint32_t group[4] = {32 * number * width_of_all, width_of_all, 0, width_of_all};
         if (only(WIDTHS) < 0) read4(group, side.groups + 2 * number);
-#pragma unroll
-        for (int i = 0; i < 2; i++) width[i] = group[2 * i + 1], own[i] = own_entries<WIDTHS>(table, width[i], lane);
+        UNROLL for (int i = 0; i < 2; i++) width[i] = group[2 * i + 1], own[i] = own_entries<WIDTHS>(table, width[i], lane);
         return side.words + (int64_t)b * P.blocks * side.block_words + group[0] + 4 * lane;
     }
     // Words of a block, 16 bytes a lane, set out for their place.
@@ -250,26 +241,20 @@ struct Worker {
         const int rest = item / P.splits;
         tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
         uint32_t slots[4][2][4];  // asked for before anything is waited for
-#pragma unroll
-        for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
+        UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         origin = P.origins[b] + P.shift;
         const int64_t stored = P.limits[b] - origin;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
         const int chunks = (held + CHUNK - 1) / CHUNK, per = (chunks + P.splits - 1) / P.splits;
         first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
         key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
-#pragma unroll
-        for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
-#pragma unroll
-        for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
-#pragma unroll
-        for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
+        UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
+        UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
+        UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
+        UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
         begin_keys(slots);
         int64_t least = held;
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) {
+        UNROLL for (int q = 0; q < QUERIES; q++) {
             const int64_t seen = position_of(tile * QUERIES + q) - origin + 1;
             least = min(least, max(seen, (int64_t)0));
             if (tid == q) T.end[q] = seen < 0 ? 0 : seen < held ? (int)seen : held;
@@ -284,32 +269,25 @@ struct Worker {
     DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
         float scale[4][2], zero[4][2];
         int pair[4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
+        UNROLL for (int n = 0; n < 4; n++) {
             pair[n] = pair_of_first(slots[n][0][3]);
-#pragma unroll
-            for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
+            UNROLL for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
         }
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
+        UNROLL for (int n = 0; n < 4; n++) {
             float co, si;
             turned(P.steps[pair[n]], SET, co, si);
             if (row == 0) T.delta[warp][c][2 * n] = co, T.delta[warp][c][2 * n + 1] = si;
         }
-#pragma unroll
-        for (int v = 0; v < EIGHTS; v++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
+        UNROLL for (int v = 0; v < EIGHTS; v++)
+            UNROLL for (int h = 0; h < 2; h++) {
                 float f[6][2];
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
+                UNROLL for (int e = 0; e < 2; e++) {
                     const int n = 2 * h + e;
                     const float co = P.turn[pair[n] * 64 + 8 * v + row], si = P.turn[(PAIRS + pair[n]) * 64 + 8 * v + row];
                     f[0][e] = co * scale[n][0], f[1][e] = -si * scale[n][1], f[2][e] = co * scale[n][1], f[3][e] = si * scale[n][0];
                     f[4][e] = co * zero[n][0] - si * zero[n][1], f[5][e] = co * zero[n][1] + si * zero[n][0];
                 }
-#pragma unroll
-                for (int i = 0; i < 6; i++) factors[v][h][i] = halves(f[i][0], f[i][1]);
+                UNROLL for (int i = 0; i < 6; i++) factors[v][h][i] = halves(f[i][0], f[i][1]);
             }
     }
 
@@ -320,29 +298,23 @@ struct Worker {
     DEVICE void anchor(int chunk) {
         const int number = tile * QUERIES + row % QUERIES;
         const int64_t tokens = position_of(number) - origin - chunk * CHUNK - row / QUERIES * STRETCH;
-#pragma unroll
-        for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
+        UNROLL for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
         park();
     }
     DEVICE void park() {
 #if QUERIES < 4
-#pragma unroll
-        for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
+        UNROLL for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
 #endif
     }
 
     // The columns as an operand, and on to those of the next set of tokens.
     DEVICE void next_columns() {
 #if QUERIES < 4
-#pragma unroll
-        for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
+        UNROLL for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
 #endif
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int h = 0; h < 2; h++) operand[h][i] = halves(column[4 * i + h], column[4 * i + 2 + h]);
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
+        UNROLL for (int i = 0; i < 2; i++)
+            UNROLL for (int h = 0; h < 2; h++) operand[h][i] = halves(column[4 * i + h], column[4 * i + 2 + h]);
+        UNROLL for (int n = 0; n < 4; n++) {
             const float co = T.delta[warp][c][2 * n], si = T.delta[warp][c][2 * n + 1], x = column[2 * n], y = column[2 * n + 1];
             column[2 * n] = x * co + y * si, column[2 * n + 1] = y * co - x * si;
         }
@@ -351,18 +323,14 @@ struct Worker {
 
     DEVICE void score_chunk(int chunk) {
         if ((chunk - first) % ANCHOR == 0) anchor(chunk);
-#pragma unroll UNROLLED
-        for (int block = 0; block < 2; block++) {
+        UNROLL_BY_2 for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
             take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
-#pragma unroll
-            for (int u = 0; u < 4; u++) {
+            UNROLL for (int u = 0; u < 4; u++) {
                 const int t16 = 4 * block + u;  // of the chunk
                 if (t16 * 16 % SET == 0) next_columns();
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
+                UNROLL for (int i = 0; i < 4; i++)
+                    UNROLL for (int h = 0; h < 2; h++) {
                         if (!is_quad(KEY_WIDTHS)) level[u & 1][h][i] = shared1(entry_of(key_own[h], w[4 * h + u], i));
                         else if (u % 2 == 0) shared2(entry_of(key_own[h], w[4 * h + u / 2], i), level[0][h][i], level[1][h][i]);
                     }
@@ -373,8 +341,7 @@ struct Worker {
 
     DEVICE void score_tile(int t16, uint32_t (*level)[4], float* to) {
         uint32_t one[4], two[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {  // token half i / 2, channel half i % 2
+        UNROLL for (int i = 0; i < 4; i++) {  // token half i / 2, channel half i % 2
             const uint32_t* f = factors[(2 * t16 + i / 2) % EIGHTS][i % 2];
             const int to = 2 * (i % 2) + i / 2;
             one[to] = fma2(level[1][i], f[1], fma2(level[0][i], f[0], f[4]));
@@ -404,15 +371,12 @@ struct Worker {
     // Weights by the largest scores so far; whether one exceeds them by far.
     DEVICE bool softmax(int chunk, const uint32_t* range, float (*score)[QUERIES], float (*p)[QUERIES]) {
         bool over = false;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
+        UNROLL for (int i = 0; i < EACH; i++) {
             const int t = tid + i * THREADS;
             if (t >= CHUNK) continue;
-#pragma unroll
-            for (int q = 0; q < QUERIES; q++) {
+            UNROLL for (int q = 0; q < QUERIES; q++) {
                 float s = T.scores[chunk & 1][0][t][q];
-#pragma unroll
-                for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][t][q];
+                UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][t][q];
 #if KEY_OUTLIERS
                 s += T.key_sums[chunk & 1][t][q] * (1 / KEY_UNIT), T.key_sums[chunk & 1][t][q] = 0;
 #endif
@@ -430,51 +394,41 @@ struct Worker {
 
     // The largest scores become those of this chunk, too; what was summed before shrinks.
     DEVICE void rescale(float (*score)[QUERIES]) {
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) {
+        UNROLL for (int q = 0; q < QUERIES; q++) {
             float x = HIDDEN;
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
+            UNROLL for (int i = 0; i < EACH; i++)
                 if (tid + i * THREADS < CHUNK) x = maximum(x, score[i][q]);
-#pragma unroll
-            for (int k = 16; k; k >>= 1) x = maximum(x, shuffle_xor(x, k));
+            UNROLL for (int k = 16; k; k >>= 1) x = maximum(x, shuffle_xor(x, k));
             if (lane == 0) T.raised[warp][q] = x;
         }
         wait();
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) {
+        UNROLL for (int q = 0; q < QUERIES; q++) {
             float x = highest[q];
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) x = maximum(x, T.raised[w][q]);
+            UNROLL for (int w = 0; w < WARPS; w++) x = maximum(x, T.raised[w][q]);
             const float f = exp2_of(highest[q] - x);
             highest[q] = x, sum[q] *= f, zeros[q] *= f, extra[q] *= f;
             if (tid == 0) T.shrink[q] = f;
         }
         wait();
         const float f = T.shrink[2 * c % QUERIES], e = T.shrink[(2 * c + 1) % QUERIES];
-#pragma unroll
-        for (int t = 0; t < 2; t++) output[t][0] *= f, output[t][1] *= e, output[t][2] *= f, output[t][3] *= e;
+        UNROLL for (int t = 0; t < 2; t++) output[t][0] *= f, output[t][1] *= e, output[t][2] *= f, output[t][3] *= e;
     }
 
     DEVICE void add_values(int chunk) {
-#pragma unroll UNROLLED
-        for (int block = 0; block < 2; block++) {
+        UNROLL_BY_2 for (int block = 0; block < 2; block++) {
             uint32_t w[8], weight[8];
             take<VALUE_WIDTHS>(w, P.value, value_at, value_width, 2 * chunk + 2 + block, T.values[warp][block]);
             const uint16_t* at = &T.scaled[chunk & 1][row % QUERIES][64 * block + 16 * c];
             read4(weight, at), read4(weight + 4, at + 8);
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-#pragma unroll
-                for (int t = 0; t < 2; t++) {
+            UNROLL for (int k = 0; k < 4; k++)
+                UNROLL for (int t = 0; t < 2; t++) {
                     const uint32_t *words = w + 4 * t, own = value_own[t];
                     uint32_t a[4];
                     if (is_quad(VALUE_WIDTHS)) {
                         shared2(entry_of(own, words[0], k), a[0], a[2]), shared2(entry_of(own, words[1], k), a[1], a[3]);
                         multiply(output[t], a, weight[k], weight[4 + k]);
                     } else {
-#pragma unroll
-                        for (int i = 0; i < 4; i++) a[i] = shared1(entry_of(own, words[2 * (i & 1) + (k >> 1)], 2 * (k & 1) + (i >> 1)));
+                        UNROLL for (int i = 0; i < 4; i++) a[i] = shared1(entry_of(own, words[2 * (i & 1) + (k >> 1)], 2 * (k & 1) + (i >> 1)));
                         multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
                     }
                 }
@@ -492,8 +446,7 @@ struct Worker {
     }
     // Outliers of a chunk, which are loaded two rounds ahead.
     template <class Add> DEVICE void add_list(const Side& side, List& list, Add add) {
-#pragma unroll 1
-        for (; list.at < list.end; list.at += THREADS) {
+        ROLLED for (; list.at < list.end; list.at += THREADS) {
             const uint32_t word = list.one;
             list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
             add(word);
@@ -535,8 +488,7 @@ struct Worker {
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
         quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
     }
 #endif
 #if VALUE_OUTLIERS
@@ -545,8 +497,7 @@ struct Worker {
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
     }
 #endif
 
@@ -554,8 +505,7 @@ struct Worker {
     DEVICE void step(int chunk) {
         const bool here = first <= chunk && chunk < last;
         uint32_t range[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
+        UNROLL for (int i = 0; i < EACH; i++) {
             const int t = tid + i * THREADS;
             range[i] = DYNAMIC && here && t < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
@@ -581,8 +531,7 @@ struct Worker {
         const bool over = barrier_any(team + 1, THREADS, here && softmax(chunk, range, score, p));
 #if VALUE_OUTLIERS
         if (first < chunk) {
-#pragma unroll
-            for (int q = 0; q < QUERIES; q++) {
+            UNROLL for (int q = 0; q < QUERIES; q++) {
                 int& added = T.value_sums[~chunk & 1][q][tid];
                 extra[q] += added * (1 / VALUE_UNIT), added = 0;
             }
@@ -591,17 +540,13 @@ struct Worker {
         if (!here) return;
         if (over) {
             rescale(score);
-#pragma unroll
-            for (int i = 0; i < EACH; i++)
-#pragma unroll
-                for (int q = 0; q < QUERIES; q++)
+            UNROLL for (int i = 0; i < EACH; i++)
+                UNROLL for (int q = 0; q < QUERIES; q++)
                     if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, tid + i * THREADS, range[i], p[i][q]);
             wait();
         }
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-#pragma unroll
-            for (int q = 0; q < QUERIES; q++)
+        UNROLL for (int i = 0; i < EACH; i++)
+            UNROLL for (int q = 0; q < QUERIES; q++)
                 if (tid + i * THREADS < CHUNK) {
                     sum[q] += p[i][q];
                     if (DYNAMIC) zeros[q] += p[i][q] * from_half(range[i] >> 16);
@@ -610,28 +555,23 @@ struct Worker {
 
     DEVICE void finish() {
         uint32_t slot[4];  // of the lane's outputs and of the thread
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) {
-#pragma unroll
-            for (int k = 16; k; k >>= 1) sum[q] += shuffle_xor(sum[q], k), zeros[q] += shuffle_xor(zeros[q], k);
+        UNROLL for (int q = 0; q < QUERIES; q++) {
+            UNROLL for (int k = 16; k; k >>= 1) sum[q] += shuffle_xor(sum[q], k), zeros[q] += shuffle_xor(zeros[q], k);
         }
         wait();
         float(&shares)[WARPS][CHUNK][QUERIES] = T.scores[0];
         if (lane == 0) {
-#pragma unroll
-            for (int q = 0; q < QUERIES; q++) shares[warp][0][q] = sum[q], shares[warp][1][q] = zeros[q], shares[warp][2][q] = highest[q];
+            UNROLL for (int q = 0; q < QUERIES; q++) shares[warp][0][q] = sum[q], shares[warp][1][q] = zeros[q], shares[warp][2][q] = highest[q];
         }
         wait();
         const int64_t at = ((int64_t)(P.first_part + split) * (P.items / P.splits) + stream * P.tiles + tile) * QUERIES;
         if (tid < QUERIES) {
             float total = 0, zero = 0;
-#pragma unroll
-            for (int w = 0; w < WARPS; w++) total += shares[w][0][tid], zero += shares[w][1][tid];
+            UNROLL for (int w = 0; w < WARPS; w++) total += shares[w][0][tid], zero += shares[w][1][tid];
             float* to = P.state + 4 * (at + tid);
             to[0] = shares[0][2][tid], to[1] = total, to[2] = zero;
         }
-#pragma unroll
-        for (int i = 0; i < 8; i++) {  // group i / 4, row i / 2 % 2 * 8
+        UNROLL for (int i = 0; i < 8; i++) {  // group i / 4, row i / 2 % 2 * 8
             const int q = 2 * c + i % 2, number = 32 * warp + 16 * (i / 4) + 8 * (i / 2 % 2) + row;
             if (!DYNAMIC && i % 2 == 0) read4(slot, slot_of(P.value, number));
             if (q < QUERIES) P.outputs[(at + q) * D + number] = output[i / 4][i % 4] * (DYNAMIC ? 1 : as_float(slot[0]));
@@ -639,12 +579,10 @@ struct Worker {
         wait();
 #if VALUE_OUTLIERS
         float* extras = T.scores[0][0][0];  // by channel
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) extras[q * D + tid] = extra[q];
+        UNROLL for (int q = 0; q < QUERIES; q++) extras[q * D + tid] = extra[q];
         read4(slot, slot_of(P.value, tid));
         wait();
-#pragma unroll
-        for (int q = 0; q < QUERIES; q++) P.outputs[(at + q) * D + tid] += extras[q * D + slot[3]];
+        UNROLL for (int q = 0; q < QUERIES; q++) P.outputs[(at + q) * D + tid] += extras[q * D + slot[3]];
         wait();
 #endif
     }
@@ -671,81 +609,6 @@ KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     }
 }
 
-// One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
-KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
-    constexpr int ALL = 4 * D;
-    const int tokens = P.plain[0].tokens + P.plain[1].tokens;
-    float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]
-    float *sums = weight + tokens + P.parts, *zeros = sums + P.parts, *outputs = zeros + P.parts, *reduced = outputs + ALL;
-    const int t = thread_number(), lane = t % 32, heads = P.heads * P.group;
-    const int head = block_number() % heads, token = block_number() / heads % P.new_tokens, b = block_number() / heads / P.new_tokens, g = head / P.group;
-    const int number = token * P.group + head % P.group;
-    const int64_t position = P.positions[b * P.new_tokens + token];
-    const int64_t row = ((int64_t)(b * P.heads + g) * P.tiles) * QUERIES + number, per_part = (int64_t)(P.items / P.splits) * QUERIES;
-    uint32_t slot[4];  // the thread's: its output's channel, and what belongs to it
-    read4(slot, P.value.slots + 4 * (g * D + t % D));
-    const int channel = slot[3];
-    float top = HIDDEN;
-    for (int i = t / 32; i < tokens; i += ALL / 32) {
-        const bool second = i >= P.plain[0].tokens;
-        const Plain& plain = P.plain[second];
-        const int k = i - (second ? P.plain[0].tokens : 0);
-        const int64_t at = plain.origins[b] + plain.shift + k, key = b * plain.stride_b + g * plain.stride_g + k * plain.stride_t;
-        const int64_t query = b * P.query_b + head * P.query_h + token * P.query_s;
-        float score = 0;
-        for (int p = lane; p < PAIRS; p += 32) {
-            const int one = p < P.rotary_half ? p : p + P.rotary_half, two = p < P.rotary_half ? p + P.rotary_half : p + PAIRS;
-            const float x = element(plain.key, key + one, plain.half), y = element(plain.key, key + two, plain.half), scale = P.factor[p] * P.scaling;
-            float co, si;
-            turned(P.steps[p], at - position, co, si);
-            score += scale * ((x * co - y * si) * element(P.query, query + one, !BFLOAT) + (y * co + x * si) * element(P.query, query + two, !BFLOAT));
-        }
-#pragma unroll
-        for (int k = 16; k; k >>= 1) score += shuffle_xor(score, k);
-        const bool seen = at >= 0 && at <= position && (!plain.limits || at < plain.limits[b]);
-        if (lane == 0) weight[i] = seen ? score + LIFT : HIDDEN;
-        if (seen) top = maximum(top, score);
-    }
-    wait_for_prerequisites();
-    for (int i = t; i < P.parts; i += ALL) {
-        uint32_t part[4];
-        read4(part, P.state + 4 * (row + i * per_part));
-        top = maximum(top, weight[tokens + i] = as_float(part[0])), sums[i] = as_float(part[1]), zeros[i] = as_float(part[2]);
-    }
-#pragma unroll
-    for (int k = 16; k; k >>= 1) top = maximum(top, shuffle_xor(top, k));
-    if (lane == 0) reduced[t / 32] = top;
-    barrier_of_block();
-    for (int i = 0; i < ALL / 32; i++) top = maximum(top, reduced[i]);
-    float total = 0, packed = 0, zero = 0;
-    for (int i = t; i < tokens + P.parts; i += ALL) {
-        const float w = weight[i] == HIDDEN ? 0 : exp2_of(weight[i] - top);
-        weight[i] = w;
-        if (i < tokens) total += w;
-        else packed += w * sums[i - tokens], zero += w * zeros[i - tokens];
-    }
-    total += packed;
-#pragma unroll
-    for (int k = 16; k; k >>= 1) total += shuffle_xor(total, k), packed += shuffle_xor(packed, k), zero += shuffle_xor(zero, k);
-    if (lane == 0) reduced[ALL / 32 + t / 32] = total, reduced[2 * (ALL / 32) + t / 32] = DYNAMIC ? zero : packed;
-    barrier_of_block();
-    float output = 0;
-#pragma unroll 8
-    for (int i = t / D; i < P.parts; i += 4) output += weight[tokens + i] * P.outputs[(row + i * per_part) * D + t % D];
-    for (int i = t / D; i < tokens; i += 4) {
-        const bool second = i >= P.plain[0].tokens;
-        const Plain& plain = P.plain[second];
-        const int64_t at = b * plain.stride_b + g * plain.stride_g + (i - (second ? P.plain[0].tokens : 0)) * plain.stride_t;
-        if (weight[i] != 0) output += weight[i] * element(plain.value, at + channel, plain.half);
-    }
-    outputs[t] = output;
-    barrier_of_block();
-    if (t >= D) return;
-    total = zero = 0;
-    for (int i = 0; i < ALL / 32; i++) total += reduced[ALL / 32 + i], zero += reduced[2 * (ALL / 32) + i];
-    output = outputs[t] + outputs[D + t] + outputs[2 * D + t] + outputs[3 * D + t] + zero * (DYNAMIC ? 1 : as_float(slot[1]));
-    output /= total == 0 ? 1 : total;
-    ((uint16_t*)P.result)[((int64_t)(b * P.new_tokens + token) * heads + head) * D + channel] = BFLOAT ? to_bfloat(output) : to_half(output);
-}
+#include "combine.h"
 
 GLOBAL sizes(int* out) { out[0] = sizeof(Shared), out[1] = sizeof(Params); }

@@ -6,6 +6,10 @@ typedef unsigned short uint16_t;
 typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
+#define UNROLL _Pragma("unroll")
+#define UNROLL_BY_2 _Pragma("unroll 2")
+#define UNROLL_BY_8 _Pragma("unroll 8")
+#define ROLLED _Pragma("unroll 1")
 #define DEVICE __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
