@@ -10,7 +10,6 @@ in turns with the codebook.
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from quant.quantizer import ChannelQuantizer, Encoded, TokenQuantizer
 from quant.side import Side, kmeans_weights, without
 
 ElementQuantizer = ChannelQuantizer | TokenQuantizer | MixedQuantizer
-Ranged = TypeVar("Ranged", ChannelQuantizer, MixedQuantizer)
-Fitted = TypeVar("Fitted", ChannelQuantizer, TokenQuantizer, MixedQuantizer)
+RangedQuantizer = ChannelQuantizer | MixedQuantizer
 
 DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
@@ -47,25 +45,26 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     return fitted_to_targets(quantizer, side.thinned(_TOKENS), left)
 
 
-def without_feedback(quantizer: MixedQuantizer, side: Side) -> MixedQuantizer:
+def without_feedback(quantizer: MixedQuantizer, side: Side) -> ElementQuantizer:
     """The same quantizer, its ranges and codebooks fitted once more if it keeps no element exactly."""
     if quantizer.scheme.outliers:
         return quantizer
     return fitted_to_targets(quantizer, side.thinned(_TOKENS), torch.ones(len(quantizer.widths)))
 
 
-def fitted_to_targets(quantizer: Fitted, side: Side, left: Tensor) -> Fitted:
+def fitted_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:
     """A quantizer whose levels, where they are fitted at all, are those of what feedback, if it has it, asks for."""
     if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
         return quantizer
     if isinstance(quantizer, TokenQuantizer) or quantizer.scheme.outliers:
         return _with_codebooks(quantizer, side, left)
     for _ in range(_ROUNDS):
+        assert isinstance(quantizer, RangedQuantizer)
         quantizer = _with_codebooks(_with_ranges(quantizer, side, left), side, left)
     return quantizer
 
 
-def _with_codebooks(quantizer: Fitted, side: Side, left: Tensor) -> Fitted:
+def _with_codebooks(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:
     codebooks = _fit_to_targets(quantizer, side, left)
     if isinstance(quantizer, MixedQuantizer):
         return replace(quantizer, codebooks=dict(zip(quantizer.codebooks, codebooks, strict=True)))
@@ -159,7 +158,7 @@ def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> li
     return [nuq_codebook(histogram, 2**width) for width, histogram in zip(widths, histograms, strict=True)]
 
 
-def _with_ranges(quantizer: Ranged, side: Side, left: Tensor) -> Ranged:
+def _with_ranges(quantizer: RangedQuantizer, side: Side, left: Tensor) -> RangedQuantizer:
     """Scale and zero of every channel as a weighted regression of its targets on the levels they are given."""
     sums = torch.zeros(5, len(quantizer.scale), dtype=torch.float64)
     for encoded, targets, _, _, weights in _coded(quantizer, side, left):

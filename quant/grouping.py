@@ -51,7 +51,7 @@ def form_groups(costs: Floats, units: Ints) -> Ints:
         units: as of `units_of`.
     """
     own = costs[:, units]  # [W, G, U, m]
-    widths, heads, count, parts = own.shape
+    _, heads, count, parts = own.shape
     if parts == 2:  # a pair of groups has a pair of widths
         own = own[:, None, ..., 0] + own[None, ..., 1]
     own = own.reshape(-1, heads, count).transpose(1, 0, 2)  # [G, O, U]
