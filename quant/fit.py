@@ -23,7 +23,7 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, priced_share, with_feedback, without_feedback
+from quant.compensate import ElementQuantizer, priced_share, targeted, with_feedback, without_feedback
 from quant.grouping import units_of
 from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
@@ -33,6 +33,7 @@ from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
 
 _DEVIATION_TOKENS = 8192
+REPRICINGS = 0
 
 Layers = dict[int, dict[Kind, Quantizer]]
 Mapper = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -65,10 +66,16 @@ def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
     options = [side for layer in priced for side in layer]
     # if there are outliers, every block of every head has a list, with or without entries
     lists = OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim) if scheme.outliers else 0
-    places = form_all_groups(options, scheme.bits - lists, _units(scheme, fingerprint))
-    chosen = allocate(options, scheme.bits - lists, places)
-    work = list(zip(layers, _pairs(list(zip(chosen, places, strict=True))), strict=True))
-    fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
+    def work() -> list[Any]:
+        """Each layer, and for its keys and values (choices, groups)."""
+        places = form_all_groups(options, scheme.bits - lists, _units(scheme, fingerprint))
+        chosen = allocate(options, scheme.bits - lists, places)
+        return list(zip(layers, _pairs(list(zip(chosen, places, strict=True))), strict=True))
+
+    for _ in range(REPRICINGS if scheme.feedback else 0):
+        again = spread(f"pricing {scheme} again", partial(_reprice_layer, records, scheme), work())
+        options = [side for layer in again for side in layer]
+    fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work())
     return dict(zip(layers, fitted, strict=True))
 
 
@@ -118,6 +125,17 @@ def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
             deviation = side.thinned(_DEVIATION_TOKENS).activation.float().std(0, correction=0)
             fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
         options.append(price(ChannelHistograms.of(side.activation, fisher), scheme))
+    return options
+
+
+def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> list[Options]:
+    """Options as the targets of the quantizers chosen so far have them, which know what feedback hands on."""
+    layer, chosen = work
+    options = []
+    for kind, choice in zip(KINDS, chosen, strict=True):
+        side, moment = read_side(records, scheme, layer, kind).thinned(_DEVIATION_TOKENS), records.read_moment(layer, kind)
+        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
+        options.append(price(ChannelHistograms.of(*targeted(quantizer, side, moment)), scheme))
     return options
 
 
