@@ -29,7 +29,7 @@ DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
 _ROUNDS = 3  # of ranges and codebook
 _PRICING_FLOOR = 0.7
-_TARGETED_FLOOR = 0.3
+_TARGETED_FLOOR = 0.3  # lower, since targets show what feedback hands on
 _REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
 _BINS = 8192
 
@@ -82,7 +82,7 @@ def priced_share(moment: Tensor, deviation: Tensor) -> Tensor:
 
 
 def targeted(quantizer: MixedQuantizer, side: Side, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """(targets that feedback would make of a side, Fisher information that it would leave), `[N, C]` float32."""
+    """(targets that feedback would make of a side, Fisher information that it would leave), both `[N, C]` float32."""
     feedback, left = fit_feedback(moment, steps(quantizer, moment), "")
     _, targets = replace(quantizer, feedback=feedback).coded(side.activation)
     return targets, side.fisher.float() * left.clamp(min=_TARGETED_FLOOR)

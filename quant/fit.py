@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,8 +33,8 @@ from quant.scheme import Scheme
 from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
 
-_DEVIATION_TOKENS = 8192
-REPRICINGS = 0
+_PRICING_TOKENS = 8192
+_KEY_WEIGHT = 0.7
 
 Layers = dict[int, dict[Kind, Quantizer]]
 Mapper = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -62,20 +63,21 @@ def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
     """Price all options of all layers, allocate the budget among them, and fit what was chosen."""
     fingerprint = records.manifest.fingerprint
     layers = fingerprint.cached_layers
-    priced = spread(f"pricing {scheme}", partial(_price_layer, records, scheme), layers)
-    options = [side for layer in priced for side in layer]
     # if there are outliers, every block of every head has a list, with or without entries
     lists = OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim) if scheme.outliers else 0
-    def work() -> list[Any]:
-        """Each layer, and for its keys and values (choices, groups)."""
-        places = form_all_groups(options, scheme.bits - lists, _units(scheme, fingerprint))
+    units = _units(scheme, fingerprint)
+
+    def allocated(priced: Sequence[Sequence[Options]]) -> list[tuple[int, Sequence[Any]]]:
+        """Every layer, with (choices, groups) of its keys and values."""
+        options = [side for layer in priced for side in layer]
+        places = form_all_groups(options, scheme.bits - lists, units)
         chosen = allocate(options, scheme.bits - lists, places)
         return list(zip(layers, _pairs(list(zip(chosen, places, strict=True))), strict=True))
 
-    for _ in range(REPRICINGS if scheme.feedback else 0):
-        again = spread(f"pricing {scheme} again", partial(_reprice_layer, records, scheme), work())
-        options = [side for layer in again for side in layer]
-    fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work())
+    work = allocated(spread(f"pricing {scheme}", partial(_price_layer, records, scheme), layers))
+    if scheme.groups > 1 and scheme.feedback:
+        work = allocated(spread(f"pricing {scheme} again", partial(_reprice_layer, records, scheme), work))
+    fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
     return dict(zip(layers, fitted, strict=True))
 
 
@@ -122,9 +124,9 @@ def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
         side = read_side(records, scheme, layer, kind)
         fisher = side.fisher
         if scheme.feedback:
-            deviation = side.thinned(_DEVIATION_TOKENS).activation.float().std(0, correction=0)
+            deviation = side.thinned(_PRICING_TOKENS).activation.float().std(0, correction=0)
             fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
-        options.append(price(ChannelHistograms.of(side.activation, fisher), scheme))
+        options.append(_weighted(price(ChannelHistograms.of(side.activation, fisher), scheme), scheme, kind))
     return options
 
 
@@ -133,10 +135,18 @@ def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[A
     layer, chosen = work
     options = []
     for kind, choice in zip(KINDS, chosen, strict=True):
-        side, moment = read_side(records, scheme, layer, kind).thinned(_DEVIATION_TOKENS), records.read_moment(layer, kind)
+        side = read_side(records, scheme, layer, kind).thinned(_PRICING_TOKENS)
         quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
-        options.append(price(ChannelHistograms.of(*targeted(quantizer, side, moment)), scheme))
+        targets, fisher = targeted(quantizer, side, records.read_moment(layer, kind))
+        options.append(_weighted(price(ChannelHistograms.of(targets, fisher), scheme), scheme, kind))
     return options
+
+
+def _weighted(options: Options, scheme: Scheme, kind: Kind) -> Options:
+    """Options as groups are allocated by: the square of an error of keys says too much of what softmax makes of it."""
+    if kind == "value" or scheme.groups == 1:
+        return options
+    return replace(options, error=_KEY_WEIGHT * options.error)
 
 
 def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> dict[Kind, Quantizer]:

@@ -10,15 +10,15 @@ import decode_on_cpu
 import numpy as np
 import pytest
 import torch
+from conftest import build_model
 from safetensors.torch import load_file
+from test_kernels_attention import run_case
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from conftest import build_model
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.kernels.decode import host
-from deployment.kernels.packed import attend_packed
 from deployment.layout import PackedTensor
 from deployment.order import ChannelOrder, GroupOrder
 from deployment.shapes import ModelShape
@@ -90,7 +90,9 @@ def test_groups_are_hardly_dearer_than_the_best(kind: Any, monkeypatch: pytest.M
 
 def test_allocation_to_groups_keeps_the_budget_and_beats_one_width(kind: str = "value") -> None:
     sides = [(kind, random_costs(seed, 128, 5) - 0.3 * np.arange(5)[:, None]) for seed in range(4) for kind in KINDS]
-    options = [Options(error[:, None], np.broadcast_to(np.arange(5.0)[:, None, None], (5, 1, 128))) for _, error in sides]
+    options = [
+        Options(error[:, None], np.broadcast_to(np.arange(5.0)[:, None, None], (5, 1, 128))) for _, error in sides
+    ]
     units = [units_of(kind, 2, 64, 32) for kind, _ in sides]  # type: ignore[arg-type]
     places = form_all_groups(options, 2.0, units)
     chosen = allocate(options, 2.0, places)
@@ -191,7 +193,9 @@ def test_rdnuq_of_before_groups_loads_as_widths_of_channels(
     assert not any(name.endswith("places") for name in tensors)
     with open_checked(tmp_path / "now.safetensors", FILE) as file:
         content = {name: value for name, value in file.content.items() if name not in ("schema", "digest", "tensors")}
-    content["scheme"] = {name: value for name, value in content["scheme"].items() if name != "groups"} | {"outliers": 0.0}
+    content["scheme"] = {name: value for name, value in content["scheme"].items() if name != "groups"} | {
+        "outliers": 0.0
+    }
     write_checked(tmp_path / "before.safetensors", FILE, content, tensors)
     now, before = (load_quantizers(tmp_path / f"{name}.safetensors") for name in ("now", "before"))
     assert before.scheme == now.scheme == Scheme.parse("rdnuq2.5", groups=1, outliers=0.04)
@@ -225,21 +229,37 @@ def test_the_decode_kernel_reads_groups(
     wide: PreTrainedModel, fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
 ) -> None:
     """A step by decode.cu, as host C++, gives what the torch path gives."""
-    from test_kernels_attention import attend_layer
-
     for name in ("rdnuq2.5", "rdnuq2.5-4%"):
         layer = fit_model(wide, Scheme.parse(name)).layers[1]
-        assert attend_layer(layer["key"], layer["value"], decode_on_cpu.attend) < 2e-3
-    assert host.HEAD_DIMS and attend_packed
+        taken: list[bool] = []
+
+        def attend(*arguments: Any) -> Tensor:
+            query, _, segments, rotary, _, kv_heads = arguments
+            taken.append(host.fits(query, segments, rotary, kv_heads))  # noqa: B023
+            return decode_on_cpu.attend(*arguments)
+
+        assert run_case(lengths=(150, 70), given=(layer["key"], layer["value"]), attend=attend) < 2e-3
+        assert taken == [True]
 
 
-def test_keys_that_rotate_otherwise_are_stored_by_channel(wide: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> None:
+@pytest.mark.parametrize("new", [1, 9])
+def test_the_general_kernels_read_groups(wide: PreTrainedModel, fit_model: Callable[..., Quantizers], new: int) -> None:
+    """With widths that decode.cu has no words for, too."""
+    layer = fit_model(wide, Scheme.parse("rdnuq4.5")).layers[1]
+    assert run_case(lengths=(70,), new=new, given=(layer["key"], layer["value"])) < 2e-3
+
+
+def test_keys_that_rotate_otherwise_are_stored_by_channel(
+    wide: PreTrainedModel, fit_model: Callable[..., Quantizers]
+) -> None:
     key = fit_model(wide, Scheme.parse("rdnuq2.5")).layers[1]["key"]
     orders = [PackedTensor(key, 1, 2, 64, torch.device("cpu"), "key", half).order for half in (32, 16)]
     assert isinstance(orders[0], GroupOrder) and isinstance(orders[1], ChannelOrder)
 
 
-def test_partly_rotated_heads_are_grouped_in_their_pairs(fit_model: Callable[..., Quantizers], make_tokens: Any) -> None:
+def test_partly_rotated_heads_are_grouped_in_their_pairs(
+    fit_model: Callable[..., Quantizers], make_tokens: Any
+) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     half = replace(Fingerprint.of(llama_of().config), rope=str(rope).replace("'", '"')).rotary_half
     assert half == 16

@@ -145,9 +145,11 @@ def test_refuses_values_out_of_range(name: str, fields: dict[str, Any], fragment
         ("lloyd3-1%", {}, ["lloyd3-1%", "drop -P%, q_norm and group"]),
         ("turbo3", {"q_norm": True}, ["lloyd3", "drop -P%, q_norm and group"]),
         ("turbo3", {"group": 32}, ["lloyd3", "drop -P%, q_norm and group"]),
-        ("rdnuq2.4-1%", {}, ["rdnuq2.4-1%", "drop -P%, q_norm and outlier_cap"]),
-        ("rdnuq2.4", {"q_norm": True}, ["rdnuq2.4", "drop -P%, q_norm and outlier_cap"]),
-        ("rdnuq2.4", {"outlier_cap": 3}, ["rdnuq2.4", "drop -P%, q_norm and outlier_cap"]),
+        ("rdnuq2.4", {"q_norm": True}, ["rdnuq2.4", "drop q_norm and outlier_cap"]),
+        ("rdnuq2.4-1%", {"outlier_cap": 3}, ["rdnuq2.4-1%", "drop q_norm and outlier_cap"]),
+        ("rdnuq2.4", {"groups": 32}, ["groups 32", "16 channels, or with g1"]),
+        ("rdnuq2.4g2", {}, ["groups 2", "16 channels, or with g1"]),
+        ("nuq3", {"groups": 1}, ["groups 1", "other datatypes have none"]),
     ],
 )
 def test_refuses_what_does_not_go_together(name: str, fields: dict[str, Any], fragments: list[str]) -> None:
