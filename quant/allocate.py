@@ -199,6 +199,8 @@ def _together(options: Sequence[Options], places: Sequence[Ints | None]) -> tupl
 def _price_of(options: Options, groups: Sequence[Ints], budget: float) -> float:
     """The least price of a bit at which the choices are within the budget."""
     low, high = _LOG_PRICES
+    if (options.bits == options.bits[:, :1]).all():  # no share takes bits: of each width one is best at any price
+        options = Options(options.error.min(1, keepdims=True), options.bits[:, :1])
     bits = options.bits.reshape(-1, options.bits.shape[-1])
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2

@@ -27,6 +27,7 @@ RangedQuantizer = ChannelQuantizer | MixedQuantizer
 
 DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
+_ELEMENTS = 1 << 23  # and their channels
 _ROUNDS = 3  # of ranges and codebook
 _PRICING_FLOOR = 0.7
 _TARGETED_FLOOR = 0.3  # lower, since targets show what feedback hands on
@@ -43,14 +44,20 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     """
     feedback, left = fit_feedback(moment, steps(quantizer, moment), name)
     quantizer = replace(quantizer, feedback=feedback)
-    return fitted_to_targets(quantizer, side.thinned(_TOKENS), left)
+    repeated = isinstance(quantizer, MixedQuantizer) and not quantizer.scheme.outliers
+    return fitted_to_targets(quantizer, thinned(side) if repeated else side.thinned(_TOKENS), left)
+
+
+def thinned(side: Side) -> Side:
+    """The tokens that are encoded again and again: fewer where they are long."""
+    return side.thinned(min(_TOKENS, max(_TOKENS // 4, _ELEMENTS // side.activation.shape[1])))
 
 
 def without_feedback(quantizer: MixedQuantizer, side: Side) -> ElementQuantizer:
     """The same quantizer, its ranges and codebooks fitted once more if it keeps no element exactly."""
     if quantizer.scheme.outliers:
         return quantizer
-    return fitted_to_targets(quantizer, side.thinned(_TOKENS), torch.ones(len(quantizer.widths)))
+    return fitted_to_targets(quantizer, thinned(side), torch.ones(len(quantizer.widths)))
 
 
 def fitted_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:

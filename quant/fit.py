@@ -24,7 +24,7 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, priced_share, targeted, with_feedback, without_feedback
+from quant.compensate import ElementQuantizer, priced_share, targeted, thinned, with_feedback, without_feedback
 from quant.grouping import units_of
 from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
@@ -135,7 +135,7 @@ def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[A
     layer, chosen = work
     options = []
     for kind, choice in zip(KINDS, chosen, strict=True):
-        side = read_side(records, scheme, layer, kind).thinned(_PRICING_TOKENS)
+        side = thinned(read_side(records, scheme, layer, kind))
         quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
         targets, fisher = targeted(quantizer, side, records.read_moment(layer, kind))
         options.append(_weighted(price(ChannelHistograms.of(targets, fisher), scheme), scheme, kind))

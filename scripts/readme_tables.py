@@ -63,7 +63,9 @@ def percent(share: float, style: str) -> str:
 
 def schemes() -> str:
     """The paper's scheme, ours and the field's."""
-    shown = re.compile(r"(nuq\d-1%|rdnuq\d(\.4)?)(\+fb)?|nuq\d\+fb|(kivi|flexgen|turbo|datafree)\d")
+    shown = re.compile(
+        r"(nuq\d-1%|rdnuq\d(\.[14])?(g1)?(-\d(\.\d)?%)?)(\+fb)?|nuq\d\+fb|(kivi|flexgen|turbo|datafree)\d"
+    )
     return scheme_table([row for row in rows_of("schemes") if shown.fullmatch(row["scheme"])])
 
 
