@@ -34,7 +34,8 @@ Ints = NDArray[np.int64]
 WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
 CLIPPED = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)  # shares that are moved to the end of the range
-_FAST_BITS = 4  # of the widest group that the decode kernel reads; budgets beyond need wider ones
+_FAST_BITS = 4  # of the widest group that the decode kernel reads
+_SLACK = 0.5  # bits a budget must be short of the most, for a choice to be left
 _FORMINGS = 3  # of groups, each at the price that those before leave
 BINS = 512
 _CODEBOOK_BINS = 2048  # fewer than elsewhere: seven codebooks of up to 64 levels are searched for each side
@@ -140,8 +141,12 @@ class Options:
 
 
 def choices(scheme: Scheme) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """(widths, shares beyond a channel's range) that allocation chooses from."""
-    widths = WIDTHS if scheme.groups == 1 or scheme.bits >= _FAST_BITS else WIDTHS[: _FAST_BITS + 1]
+    """(widths, shares beyond a channel's range) that allocation chooses from.
+
+    Groups are as wide as the decode kernel reads if the budget can well be spent so, on outliers too; else wider ones occur.
+    """
+    fast = scheme.groups > 1 and scheme.bits + _SLACK <= _FAST_BITS + OUTLIER_BITS * scheme.outliers
+    widths = WIDTHS[: _FAST_BITS + 1] if fast else WIDTHS
     return widths, tuple(share for share in SHARES if share <= scheme.outliers) if scheme.outliers else CLIPPED
 
 

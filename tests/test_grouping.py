@@ -26,7 +26,7 @@ from gradients.checked import open_checked, write_checked
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from quant import grouping
-from quant.allocate import Options, allocate, form_all_groups
+from quant.allocate import Options, allocate, choices, form_all_groups
 from quant.artefact import FILE, Quantizers, load_quantizers
 from quant.grouping import are_groups, form_groups, rotary_pairs, units_of
 from quant.mixed import MixedQuantizer
@@ -111,6 +111,24 @@ def test_allocation_to_groups_keeps_the_budget_and_beats_one_width(kind: str = "
     channels = error(allocate(options, 2.0))
     assert channels < error(chosen) < 0.5 * error(allocate(options, 2.0, natural))
     assert error(chosen) < 0.2 * error([np.full(128, 2)] * 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "widest"),
+    [
+        ("rdnuq2.4", 4),
+        ("rdnuq3.5", 4),
+        ("rdnuq3.6", 6),
+        ("rdnuq4.4", 6),
+        ("rdnuq4.4-4%", 4),
+        ("rdnuq4.4-0.5%", 6),
+        ("rdnuq2g1", 6),
+    ],
+)
+def test_groups_are_as_wide_as_the_kernel_reads_where_the_budget_allows_it(name: str, widest: int) -> None:
+    widths, shares = choices(Scheme.parse(name))
+    assert widths == tuple(range(widest + 1))
+    assert max(shares) <= (Scheme.parse(name).outliers or 0.08)
 
 
 def llama_of(**changes: Any) -> PreTrainedModel:
