@@ -33,13 +33,15 @@ import torch
 from torch import Tensor
 
 from deployment.packing import GROUP, pack, planes, unpack
+from quant.grouping import are_groups, rotary_pairs
+from quant.mixed import MixedQuantizer
 from quant.quantizer import Quantizer
+from quant.scheme import GROUP_CHANNELS
 from quant.storage import BLOCK_TOKENS
 
 Role = Literal["key", "value"]
 
 LANES = 32
-GROUP_CHANNELS = 16
 _LANE_CODES = 32  # of a group and block
 _EVERY_NIBBLE = 0x11111111
 _MOST_BITS = 6
@@ -271,10 +273,8 @@ def rotary_groups(pairs: Sequence[int], rotary_half: int) -> Tensor:
 
     Of D/2 pairs the first `rotary_half` are channels (p, p + rotary_half), the others, which do not rotate, are alike: see phase.py.
     """
-    pair = torch.as_tensor(pairs)
-    first = torch.where(pair < rotary_half, pair, pair + rotary_half)
-    second = torch.where(pair < rotary_half, pair + rotary_half, pair + len(pair))
-    return torch.stack([first.view(-1, GROUP_CHANNELS), second.view(-1, GROUP_CHANNELS)], dim=1).flatten()
+    channels = torch.from_numpy(rotary_pairs(2 * len(pairs), rotary_half))[torch.as_tensor(pairs)]
+    return channels.view(-1, GROUP_CHANNELS, 2).transpose(1, 2).flatten()
 
 
 @cache
@@ -302,9 +302,10 @@ def order_of(
     rotary_half: int | None = None,
     channels: Tensor | None = None,
 ) -> Order:
-    """The order in which a quantizer's codes are stored: in groups if their channels have one width, else channel after channel.
+    """The order in which a quantizer's codes are stored: in groups if their channels have one width and keys lie in pairs, else by channel.
 
-    `rotary_half` is half of the channels that rotate, None for all. `channels` `[G, D]` int64 are as of `GroupOrder`.
+    `rotary_half` is half of the channels that rotate, None for all. `channels` `[G, D]` int64 are as of `GroupOrder`; None for those that the
+    quantizer has formed groups of, if it has.
     """
     device = quantizer_device(quantizer)
     half = head_dim // 2 if rotary_half is None else rotary_half
@@ -313,11 +314,14 @@ def order_of(
         widths[chosen if isinstance(chosen, slice) else chosen.cpu()] = width
     if head_dim % (2 * GROUP_CHANNELS) or int(widths.max()) > _MOST_BITS:
         return ChannelOrder(widths.to(device))
+    if channels is None and isinstance(quantizer, MixedQuantizer) and quantizer.places is not None:
+        channels = quantizer.places.long()
     if channels is None and (widths == widths[0]).all():
         return uniform_order(int(widths[0]), heads, head_dim, role, half, device)
     places = usual_channels(heads, head_dim, role, half, torch.device("cpu")) if channels is None else channels.cpu()
     grouped = widths.view(heads, head_dim).gather(1, places).view(heads, -1, GROUP_CHANNELS)
-    if (grouped != grouped[..., :1]).any():
+    paired = role == "value" or are_groups(places.numpy(), rotary_pairs(head_dim, half))
+    if not paired or (grouped != grouped[..., :1]).any():
         return ChannelOrder(widths.to(device))
     return GroupOrder(grouped[..., 0].to(device), places.to(device), role)
 

@@ -176,13 +176,15 @@ def _packed_bits(
     scheme: Scheme, kind: Kind, heads: int, head_dim: int, tokens: int, share: float | None, parts: int = 1
 ) -> dict[str, int]:
     """Bits of the packed keys or values of one sequence in one layer, of one of `parts` that have `heads` each."""
-    channels, lists = heads * head_dim, bool(scheme.outliers) or scheme.allocated
+    channels, lists = heads * head_dim, bool(scheme.outliers)
     per_token = scheme.form(axis_of(scheme, kind)) == "token"
     code_bits = scheme.bits * channels
-    if scheme.allocated:  # the budget pays for everything, so the ends of lists come off
+    if scheme.allocated and lists:  # the budget pays for everything, so the ends of lists come off
         code_bits -= heads * OUTLIER_LIST_BITS / BLOCK_TOKENS
     outliers: float = 2 * outliers_per_end(parts * channels, scheme.outliers) / parts
-    if not per_token:
+    if scheme.allocated:
+        outliers = 0
+    elif not per_token:
         outliers = min(
             channels * (scheme.outliers if share is None else share),
             channels if scheme.outlier_cap is None else scheme.outlier_cap,

@@ -18,13 +18,15 @@ from deployment.room import ROOM_SHARE, ROOM_TOKENS
 from deployment.rope import Rope
 from deployment.streams import OutlierStreams
 from gradients.cli import UserError
-from gradients.models import decoder_config
+from gradients.models import Kind, decoder_config
+from quant.allocate import choices
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.feedback import Feedback
+from quant.grouping import form_groups, units_of
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
-from quant.scheme import Scheme
-from quant.storage import BLOCK_TOKENS
+from quant.scheme import GROUP_CHANNELS, Scheme
+from quant.storage import BLOCK_TOKENS, OUTLIER_BITS
 
 SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
 SPARE_TOKENS = 1024  # room after the context, for chunks that are attended or stored
@@ -61,7 +63,9 @@ def synthetic_quantizers(scheme: Scheme, shape: Shape) -> tuple[Quantizer, Quant
     """Quantizers of standard normal keys and values, with the share of outliers that the scheme asks for."""
     feedback = [_feedback(shape, seed) if scheme.feedback else None for seed in (0, 1)]
     if scheme.allocated:
-        return tuple(_mixed(scheme, shape, seed, feedback[seed]) for seed in (0, 1))  # type: ignore[return-value]
+        kinds: tuple[Kind, Kind] = ("key", "value")
+        key, value = (_mixed(scheme, shape, kind, seed, feedback[seed]) for seed, kind in enumerate(kinds))
+        return key, value
     codebook = (int_codebook if scheme.datatype == "int" else nf_codebook)(scheme.levels)
     sides: list[Quantizer] = []
     for axis, fed in zip((scheme.key_axis, scheme.value_axis), feedback, strict=True):
@@ -83,14 +87,23 @@ def _range_of(share: float) -> float:
     return float(torch.special.ndtri(torch.tensor(1 - max(share, 1e-6) / 2, dtype=torch.float64)))
 
 
-def _mixed(scheme: Scheme, shape: Shape, seed: int, feedback: Feedback | None) -> MixedQuantizer:
-    """Widths around the budget less half a percent of outliers, shuffled, as allocations look."""
-    mean = scheme.bits - 32 * 0.005
-    spread = torch.randn(shape.channels, generator=torch.Generator().manual_seed(seed))
-    widths = (mean + spread).round().clamp(0, 6).to(torch.uint8)
+def _mixed(scheme: Scheme, shape: Shape, kind: Kind, seed: int, feedback: Feedback | None) -> MixedQuantizer:
+    """Widths around the budget less half a percent of outliers, if it has any, shuffled, as allocations look."""
+    share, units = min(0.005, scheme.outliers), None
+    if scheme.groups > 1:
+        units = units_of(kind, shape.kv_heads, shape.head_dim, shape.head_dim // 2)
+    generator = torch.Generator().manual_seed(seed)
+    size = 1 if units is None else GROUP_CHANNELS
+    spread = torch.randn(shape.channels // size, generator=generator)
+    widths = (scheme.bits - OUTLIER_BITS * share + spread).round().clamp(0, choices(scheme)[0][-1]).to(torch.uint8)
+    places = None
+    if units is not None:
+        costs = torch.randn(2, shape.channels, generator=generator).double().numpy()
+        places = torch.from_numpy(form_groups(costs, units) % shape.head_dim).to(torch.uint8)
+        widths = widths.repeat_interleave(size).view_as(places).gather(1, places.long().argsort(1)).flatten()
     codebooks: dict[int, Codebook] = {int(w): int_codebook(2 ** int(w)) for w in widths.unique()}
-    scale = torch.full((shape.channels,), _range_of(0.005))
-    return MixedQuantizer(scheme, codebooks, widths, scale, torch.zeros(shape.channels), feedback)
+    scale = torch.full((shape.channels,), _range_of(share))
+    return MixedQuantizer(scheme, codebooks, widths, scale, torch.zeros(shape.channels), feedback, places)
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What must agree between the model that was recorded, the one evaluated and the one deployed."""
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +56,14 @@ class Fingerprint:
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return {**asdict(self), "cached_layers": list(self.cached_layers)}
+
+    @property
+    def rotary_half(self) -> int | None:
+        """Half of the channels of a head that rotate; None if layers of different types differ in it."""
+        parameters = json.loads(self.rope)
+        kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
+        halves = {int(self.head_dim * kind.get("partial_rotary_factor", 1.0)) // 2 for kind in kinds}
+        return halves.pop() if len(halves) == 1 else None
 
     def difference(self, other: "Fingerprint") -> str:
         """The first field in which the two differ, with both values, or an empty string."""

@@ -22,15 +22,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quant.codebook import Codebook, nuq_codebook
+from quant.grouping import form_groups
 from quant.kmeans import Histogram
 from quant.mixed import MixedQuantizer
-from quant.scheme import Scheme
+from quant.scheme import GROUP_CHANNELS, Scheme
 from quant.storage import OUTLIER_BITS
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6)
 SHARES = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04)
+CLIPPED = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08)  # shares that are moved to the end of the range
+_FAST_BITS = 4  # of the widest group that the decode kernel reads
+_SLACK = 0.5  # bits a budget must be short of the most, for a choice to be left
+_FORMINGS = 3  # of groups, each at the price that those before leave
 BINS = 512
 _CODEBOOK_BINS = 2048  # fewer than elsewhere: seven codebooks of up to 64 levels are searched for each side
 _TILE_CHANNELS, _TILE_TOKENS = 32, 8192  # binned at a time: what is counted and the counts stay in the cache
@@ -89,10 +95,17 @@ class ChannelHistograms:
         high = self.low + (last + 1) * self.width
         return (high - low) / 2, (high + low) / 2
 
-    def errors(self, codebook: Codebook, scale: Floats, zero: Floats) -> tuple[Floats, Floats]:
-        """(weighted squared error of the inliers, number of outliers) of each channel, `[C]`."""
+    def errors(self, codebook: Codebook, scale: Floats, zero: Floats, clipped: bool = False) -> tuple[Floats, Floats]:
+        """(weighted squared error of the inliers, number of outliers) of each channel, `[C]`.
+
+        If ranges are `clipped` there are no outliers, and a single level lies where it is best for its channel.
+        """
+        if clipped and len(codebook.levels) == 1:
+            mass, moment, second = (table.sum(1) for table in (self.mass, self.moment, self.second))
+            spent = np.divide(moment**2, mass, out=np.zeros_like(mass), where=mass > 0)
+            return (second - spent).clip(min=0), np.zeros(len(mass))
         normalised = (self.centres - zero[:, None]) / np.maximum(scale, np.finfo(np.float64).tiny)[:, None]
-        inside = np.abs(normalised) <= 1
+        inside = np.full(normalised.shape, True) if clipped else np.abs(normalised) <= 1
         codes = np.searchsorted(codebook.boundaries.numpy(), normalised)
         level = codebook.levels.double().numpy()[codes] * scale[:, None] + zero[:, None]
         error = self.second - 2 * level * self.moment + level**2 * self.mass
@@ -122,50 +135,111 @@ class Options:
     error: Floats
     bits: Floats
 
+    def cost(self, price: float) -> Floats:
+        """Of every choice, with so much for a bit."""
+        return self.error + price * self.bits
 
-def price(histograms: ChannelHistograms) -> Options:
+
+def choices(scheme: Scheme) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """(widths, shares beyond a channel's range) that allocation chooses from.
+
+    Groups are as wide as the decode kernel reads if the budget can well be spent so, on outliers too; else wider ones occur.
+    """
+    fast = scheme.groups > 1 and scheme.bits + _SLACK <= _FAST_BITS + OUTLIER_BITS * scheme.outliers
+    widths = WIDTHS[: _FAST_BITS + 1] if fast else WIDTHS
+    return widths, tuple(share for share in SHARES if share <= scheme.outliers) if scheme.outliers else CLIPPED
+
+
+def price(histograms: ChannelHistograms, scheme: Scheme) -> Options:
     """All options of one layer's keys or values, each width with one codebook for all channels; bits are per token."""
     tokens = histograms.count[0].sum()
-    ranges = [histograms.ranges(share) for share in SHARES]
-    scale, zero = ranges[SHARES.index(_PRICING_SHARE)]
+    widths, shares = choices(scheme)
+    ranges = [histograms.ranges(share) for share in shares]
+    scale, zero = histograms.ranges(_PRICING_SHARE)
     points, weights = histograms.pooled(np.ones(len(scale), dtype=bool), scale, zero)
     error, bits = [], []
-    for width in WIDTHS:
+    for width in widths:
         codebook = shared_codebook(points, weights, width)
-        both = [histograms.errors(codebook, *one) for one in ranges]
+        both = [histograms.errors(codebook, *one, clipped=not scheme.outliers) for one in ranges]
         error.append([weighted for weighted, _ in both])
         bits.append([width + OUTLIER_BITS * outliers / tokens for _, outliers in both])
     return Options(np.array(error), np.array(bits))
 
 
-def allocate(options: Sequence[Options], budget: float) -> list[NDArray[np.int64]]:
+def allocate(options: Sequence[Options], budget: float, places: Sequence[Ints | None] = ()) -> list[Ints]:
     """For each of several tensors, every channel's choice as an index into the flattened (width, share) grid.
 
-    `budget` is the mean of bits per element over all of them.
+    Args:
+        budget: the mean of bits per element over all of them.
+        places: each tensor's channels `[G, D]`, of which 16 after 16 share a width; None for widths of their own.
     """
-    errors, bits = (
-        np.concatenate([getattr(option, name).reshape(-1, option.error.shape[-1]) for option in options], axis=1)
-        for name in ("error", "bits")
-    )
+    all_options, every, sizes = _together(options, places or [None] * len(options))
+    return np.split(_choose(all_options, every, _price_of(all_options, every, budget)), sizes[:-1].cumsum())
+
+
+def form_all_groups(options: Sequence[Options], budget: float, units: Sequence[Ints | None]) -> list[Ints | None]:
+    """The groups of several tensors' channels, `[G, D]` as of `form_groups`, at the price that a bit has within the budget."""
+    places: list[Ints | None] = [None] * len(units)
+    for _ in range(_FORMINGS):
+        together, groups, _ = _together(options, places)
+        price = _price_of(together, groups, budget)
+        places = [
+            None if unit is None else form_groups(one.cost(price).min(1), unit)
+            for one, unit in zip(options, units, strict=True)
+        ]
+    return places
+
+
+def _together(options: Sequence[Options], places: Sequence[Ints | None]) -> tuple[Options, list[Ints], Ints]:
+    """Tensors as one: (options, groups of one size `[n, size]` each, channels of each tensor)."""
+    both = (np.concatenate([getattr(one, name) for one in options], axis=-1) for name in ("error", "bits"))
+    sizes = np.array([one.error.shape[-1] for one in options])
+    groups: dict[int, list[Ints]] = {}
+    for size, start, own in zip(sizes, sizes.cumsum() - sizes, places, strict=True):
+        group = np.arange(size)[:, None] if own is None else own.reshape(-1, GROUP_CHANNELS)
+        groups.setdefault(group.shape[1], []).append(group + start)
+    return Options(*both), [np.concatenate(same) for same in groups.values()], sizes
+
+
+def _price_of(options: Options, groups: Sequence[Ints], budget: float) -> float:
+    """The least price of a bit at which the choices are within the budget."""
     low, high = _LOG_PRICES
+    if (options.bits == options.bits[:, :1]).all():  # no share takes bits: of each width one is best at any price
+        options = Options(options.error.min(1, keepdims=True), options.bits[:, :1])
+    bits = options.bits.reshape(-1, options.bits.shape[-1])
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        chosen = (errors + np.exp(middle) * bits).argmin(0)
+        chosen = _choose(options, groups, float(np.exp(middle)))
         spent = np.take_along_axis(bits, chosen[None], 0).mean()
         low, high = (middle, high) if spent > budget else (low, middle)
-    chosen = (errors + np.exp(high) * bits).argmin(0)
-    return np.split(chosen, np.cumsum([option.error.shape[-1] for option in options])[:-1])
+    return float(np.exp(high))
 
 
-def bind(histograms: ChannelHistograms, chosen: NDArray[np.int64], scheme: Scheme) -> MixedQuantizer:
-    """The quantizer of one layer's keys or values with the chosen options, codebooks fitted to the channels that share them."""
-    width_index, share_index = np.divmod(chosen, len(SHARES))
-    widths = np.array(WIDTHS)[width_index]
-    ranges = np.array([histograms.ranges(share) for share in SHARES])  # [shares, 2, C]
+def _choose(options: Options, groups: Sequence[Ints], price: float) -> Ints:
+    """The cheapest choice of every channel at a price of a bit, `[C]`; those of a group have one width."""
+    cost = options.cost(price)
+    best, width = cost.min(1), np.empty(cost.shape[-1], np.int64)
+    for same in groups:
+        width[same] = best[:, same].sum(-1).argmin(0)[:, None]
+    share = np.take_along_axis(cost, width[None, None], 0)[0].argmin(0)
+    return width * cost.shape[1] + share
+
+
+def bind(histograms: ChannelHistograms, chosen: Ints, scheme: Scheme, places: Ints | None = None) -> MixedQuantizer:
+    """The quantizer of one layer's keys or values with the chosen options, codebooks fitted to the channels that share them.
+
+    `places` `[G, D]` are as of `form_groups`; None for widths of channels.
+    """
+    possible, shares = choices(scheme)
+    width_index, share_index = np.divmod(chosen, len(shares))
+    widths = np.array(possible)[width_index]
+    ranges = np.array([histograms.ranges(share) for share in shares])  # [shares, 2, C]
     scale, zero = ranges[share_index, :, np.arange(len(chosen))].T
     codebooks = {
         int(width): shared_codebook(*histograms.pooled(widths == width, scale, zero), int(width))
         for width in np.unique(widths)
     }
     tables = [torch.from_numpy(np.ascontiguousarray(table)).float() for table in (scale, zero)]
-    return MixedQuantizer(scheme, codebooks, torch.from_numpy(widths).to(torch.uint8), tables[0], tables[1])
+    grouping = None if places is None else torch.from_numpy(places % places.shape[1]).to(torch.uint8)
+    widths_table = torch.from_numpy(widths).to(torch.uint8)
+    return MixedQuantizer(scheme, codebooks, widths_table, tables[0], tables[1], places=grouping)

@@ -1,8 +1,8 @@
 """`quantizers.safetensors`: everything evaluation and deployment need, and nothing to repeat on a command line.
 
 Tensors: `layers.{i}.key.{levels,boundaries,scale,zero}`, `layers.{i}.value.{levels,boundaries}` (scale and zero
-wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`; `thresholds` of
-a matrix; `rotation` of rotated head vectors; `order` and `feedback` where errors are handed on. Metadata, one JSON object: schema version, the scheme, the layers that
+wherever the axis is channel-wise); for rdnuq `widths`, `scale`, `zero`, `levels.{b}`, `boundaries.{b}`, and `places`, the
+channels of its groups; `thresholds` of a matrix; `rotation` of rotated head vectors; `order` and `feedback` where errors are handed on. Metadata, one JSON object: schema version, the scheme, the layers that
 depart from it, the model's fingerprint, the digest of the records, package versions. Nothing is ever unpickled.
 """
 
@@ -23,10 +23,11 @@ from gradients.models import KINDS, Kind, LoadedModel
 from quant.codebook import Codebook
 from quant.feedback import Feedback
 from quant.grouped import GroupQuantizer
+from quant.grouping import are_groups, units_of
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.rotated import RotatedQuantizer
-from quant.scheme import MAX_BITS, Axis, Scheme
+from quant.scheme import GROUP_CHANNELS, MAX_BITS, Axis, Scheme
 
 SCHEMA = 2  # 1 had no digest, and knew neither the weights nor bos
 FILE = Artefact("quantizers file", "kvquant", SCHEMA, "fit them again with `python -m quant.fit`")
@@ -137,6 +138,7 @@ def load_quantizers(path: str | Path) -> Quantizers:
         layers: dict[int, dict[Kind, Quantizer]] = {layer: {} for layer in fingerprint.cached_layers}
         for (layer, kind), own in schemes.items():
             layers[layer][kind] = assemble(own, axis_of(own, kind), tables[layer, kind])
+            check_groups(layers[layer][kind], kind, fingerprint, f"layers.{layer}.{kind}.places")
         weights, bos = ("", None) if old else (content["weights"], content["bos"])
         if not isinstance(weights, str) or bos not in (None, False, True) or not isinstance(content["records"], str):
             raise ValueError("fields weights, bos and records are not a text, a boolean and a text")
@@ -159,6 +161,22 @@ def axis_of(scheme: Scheme, kind: Kind) -> Axis:
     return scheme.key_axis if kind == "key" else scheme.value_axis
 
 
+def check_groups(quantizer: Quantizer, kind: Kind, fingerprint: Fingerprint, name: str) -> None:
+    """Raise ValueError unless the groups of rdnuq, if it has any, hold every channel once, rotary pairs together, and one width each."""
+    places = getattr(quantizer, "places", None)
+    if places is None:
+        return
+    assert isinstance(quantizer, MixedQuantizer)
+    units = units_of(kind, fingerprint.heads, fingerprint.head_dim, fingerprint.rotary_half)
+    if units is None or not are_groups(places.numpy(), units[0]):
+        raise ValueError(
+            f"{name} is no permutation of each head's channels with the two of a rotary pair of keys together"
+        )
+    widths = quantizer.widths.view(places.shape).gather(1, places.long()).unflatten(1, (-1, GROUP_CHANNELS))
+    if (widths != widths[..., :1]).any():
+        raise ValueError(f"{name} has groups whose channels differ in width")
+
+
 def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind, old: bool) -> Scheme:
     departure = content["layer_schemes"].get(f"{layer}.{kind}")
     scheme = Scheme.from_json(departure, old) if departure is not None else default
@@ -170,8 +188,9 @@ def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind,
     return scheme
 
 
-def expected_tables(scheme: Scheme, kind: Kind, heads: int, dim: int, widths: Iterable[int]) -> dict[str, Expected]:
-    """The tensors of a layer's keys or values, of G `heads` of D = `dim` channels; `widths` are those rdnuq has chosen."""
+def expected_tables(scheme: Scheme, kind: Kind, fingerprint: Fingerprint, widths: Iterable[int]) -> dict[str, Expected]:
+    """The tensors of a layer's keys or values; `widths` are those rdnuq has chosen."""
+    heads, dim = fingerprint.heads, fingerprint.head_dim
     form, channel = scheme.form(axis_of(scheme, kind)), Expected((heads * dim,), torch.float32)
     codebooks = {f".{width}": 2**width for width in widths} if form == "allocated" else {"": scheme.levels}
     tables = {}
@@ -182,6 +201,8 @@ def expected_tables(scheme: Scheme, kind: Kind, heads: int, dim: int, widths: It
         tables |= {"scale": channel, "zero": channel}
     if form == "allocated":
         tables["widths"] = Expected((heads * dim,), torch.uint8)
+        if scheme.groups > 1 and units_of(kind, heads, dim, fingerprint.rotary_half) is not None:
+            tables["places"] = Expected((heads, dim), torch.uint8)
     if form == "rotated":
         tables["rotation"] = Expected((dim, dim), torch.float32)
     if form == "token" and scheme.thresholds == "matrix":
@@ -205,7 +226,7 @@ def _read_tables(
             widths = sorted(set(file.read(f"{prefix}widths", channels).tolist()))
         if widths and widths[-1] > MAX_BITS:
             raise file.error(f"has a channel of {widths[-1]} bits in {prefix}widths, more than {MAX_BITS}")
-        tables = expected_tables(scheme, kind, fingerprint.heads, fingerprint.head_dim, widths)
+        tables = expected_tables(scheme, kind, fingerprint, widths)
         named[layer, kind] = list(tables)
         expected |= {prefix + name: table for name, table in tables.items()}
     file.require(expected)
@@ -225,7 +246,9 @@ def assemble(scheme: Scheme, axis: Axis, tables: dict[str, Tensor]) -> Quantizer
     if form == "allocated":
         widths = sorted(set(tables["widths"].tolist()))
         codebooks = {width: Codebook(tables[f"levels.{width}"], tables[f"boundaries.{width}"]) for width in widths}
-        return MixedQuantizer(scheme, codebooks, tables["widths"], tables["scale"], tables["zero"], feedback)
+        return MixedQuantizer(
+            scheme, codebooks, tables["widths"], tables["scale"], tables["zero"], feedback, tables.get("places")
+        )
     codebook = Codebook(tables.pop("levels"), tables.pop("boundaries"))
     if form == "grouped":
         return GroupQuantizer(scheme, codebook, axis)

@@ -23,11 +23,14 @@ from quant.quantizer import ChannelQuantizer, Encoded, TokenQuantizer
 from quant.side import Side, kmeans_weights, without
 
 ElementQuantizer = ChannelQuantizer | TokenQuantizer | MixedQuantizer
+RangedQuantizer = ChannelQuantizer | MixedQuantizer
 
 DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
+_ELEMENTS = 1 << 23  # and their channels
 _ROUNDS = 3  # of ranges and codebook
 _PRICING_FLOOR = 0.7
+_TARGETED_FLOOR = 0.3  # lower, since targets show what feedback hands on
 _REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
 _BINS = 8192
 
@@ -41,18 +44,35 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     """
     feedback, left = fit_feedback(moment, steps(quantizer, moment), name)
     quantizer = replace(quantizer, feedback=feedback)
-    return fitted_to_targets(quantizer, side.thinned(_TOKENS), left)
+    repeated = isinstance(quantizer, MixedQuantizer) and not quantizer.scheme.outliers
+    return fitted_to_targets(quantizer, thinned(side) if repeated else side.thinned(_TOKENS), left)
+
+
+def thinned(side: Side) -> Side:
+    """The tokens that are encoded again and again: fewer where they are long."""
+    return side.thinned(min(_TOKENS, max(_TOKENS // 4, _ELEMENTS // side.activation.shape[1])))
+
+
+def without_feedback(quantizer: MixedQuantizer, side: Side) -> ElementQuantizer:
+    """The same quantizer, its ranges and codebooks fitted once more if it keeps no element exactly."""
+    if quantizer.scheme.outliers:
+        return quantizer
+    return fitted_to_targets(quantizer, thinned(side), torch.ones(len(quantizer.widths)))
 
 
 def fitted_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:
-    """A quantizer with feedback whose levels, where they are fitted at all, are those of what feedback asks for."""
+    """A quantizer whose levels, where they are fitted at all, are those of what feedback, if it has it, asks for."""
     if quantizer.scheme.datatype not in ("nuq", "rdnuq"):
         return quantizer
-    if isinstance(quantizer, ChannelQuantizer) and not quantizer.scheme.outliers:
-        for _ in range(_ROUNDS):
-            quantizer = _with_ranges(quantizer, side, left)
-            quantizer = replace(quantizer, codebook=_fit_to_targets(quantizer, side, left)[0])
-        return quantizer
+    if isinstance(quantizer, TokenQuantizer) or quantizer.scheme.outliers:
+        return _with_codebooks(quantizer, side, left)
+    for _ in range(_ROUNDS):
+        assert isinstance(quantizer, RangedQuantizer)
+        quantizer = _with_codebooks(_with_ranges(quantizer, side, left), side, left)
+    return quantizer
+
+
+def _with_codebooks(quantizer: ElementQuantizer, side: Side, left: Tensor) -> ElementQuantizer:
     codebooks = _fit_to_targets(quantizer, side, left)
     if isinstance(quantizer, MixedQuantizer):
         return replace(quantizer, codebooks=dict(zip(quantizer.codebooks, codebooks, strict=True)))
@@ -66,6 +86,13 @@ def priced_share(moment: Tensor, deviation: Tensor) -> Tensor:
     """
     _, left = fit_feedback(moment, deviation.view(moment.shape[:2]), "")
     return left.clamp(min=_PRICING_FLOOR)
+
+
+def targeted(quantizer: MixedQuantizer, side: Side, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """(targets that feedback would make of a side, Fisher information that it would leave), both `[N, C]` float32."""
+    feedback, left = fit_feedback(moment, steps(quantizer, moment), "")
+    _, targets = replace(quantizer, feedback=feedback).coded(side.activation)
+    return targets, side.fisher.float() * left.clamp(min=_TARGETED_FLOOR)
 
 
 def fit_feedback(
@@ -146,11 +173,11 @@ def _fit_to_targets(quantizer: ElementQuantizer, side: Side, left: Tensor) -> li
     return [nuq_codebook(histogram, 2**width) for width, histogram in zip(widths, histograms, strict=True)]
 
 
-def _with_ranges(quantizer: ChannelQuantizer, side: Side, left: Tensor) -> ChannelQuantizer:
+def _with_ranges(quantizer: RangedQuantizer, side: Side, left: Tensor) -> RangedQuantizer:
     """Scale and zero of every channel as a weighted regression of its targets on the levels they are given."""
     sums = torch.zeros(5, len(quantizer.scale), dtype=torch.float64)
     for encoded, targets, _, _, weights in _coded(quantizer, side, left):
-        w, y, q = weights.double(), targets.double(), quantizer.codebook.decode(encoded.codes).double()
+        w, y, q = weights.double(), targets.double(), quantizer.levels(encoded.codes).double()
         sums += torch.stack([w.sum(0), (w * q).sum(0), (w * q * q).sum(0), (w * y).sum(0), (w * y * q).sum(0)])
     mass, level, square, target, product = sums
     spread = mass * square - level * level
@@ -158,6 +185,11 @@ def _with_ranges(quantizer: ChannelQuantizer, side: Side, left: Tensor) -> Chann
     zero = (target - scale * level) / mass
     # a channel on one level, or without weight, tells nothing
     told = (spread > 1e-9 * mass * square) & (mass > 0) & (scale > 0)
+    if isinstance(quantizer, MixedQuantizer):  # one level for all that is: where it lies is the channel's own affair
+        alone = (quantizer.widths == 0) & (mass > 0)
+        scale = torch.where(alone, quantizer.scale.double(), scale)
+        zero = torch.where(alone, (target - scale * level) / mass, zero)
+        told |= alone
     return replace(
         quantizer,
         scale=torch.where(told, scale.float(), quantizer.scale),

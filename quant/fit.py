@@ -11,25 +11,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from gradients.cli import command_parser, positive_int, run_command
+from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
 from gradients.records import Records
-from quant.allocate import ChannelHistograms, Options, allocate, bind, price
+from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, priced_share, with_feedback
+from quant.compensate import ElementQuantizer, priced_share, targeted, thinned, with_feedback, without_feedback
+from quant.grouping import units_of
+from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
 from quant.quantizer import Quantizer
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
 
-_DEVIATION_TOKENS = 8192
+_PRICING_TOKENS = 8192
+_KEY_WEIGHT = 0.7
 
 Layers = dict[int, dict[Kind, Quantizer]]
 Mapper = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
@@ -58,13 +63,29 @@ def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
     """Price all options of all layers, allocate the budget among them, and fit what was chosen."""
     fingerprint = records.manifest.fingerprint
     layers = fingerprint.cached_layers
-    options = spread(f"pricing {scheme}", partial(_price_layer, records, scheme), layers)
-    # every block of every head has a list of outliers, with or without entries
-    budget = scheme.bits - OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim)
-    chosen = allocate([side for layer in options for side in layer], budget)
-    work = list(zip(layers, _pairs(chosen), strict=True))
+    # if there are outliers, every block of every head has a list, with or without entries
+    lists = OUTLIER_LIST_BITS / (BLOCK_TOKENS * fingerprint.head_dim) if scheme.outliers else 0
+    units = _units(scheme, fingerprint)
+
+    def allocated(priced: Sequence[Sequence[Options]]) -> list[tuple[int, Sequence[Any]]]:
+        """Every layer, with (choices, groups) of its keys and values."""
+        options = [side for layer in priced for side in layer]
+        places = form_all_groups(options, scheme.bits - lists, units)
+        chosen = allocate(options, scheme.bits - lists, places)
+        return list(zip(layers, _pairs(list(zip(chosen, places, strict=True))), strict=True))
+
+    work = allocated(spread(f"pricing {scheme}", partial(_price_layer, records, scheme), layers))
+    if scheme.groups > 1 and scheme.feedback:
+        work = allocated(spread(f"pricing {scheme} again", partial(_reprice_layer, records, scheme), work))
     fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
     return dict(zip(layers, fitted, strict=True))
+
+
+def _units(scheme: Scheme, fingerprint: Fingerprint) -> list[Ints | None]:
+    """What is grouped, of every layer's keys and values; None where each channel has its own width."""
+    shape = fingerprint.heads, fingerprint.head_dim, fingerprint.rotary_half
+    kinds = [None if scheme.groups == 1 else units_of(kind, *shape) for kind in KINDS]
+    return kinds * len(fingerprint.cached_layers)
 
 
 def _pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -103,10 +124,29 @@ def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
         side = read_side(records, scheme, layer, kind)
         fisher = side.fisher
         if scheme.feedback:
-            deviation = side.thinned(_DEVIATION_TOKENS).activation.float().std(0, correction=0)
+            deviation = side.thinned(_PRICING_TOKENS).activation.float().std(0, correction=0)
             fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
-        options.append(price(ChannelHistograms.of(side.activation, fisher)))
+        options.append(_weighted(price(ChannelHistograms.of(side.activation, fisher), scheme), scheme, kind))
     return options
+
+
+def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> list[Options]:
+    """Options as the targets of the quantizers chosen so far have them, which know what feedback hands on."""
+    layer, chosen = work
+    options = []
+    for kind, choice in zip(KINDS, chosen, strict=True):
+        side = thinned(read_side(records, scheme, layer, kind))
+        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
+        targets, fisher = targeted(quantizer, side, records.read_moment(layer, kind))
+        options.append(_weighted(price(ChannelHistograms.of(targets, fisher), scheme), scheme, kind))
+    return options
+
+
+def _weighted(options: Options, scheme: Scheme, kind: Kind) -> Options:
+    """Options as groups are allocated by: the square of an error of keys says too much of what softmax makes of it."""
+    if kind == "value" or scheme.groups == 1:
+        return options
+    return replace(options, error=_KEY_WEIGHT * options.error)
 
 
 def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> dict[Kind, Quantizer]:
@@ -114,15 +154,15 @@ def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]
     fitted = {}
     for kind, choice in zip(KINDS, chosen, strict=True):
         side = read_side(records, scheme, layer, kind)
-        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice, scheme)
+        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
         fitted[kind] = _compensated(quantizer, records, side, layer, kind)
     return fitted
 
 
 def _compensated(quantizer: Quantizer, records: Records, side: Side, layer: int, kind: Kind) -> Quantizer:
-    """The quantizer with feedback, if its scheme has it."""
+    """The quantizer with feedback, if its scheme has it, and with all that is fitted once codes are known."""
     if not quantizer.scheme.feedback:
-        return quantizer
+        return without_feedback(quantizer, side) if isinstance(quantizer, MixedQuantizer) else quantizer
     assert isinstance(quantizer, ElementQuantizer)
     return with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
 

@@ -21,7 +21,10 @@ from quant.scheme import Scheme
 
 @dataclass(frozen=True)
 class MixedQuantizer:
-    """`widths` `[C]` uint8, `scale` and `zero` `[C]` float32, and a codebook for every width that occurs."""
+    """`widths` `[C]` uint8, `scale` and `zero` `[C]` float32, and a codebook for every width that occurs.
+
+    `places` `[G, D]` uint8 are each head's channels in groups of 16 of one width; None where each has its own.
+    """
 
     scheme: Scheme
     codebooks: dict[int, Codebook]
@@ -29,6 +32,7 @@ class MixedQuantizer:
     scale: Tensor
     zero: Tensor
     feedback: Feedback | None = None
+    places: Tensor | None = None
 
     @cached_property
     def channels(self) -> Mapping[int, Tensor]:
@@ -59,7 +63,7 @@ class MixedQuantizer:
         """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
         x = x.float()
         normalised = normalise(x, self.scale, self.zero)
-        outliers = normalised.abs() > 1
+        outliers = normalised.abs() > 1 if self.scheme.outliers else None
         if self.feedback is None:
             codes, targets = self._encode(normalised), x
         else:
@@ -80,9 +84,13 @@ class MixedQuantizer:
 
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        sides = encoded.codes.index_select(-1, self._by_width).split(self._counts, dim=-1)
+        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes `[..., C]` stand for on the normalised axis, float32."""
+        sides = codes.index_select(-1, self._by_width).split(self._counts, dim=-1)
         levels = [codebook.decode(side) for codebook, side in zip(self._codebooks, sides, strict=True)]
-        return denormalise(torch.cat(levels, dim=-1).index_select(-1, self._back), self.scale, self.zero)
+        return torch.cat(levels, dim=-1).index_select(-1, self._back)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
@@ -95,12 +103,15 @@ class MixedQuantizer:
             codebooks={width: codebook.to(device) for width, codebook in self.codebooks.items()},
             **{name: getattr(self, name).to(device) for name in ("widths", "scale", "zero")},
             feedback=self.feedback and self.feedback.to(device),
+            places=None if self.places is None else self.places.to(device),
         )
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
         tables = {"widths": self.widths, "scale": self.scale, "zero": self.zero, **feedback_tables(self.feedback)}
+        if self.places is not None:
+            tables["places"] = self.places
         for width, codebook in self.codebooks.items():
             tables |= {f"levels.{width}": codebook.levels, f"boundaries.{width}": codebook.boundaries}
         return tables

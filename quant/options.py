@@ -15,7 +15,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
         parser.add_argument(
             "--scheme",
             required=True,
-            help="{int|nf|nuq}BITS[-P%%][+fb], such as nuq3-1%%, or rdnuqBUDGET[+fb], such as rdnuq2.4, or "
+            help="{int|nf|nuq}BITS[-P%%][+fb], such as nuq3-1%%, or rdnuqBUDGET[g1][-P%%][+fb], such as rdnuq2.4, or "
             f"{{{'|'.join(PRESETS)}}}BITS",
         )
     parser.add_argument("--sink-tokens", type=non_negative_int, help="first tokens kept in fp16 (1)")
@@ -29,6 +29,7 @@ def add_scheme_arguments(parser: argparse.ArgumentParser, named: bool = True) ->
     parser.add_argument("--thresholds", choices=get_args(Thresholds), help="of outliers, per vector or layer (vector)")
     parser.add_argument("--outlier-cap", type=non_negative_int, help="most outliers per token, channel-wise axes")
     parser.add_argument("--feedback", action=argparse.BooleanOptionalAction, help="error feedback, as +fb (no)")
+    parser.add_argument("--groups", type=positive_int, help="channels that share a width, rdnuq: 16, or 1 as g1 (16)")
     parser.add_argument("--residual-tokens", type=non_negative_int, help="recent tokens kept exact (0)")
 
 
@@ -58,6 +59,7 @@ _OPTIONS = (
     "outlier_cap",
     "residual_tokens",
     "feedback",
+    "groups",
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from gradients.cli import UserError
+from gradients.fingerprint import Fingerprint
 from gradients.models import Kind
 from gradients.parallel import Part
 from quant.artefact import Quantizers, assemble, axis_of, expected_tables
@@ -24,25 +25,25 @@ def own_heads(quantizers: Quantizers, part: Part) -> Quantizers:
     """
     if part.is_whole:
         return quantizers
-    heads, dim = quantizers.fingerprint.heads, quantizers.fingerprint.head_dim
-    part.check_heads(heads, "KV heads")
+    part.check_heads(quantizers.fingerprint.heads, "KV heads")
     layers: dict[int, dict[Kind, Quantizer]] = {
-        layer: {kind: _own(quantizer, kind, heads, dim, part) for kind, quantizer in sides.items()}
+        layer: {kind: _own(quantizer, kind, quantizers.fingerprint, part) for kind, quantizer in sides.items()}
         for layer, sides in quantizers.layers.items()
     }
     return replace(quantizers, layers=layers)
 
 
-def _own(quantizer: Quantizer, kind: Kind, heads: int, dim: int, part: Part) -> Quantizer:
+def _own(quantizer: Quantizer, kind: Kind, fingerprint: Fingerprint, part: Part) -> Quantizer:
     scheme = quantizer.scheme
     if scheme.outlier_cap is not None:
         raise UserError(
             f"scheme {scheme.describe()} cannot be split by heads: outlier_cap counts a token's outliers in all of them; "
             "fit one without outlier_cap, or drop --tensor-parallel"
         )
+    widths = quantizer.tables["widths"].unique().tolist() if scheme.allocated else []
     shapes = [
-        {name: table.shape for name, table in expected_tables(scheme, kind, count, dim, quantizer.channels).items()}
-        for count in (heads, heads // part.count)
+        {name: table.shape for name, table in expected_tables(scheme, kind, of_part, widths).items()}
+        for of_part in (fingerprint, replace(fingerprint, heads=fingerprint.heads // part.count))
     ]
 
     def own(name: str, table: Tensor) -> Tensor:

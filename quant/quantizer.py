@@ -105,7 +105,11 @@ class ChannelQuantizer:
 
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return denormalise(self.codebook.decode(encoded.codes), self.scale, self.zero)
+        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes stand for on the normalised axis, float32."""
+        return self.codebook.decode(codes)
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Float32 values, `[..., T, C]`."""
@@ -199,7 +203,7 @@ class TokenQuantizer:
 
 def keeps_outliers(quantizer: Quantizer) -> bool:
     """Whether lists of outliers exist at all."""
-    return bool(quantizer.scheme.outliers) or quantizer.scheme.allocated
+    return bool(quantizer.scheme.outliers)
 
 
 def code_bits(quantizer: Quantizer, channels: int) -> int:

@@ -1,9 +1,10 @@
 """A `Scheme` is what we ask for: `"nuq3-1%"` and a few named fields, every default being the paper's.
 
 `{int|nf|nuq}{bits}` names the datatype, `-P%` the share of elements kept exactly (dense-and-sparse). Ours is
-`rdnuq{budget}`, such as `rdnuq2.4`: nuq whose bits and outliers are allocated channel by channel (`quant/allocate.py`)
-so that an element takes 2.4 bits on average, outliers included. `+fb` behind any of these chooses codes with error
-feedback (`quant/feedback.py`). The methods of others, `kivi2` or `flexgen4`, are
+`rdnuq{budget}`, such as `rdnuq2.4`: nuq whose bits are allocated (`quant/allocate.py`) to groups of 16 channels, so that
+an element takes 2.4 bits on average. With `-P%` each channel may keep up to that share of its elements exactly, which
+the average includes; `rdnuq2.4g1` allocates to every channel on its own. `+fb` behind any of these chooses codes with
+error feedback (`quant/feedback.py`). The methods of others, `kivi2` or `flexgen4`, are
 names for such fields too (`quant/presets.py`). A fitted quantizer (`quant/quantizer.py`) is what calibration made of
 a scheme; `quant/fit.py` is the only bridge.
 """
@@ -24,13 +25,17 @@ Range = Literal["offline", "online"]
 Thresholds = Literal["vector", "matrix"]
 Form = Literal["static", "token", "grouped", "allocated", "rotated"]
 
-_NAMED = ("datatype", "bits", "outliers", "feedback")  # the fields that a name gives
+_NAMED = ("datatype", "bits", "outliers", "groups", "feedback")  # the fields that a name gives
 _ELEMENTWISE = {"static", "token", "allocated"}  # forms whose codes are chosen element by element
 
 MAX_BITS = 8  # codes are bytes before they are packed
 MAX_OUTLIER_SHARE = 0.1
 
-_NAME = re.compile(r"(?P<datatype>[a-z]+)(?P<bits>\d+(?:\.\d+)?)(?:-(?P<percent>\d+(?:\.\d+)?)%)?(?P<feedback>\+fb)?")
+GROUP_CHANNELS = 16  # channels that the decode kernel reads as one
+
+_NAME = re.compile(
+    r"(?P<datatype>[a-z]+)(?P<bits>\d+(?:\.\d+)?)(?:g(?P<groups>\d+))?(?:-(?P<percent>\d+(?:\.\d+)?)%)?(?P<feedback>\+fb)?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class Scheme:
         datatype: evenly spaced (int), NormalFloat (nf) or fitted (nuq) levels; rdnuq allocates; lloyd are the best levels
             of a Gaussian, which a random rotation makes of every head vector.
         bits: per code, a whole number; for rdnuq the mean bits stored per element.
-        outliers: share of elements stored exactly; thresholds per channel or token, half at each end (section 3.4).
+        outliers: share of elements stored exactly; thresholds per channel or token, half at each end (section 3.4). For
+            rdnuq the most of a channel's, which allocation chooses.
         sink_tokens: first tokens of a sequence kept in fp16 (attention sinks, section 3.5).
         q_norm: shift and stretch the levels to keep mean and deviation (Q-Norm of the paper's first versions).
         weights: of the k-means behind nuq. `fisher*s^2` is Eq. 7; `fisher` is what the original's code does.
@@ -53,6 +59,7 @@ class Scheme:
         outlier_cap: at most so many outliers per token on a channel-wise axis, None for no limit.
         residual_tokens: the recent window: a query sees its own token and those right before it exactly, so many in all (KIVI).
         feedback: errors are handed on within a head, by the Fisher matrix that the records hold (quant/feedback.py).
+        groups: channels of a KV head that share a width, for rdnuq: 16, or 1.
     """
 
     datatype: Datatype
@@ -70,6 +77,7 @@ class Scheme:
     outlier_cap: int | None = None
     residual_tokens: int = 0
     feedback: bool = False
+    groups: int = GROUP_CHANNELS
 
     def __post_init__(self) -> None:
         self._check_choices()
@@ -97,13 +105,18 @@ class Scheme:
                 raise UserError(f"scheme {name} {getattr(self, name)} is negative; use {remedy}")
         if self.outlier_cap is not None and self.outlier_cap < 0:
             raise UserError(f"scheme outlier_cap {self.outlier_cap} is negative; use None for no limit")
+        if self.groups not in ((1, GROUP_CHANNELS) if self.allocated else (GROUP_CHANNELS,)):
+            raise UserError(
+                f"scheme groups {self.groups}: rdnuq allocates to groups of {GROUP_CHANNELS} channels, or with g1 to each; "
+                "other datatypes have none"
+            )
         if self.group is not None and self.group < 2:
             raise UserError(f"scheme group {self.group} is less than 2 elements; use None for one range per vector")
 
     def _check_combinations(self) -> None:
         dynamic = self.group is not None or self.channel_range == "online"
-        if self.allocated and (self.outliers or self.q_norm or self.outlier_cap is not None):
-            raise UserError(f"scheme {self} allocates its outliers itself: drop -P%, q_norm and outlier_cap")
+        if self.allocated and (self.q_norm or self.outlier_cap is not None):
+            raise UserError(f"scheme {self} allocates its bits and outliers itself: drop q_norm and outlier_cap")
         if self.allocated and (dynamic or self.thresholds == "matrix" or self.key_axis == "token"):
             raise UserError(
                 f"scheme {self} has calibrated ranges per channel: drop group, channel_range, thresholds and key_axis"
@@ -141,23 +154,26 @@ class Scheme:
         if match is None:
             raise UserError(
                 f"scheme {name!r} is not of the form {{int|nf|nuq}}BITS[-P%][+fb], such as nuq3-1% or int4+fb, nor "
-                f"rdnuqBUDGET[+fb], such as rdnuq2.4, nor {{{'|'.join(PRESETS)}}}BITS"
+                f"rdnuqBUDGET[g1][-P%][+fb], such as rdnuq2.4, nor {{{'|'.join(PRESETS)}}}BITS"
             )
         content: dict[str, Any] = {"datatype": match["datatype"], "bits": float(match["bits"])}
         content |= PRESETS.get(match["datatype"], {})
         if match["percent"]:
             content["outliers"] = float(match["percent"]) / 100
+        if match["groups"]:
+            content["groups"] = int(match["groups"])
         if match["feedback"]:
             content["feedback"] = True
         return cls(**content | options)
 
     def __str__(self) -> str:
         share = f"-{self.outliers * 100:g}%" if self.outliers else ""
-        return f"{self.datatype}{self.bits:g}{share}{'+fb' if self.feedback else ''}"
+        groups = f"g{self.groups}" if self.groups != GROUP_CHANNELS else ""
+        return f"{self.datatype}{self.bits:g}{groups}{share}{'+fb' if self.feedback else ''}"
 
     @property
     def allocated(self) -> bool:
-        """Whether bits and outliers are allocated channel by channel."""
+        """Whether bits are allocated to channels or groups of them."""
         return self.datatype == "rdnuq"
 
     @property
@@ -217,6 +233,8 @@ class Scheme:
 
         Raises ValueError for other content, `UserError` for a scheme that cannot be.
         """
+        if isinstance(content, dict) and "groups" not in content:
+            content = content | (_BEFORE_GROUPS if content.get("datatype") == "rdnuq" else {"groups": GROUP_CHANNELS})
         return from_fields(cls, content, _LATER_FIELDS if old else ())
 
     def with_changes(self, **changes: Any) -> "Scheme":
@@ -226,6 +244,9 @@ class Scheme:
 
 # of files without a digest; what they lack of these was the default
 _LATER_FIELDS = ("channel_range", "group", "thresholds", "residual_tokens", "feedback")
+
+# what rdnuq was before it had groups: widths of channels, and shares that were its own affair
+_BEFORE_GROUPS = {"groups": 1, "outliers": 0.04}
 
 _CHOICES = {
     "datatype": Datatype,

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     add_scheme_arguments(parser, named=False)
     parser.add_argument("--calibration-windows", type=positive_int, help="use only the first windows of the records")
     parser.add_argument("--together", type=positive_int, default=4, help="schemes evaluated side by side (4)")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="processes to fit layers in (1)")
     add_evaluation_arguments(parser)
     arguments = parser.parse_args(argv)
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     windows = corpus.evaluation_windows(arguments.seqlen, arguments.windows)
     rows: list[dict[str, Any]] = []
     for first in range(0, len(schemes), arguments.together):
-        candidates = [fit(records, scheme) for scheme in schemes[first : first + arguments.together]]
+        candidates = [fit(records, scheme, arguments.jobs) for scheme in schemes[first : first + arguments.together]]
         for quantizers in candidates:
             quantizers.check_run(loaded, corpus.bos is not None)
         evaluated = evaluate_many(loaded.model, windows, candidates)

@@ -30,7 +30,7 @@ from scripts.experiments.ablate_feedback import IDEAS
 from scripts.experiments.ablate_feedback import main as ablate
 
 HEADS, DIM = 2, 6
-SCHEMES = ["nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "int4+fb", "nf3-2%+fb"]
+SCHEMES = ["nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "rdnuq2.4g1-4%+fb", "int4+fb", "nf3-2%+fb"]
 
 
 def random_feedback(heads: int, dim: int, seed: int = 0) -> Feedback:
@@ -49,7 +49,7 @@ def quantizer_of(form: str, heads: int, dim: int) -> Quantizer:
         return TokenQuantizer(Scheme.parse("int2-10%+fb"), int_codebook(4), None, feedback)
     widths = torch.arange(channels) % 4
     books = {width: int_codebook(2**width) for width in range(4)}
-    return MixedQuantizer(Scheme.parse("rdnuq2+fb"), books, widths.to(torch.uint8), scale, zero, feedback)
+    return MixedQuantizer(Scheme.parse("rdnuq2-4%+fb"), books, widths.to(torch.uint8), scale, zero, feedback)
 
 
 def by_hand(quantizer: Quantizer, x: Tensor) -> tuple[np.ndarray, np.ndarray]:

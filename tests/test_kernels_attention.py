@@ -47,7 +47,7 @@ def make_quantizer(channels: int, kind: str, bits: int, share: float, widths: Te
         widths = torch.randint(0, 7, (channels,), generator=generator(3))
     widths = widths.to(torch.uint8)
     codebooks: dict[int, Codebook] = {int(w): int_codebook(2 ** int(w)) for w in widths.unique()}
-    return MixedQuantizer(Scheme(datatype="rdnuq", bits=2.4), codebooks, widths, scale, zero).to(DEVICE)
+    return MixedQuantizer(Scheme.parse("rdnuq2.4-4%"), codebooks, widths, scale, zero).to(DEVICE)
 
 
 def rotary_tables(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,8 +109,12 @@ def run_case(
     base: int = 0,
     factor: float = 1.0,
     attend: Callable[..., Tensor] = attend_packed,
+    given: tuple[Quantizer, Quantizer] | None = None,
 ) -> float:
-    """Relative RMS of a whole attention step, sinks, pages and chunk, against float64; `base` shifts all positions."""
+    """Relative RMS of a whole attention step, sinks, pages and chunk, against float64; `base` shifts all positions.
+
+    Quantizers of keys and values are made unless they are `given`.
+    """
     query_heads, kv_heads = heads
     batch, total = len(lengths), max(max(lengths), 1)
     pads = pads or (0,) * batch
@@ -123,7 +127,8 @@ def run_case(
     tensors, dense = [], []
     for kind, width, name, role in zip(kinds, bits, "kv", ("key", "value"), strict=True):
         widths, channels = make_groups(kv_heads, dim, role, half) if kind == "groups" else (None, None)
-        quantizer = make_quantizer(kv_heads * dim, kind, width, share, widths)
+        made = make_quantizer(kv_heads * dim, kind, width, share, widths)
+        quantizer = made if given is None else given[role == "value"].to(DEVICE)
         tensor = packed_tensor(quantizer, x[name], kv_heads, role, list(lengths), half, channels)
         tensors.append(tensor)
         tokens = torch.cat([tensor.read(page) for page in tensor.pages], dim=2) if tensor.pages else None

@@ -111,6 +111,7 @@ def rows_file(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], Path]:
         ("nuq3-1%", "nuq-1%"),
         ("nuq3", "nuq"),
         ("rdnuq2.4", "rdnuq"),
+        ("rdnuq2.4g1-4%+fb", "rdnuqg1-4%+fb"),
         ("kivi2 residual_tokens=0", "kivi residual_tokens=0"),
         ("turbo4", "turbo"),
     ],
@@ -174,7 +175,7 @@ def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, row
 
 def test_the_committed_rows_can_be_drawn() -> None:
     methods, evaluation = plot_methods.read_methods(plot_methods.RESULTS)
-    assert {"rdnuq", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
+    assert {"rdnuqg1-4%", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
     assert all(one.bits < other.bits for points in methods.values() for one, other in pairwise(points))
 
 

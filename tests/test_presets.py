@@ -113,6 +113,8 @@ def test_descriptions_name_departures_only(name: str) -> None:
         (Scheme.parse("nf4-2%", channel_range="online"), "datafree4"),
         (Scheme.parse("nf4-2%"), "nf4-2%"),
         (Scheme.parse("rdnuq2.4", key_rope="post"), "rdnuq2.4 key_rope=post"),
+        (Scheme.parse("rdnuq2.4", groups=1, outliers=0.04, feedback=True), "rdnuq2.4g1-4%+fb"),
+        (Scheme.parse("rdnuq2.4-0.5%", groups=16), "rdnuq2.4-0.5%"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,11 +1,11 @@
 """Time and memory of a fit at the size of a large model, measured on synthetic records of a few of its layers.
 
-    python -m scripts.bench.fit_shape --schemes nuq3-1% rdnuq3.4 --results scripts/results/fit_shape.jsonl
+    python -m scripts.bench.fit_shape --schemes nuq3-1% rdnuq3.4+fb --results scripts/results/fit_shape.jsonl
     python -m scripts.bench.fit_shape --layers 2 --of-layers 32 --heads 32 --head-dim 128 --windows 16 --seqlen 2048
 
 The default is LLaMA-7B's shape with the paper's 16 x 2K calibration tokens: two layers are fitted, reading and checking
 included, and the time is scaled to 32; memory does not grow with the number of layers. Activations are heavy-tailed,
-channels of unequal size, Fisher information log-normal. Memory is the greatest sum, over this process and its workers,
+channels of unequal size, Fisher information log-normal, moments of gradients random. Memory is the greatest sum, over this process and its workers,
 of proportional set sizes (pages that processes share are divided among them), looked at ten times a second.
 """
 
@@ -24,7 +24,7 @@ from gradients.cli import command_parser, format_table, positive_int, run_comman
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
 from gradients.progress import progress
-from gradients.records import Manifest, Records
+from gradients.records import MOMENT_DTYPE, Manifest, Records
 from quant.fit import fit
 from quant.results import append_row
 from quant.scheme import Scheme
@@ -45,6 +45,7 @@ def synthetic_records(folder: Path, layers: int, heads: int, head_dim: int, wind
         token_digest="none",
         seqlen=seqlen,
         windows=windows,
+        moment_windows=1,
         seed=0,
         model="synthetic",
         model_dtype="float16",
@@ -57,6 +58,9 @@ def synthetic_records(folder: Path, layers: int, heads: int, head_dim: int, wind
         tensors = {}
         for layer in range(layers):
             for kind in KINDS:
+                if window == 0:
+                    root = torch.randn(heads, head_dim, head_dim, generator=generator) + 3 * torch.eye(head_dim)
+                    tensors[f"layers.{layer}.{kind}.moment"] = (1e-10 * root @ root.mT).to(MOMENT_DTYPE)
                 normal = torch.randn(seqlen, heads * head_dim, generator=generator)
                 fisher = torch.randn(seqlen, heads * head_dim, generator=generator).mul_(2).exp_()
                 tensors[f"layers.{layer}.{kind}.activation"] = (normal * normal.abs().sqrt() * sizes).half()

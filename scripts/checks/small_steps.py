@@ -21,7 +21,7 @@ from deployment.synthetic import Shape, make_case
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.scheme import Scheme
 
-SCHEMES = ("nuq4-1%", "nuq3-5%", "nuq2", "rdnuq2.4")
+SCHEMES = ("nuq4-1%", "nuq3-5%", "nuq2", "rdnuq2.4-4%")
 _SHAPES = (Shape(2, 2, 64), Shape(8, 2, 128))  # one query to a KV head, and four
 _LIMIT = 5e-3  # relative error of an output
 

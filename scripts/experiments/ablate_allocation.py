@@ -52,8 +52,8 @@ def uniform(halves: Halves, scheme: Scheme) -> Fitted:
 
 def allocated(histograms: dict[Place, ChannelHistograms], budget: float, per_channel: bool) -> Fitted:
     """Allocation of `budget` bits, to channels or to whole layers' keys and values."""
-    scheme = Scheme.parse(f"rdnuq{budget:g}")
-    options = [price(one) for one in histograms.values()]
+    scheme = Scheme.parse(f"rdnuq{budget:g}g1-4%")
+    options = [price(one, scheme) for one in histograms.values()]
     if not per_channel:
         options = [Options(o.error.sum(-1, keepdims=True), o.bits.mean(-1, keepdims=True)) for o in options]
     chosen = allocate(options, budget)
