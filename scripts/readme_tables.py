@@ -83,6 +83,8 @@ def laboratory() -> str:
     for table in [*TABLES_OF_THE_PAPER, corpus_table([])]:
         order = [cell.label for cell in table.cells]
         labels = [label for name, label in rows if name == table.name]
+        if not labels:
+            continue
         labels.sort(key=lambda label: order.index(label) if label in order else len(order))
         parts.append(
             f"**{table.title}** ({table.source})\n\n{cell_table([rows[table.name, label] for label in labels])}"

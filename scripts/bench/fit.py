@@ -15,10 +15,9 @@ Reading the records is in none of them. The error is the weighted squared error 
 with every point at its own place; the histogram that our search looks at does not enter.
 """
 
-import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,9 +42,9 @@ Points = NDArray[np.float32]
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Comparison:
-    """One layer's keys or values: seconds, and weighted squared errors."""
+    """One layer's keys or values: seconds, and our weighted squared error in units of scikit-learn's."""
 
     layer: int
     kind: Kind
@@ -53,22 +52,7 @@ class Comparison:
     fit: float
     search: float
     sklearn: float
-    our_error: float
-    sklearn_error: float
-
-    def row(self) -> dict[str, Any]:
-        """A line of the table; an error ratio of at most 1 means that ours fits at least as well."""
-        return {
-            "layer": self.layer,
-            "kind": self.kind,
-            "inliers": self.points,
-            "fit ms": self.fit * 1e3,
-            "search ms": self.search * 1e3,
-            "sklearn ms": self.sklearn * 1e3,
-            "sklearn/fit": self.sklearn / self.fit,
-            "sklearn/search": self.sklearn / self.search,
-            "our error/sklearn's": f"{self.our_error / self.sklearn_error:.5f}",
-        }
+    error: float
 
 
 def compare(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Comparison:
@@ -83,16 +67,7 @@ def compare(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Compari
         weighted_error(exact_points, exact_weights, np.sort(levels.astype(np.float64)))
         for levels in (quantizer.codebook.levels.numpy(), centres)
     )
-    return Comparison(
-        layer=layer,
-        kind=kind,
-        points=len(points),
-        fit=fit_seconds,
-        search=search_seconds,
-        sklearn=sklearn_seconds,
-        our_error=our_error,
-        sklearn_error=sklearn_error,
-    )
+    return Comparison(layer, kind, len(points), fit_seconds, search_seconds, sklearn_seconds, our_error / sklearn_error)
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float]:
@@ -134,7 +109,7 @@ def sklearn_centres(points: Points, weights: Points, levels: int) -> Points:
 def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """Totals over layers, keys and values."""
     fit, search, sklearn = (sum(getattr(c, name) for c in comparisons) for name in ("fit", "search", "sklearn"))
-    error_ratios = [c.our_error / c.sklearn_error for c in comparisons]
+    errors = [c.error for c in comparisons]
     return {
         "layer_sides": len(comparisons),
         "inliers": sum(c.points for c in comparisons),
@@ -143,70 +118,42 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "sklearn_seconds": round(sklearn, 3),
         "sklearn_over_fit": round(sklearn / fit, 2),
         "sklearn_over_search": round(sklearn / search, 2),
-        "larger_error_than_sklearn": sum(ratio > 1 for ratio in error_ratios),
-        "worst_error_ratio": max(error_ratios),
-        "median_error_ratio": float(np.median(error_ratios)),
+        "larger_error_than_sklearn": sum(error > 1 for error in errors),
+        "worst_error_ratio": max(errors),
+        "median_error_ratio": float(np.median(errors)),
     }
 
 
-def identity(records: Records) -> dict[str, Any]:
-    """What was fitted."""
-    manifest = records.manifest
-    return {
-        "model": Path(manifest.model).name,
-        "text": Path(manifest.text).name,
-        "seqlen": manifest.seqlen,
-        "windows": manifest.windows,
-        "records": manifest.digest,
-    }
+def chosen_layers(wanted: Sequence[int] | None, records: Records) -> Sequence[int]:
+    """The layers to compare. Raises `UserError` for one that was not recorded."""
+    recorded = records.manifest.fingerprint.cached_layers
+    if unknown := set(wanted or ()) - set(recorded):
+        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
+    return wanted or recorded
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
     parser = command_parser("scripts.bench.fit", __doc__)
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--scheme", default="nuq3-1%", help="nuqBITS[-P%%]")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--results", type=Path, help="append the summary as a row to this JSONL file")
-    return parser.parse_args(argv)
-
-
-def chosen_layers(arguments: argparse.Namespace, records: Records) -> Sequence[int]:
-    """The layers to compare. Raises `UserError` for one that was not recorded."""
-    recorded = records.manifest.fingerprint.cached_layers
-    unknown = set(arguments.layers or ()) - set(recorded)
-    if unknown:
-        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
-    return arguments.layers or recorded
-
-
-def compare_all(records: Records, scheme: Scheme, layers: Sequence[int]) -> Iterator[Comparison]:
-    """One comparison for the keys and one for the values of each layer."""
-    for layer in progress(layers, desc=f"fitting {scheme} twice", unit="layer"):
-        for kind in KINDS:
-            yield compare(records, scheme, layer, kind)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     scheme = Scheme.parse(arguments.scheme)
     if scheme.datatype != "nuq":
         raise UserError(f"--scheme {arguments.scheme} fits no codebook; give a nuq scheme, such as nuq3-1%")
     records = Records.open(arguments.records)
-    layers = chosen_layers(arguments, records)
+    layers = chosen_layers(arguments.layers, records)
     compare(records, scheme, layers[0], "key")  # warm-up: threads, caches and imports of both sides
-    comparisons = list(compare_all(records, scheme, layers))
-    print(format_table([comparison.row() for comparison in comparisons]))
+    sides = [(layer, kind) for layer in layers for kind in KINDS]
+    comparisons = [compare(records, scheme, *side) for side in progress(sides, desc=f"fitting {scheme} twice")]
+    print(format_table([asdict(comparison) for comparison in comparisons]))
     result = {"benchmark": "fit", "scheme": scheme.describe(), **summarise(comparisons)}
-    print(
-        f"\n{result['layer_sides']} layer sides: fit {result['fit_seconds']:.1f} s, of it search "
-        f"{result['search_seconds']:.1f} s; scikit-learn {result['sklearn_seconds']:.1f} s, "
-        f"{result['sklearn_over_fit']:.1f} times the fit, {result['sklearn_over_search']:.1f} times the search\n"
-        f"our error is larger than scikit-learn's in {result['larger_error_than_sklearn']} of them "
-        f"(ours/scikit-learn's: median {result['median_error_ratio']:.4f}, worst {result['worst_error_ratio']:.6f})"
-    )
-    append_row(arguments.results, {**result, **identity(records)}, packages=("torch", "numpy", "scikit-learn"))
+    manifest = records.manifest
+    identity = {"model": Path(manifest.model).name, "text": Path(manifest.text).name, "seqlen": manifest.seqlen}
+    identity |= {"windows": manifest.windows, "records": manifest.digest}
+    append_row(arguments.results, {**result, **identity}, packages=("torch", "numpy", "scikit-learn"))
     return result
 
 
