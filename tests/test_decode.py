@@ -143,6 +143,19 @@ def test_another_rotary_embedding_than_the_layout_s_is_not_taken() -> None:
     assert run_case(attend=attend, lengths=(70,)) < 2e-3
 
 
+def test_where_shared_memory_is_small_fewer_queries_go_together() -> None:
+    """As with eight queries of heads of 256 channels on an A100; where not even one fits, it goes the general way."""
+    found = []
+
+    def attend(query: torch.Tensor, positions: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:
+        found.extend(shape.queries for shape in host._shapes(query, segments, 1, decode_on_cpu.MOST_SHARED))
+        assert host._shapes(query, segments, 1, 1 << 16) == []
+        return decode_on_cpu.attend(query, positions, segments, *rest)
+
+    assert run_case(attend=attend, dim=256, heads=(8, 1), lengths=(70,)) < 2e-3
+    assert found == [4]
+
+
 @pytest.mark.parametrize("outliers", [0, 1])
 @pytest.mark.parametrize(("dim", "queries", "widths"), [(64, 1, 16), (96, 2, 8), (128, 4, 31), (256, 8, 4)])
 def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int) -> None:

@@ -45,7 +45,8 @@ def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int
     teams = teams_for(head_dim, queries)
     shape = Shape(head_dim, queries, teams, widths, widths, int(bits != MIXED), int(outliers), int(outliers), 0)
     while shape.shared_bytes > SHARED_LIMIT[target]:
-        shape = replace(shape, teams=shape.teams - 1)
+        # as host.py, which takes fewer queries at a time where not even one team fits
+        shape = replace(shape, teams=shape.teams - 1) if shape.teams > 1 else replace(shape, queries=queries // 2)
     return shape
 
 

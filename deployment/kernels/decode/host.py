@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -144,9 +145,9 @@ def takes(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: 
     """Whether `attend` can do it, here and now; where only the installation is to blame, that is said once."""
     if not query.is_cuda or not fits(query, segments, rotary, kv_heads):
         return False
-    from deployment.kernels.decode.compile import available
+    from deployment.kernels.decode.compile import available, most_shared
 
-    return available(query.device)
+    return available(query.device) and bool(_shapes(query, segments, kv_heads, most_shared(query.device)))
 
 
 def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: int) -> bool:
@@ -200,7 +201,10 @@ def attend_by(
     batch, heads, new, dim = query.shape
     query = query if query.stride(-1) == 1 else query.contiguous()
     group, packed = heads // kv_heads, [segment for segment in segments if isinstance(segment, PackedSegment)]
-    rows = min(8, 1 << (new * group - 1).bit_length())
+    shapes = _shapes(query, segments, kv_heads, most_shared)
+    if not shapes:
+        raise ValueError(f"no team fits into {most_shared} bytes of shared memory")
+    rows = shapes[0].queries
     tiles, streams = -(-new * group // rows), batch * kv_heads
     result = torch.empty(batch, new, heads, dim, dtype=query.dtype, device=query.device)
     params = Params(
@@ -215,7 +219,6 @@ def attend_by(
         key, value = _of_equal_strides(segment)
         kept += [key, value]
         params.plain[number] = _plain(segment, key, value)
-    shapes = [_shape(segment, rows, dim, query.dtype == torch.bfloat16, most_shared) for segment in packed]
     count = multiprocessors(query.device)
     splits = [
         parts_of(segment.tokens, streams * tiles, count * shape.teams)
@@ -239,21 +242,46 @@ def attend_by(
     return result
 
 
-def _shape(segment: PackedSegment, rows: int, dim: int, bfloat: bool, most_shared: int) -> Shape:
-    """As many teams as registers and shared memory are good for."""
+def _shapes(query: Tensor, segments: Sequence[Segment], kv_heads: int, most_shared: int) -> list[Shape]:
+    """Of every page: as many queries to a tile as there are and fit into shared memory; none if not even one does."""
+    _, heads, new, dim = query.shape
+    rows = min(8, 1 << (new * heads // kv_heads - 1).bit_length())
+    pages = [segment for segment in segments if isinstance(segment, PackedSegment)]
+    while rows:
+        shapes = [_fitting(dim, rows, *_kind(page), int(query.dtype == torch.bfloat16), most_shared) for page in pages]
+        found = [shape for shape in shapes if shape is not None]
+        if len(found) == len(pages):
+            return found
+        rows //= 2
+    return []
+
+
+def _kind(segment: PackedSegment) -> tuple[int, int, int, int, int]:
+    """(key_widths, value_widths, dynamic, key_outliers, value_outliers) of a `Shape`."""
     key, value = segment.key.order, segment.value.order
     assert isinstance(key, GroupOrder) and isinstance(value, GroupOrder)
     outliers = [
         int(page.outliers is not None and page.outliers.index.numel() > 0)
         for page in (segment.key_page, segment.value_page)
     ]
-    dynamic = int(segment.value_page.scales is not None)
-    widths = [_mask(key.occurring), _mask(value.occurring)]
+    return (
+        _mask(key.occurring),
+        _mask(value.occurring),
+        int(segment.value_page.scales is not None),
+        outliers[0],
+        outliers[1],
+    )
+
+
+@cache
+def _fitting(dim: int, rows: int, keys: int, values: int, dynamic: int, *rest: int) -> Shape | None:
+    """As many teams as registers and shared memory are good for; the last of `rest` are flags, and bytes there are."""
+    *flags, most_shared = rest
     for teams in range(teams_for(dim, rows), 0, -1):
-        shape = Shape(dim, rows, teams, widths[0], widths[1], dynamic, outliers[0], outliers[1], int(bfloat))
+        shape = Shape(dim, rows, teams, keys, values, dynamic, *flags)
         if shape.shared_bytes <= most_shared:
             return shape
-    raise ValueError(f"{shape} needs {shape.shared_bytes} bytes of shared memory; there are {most_shared}")
+    return None
 
 
 def teams_for(dim: int, queries: int) -> int:
