@@ -1,9 +1,9 @@
 // Error feedback of new tokens (quant/feedback.py), bit for bit: every product and every sum is rounded on its own.
 //
 // `append_token` stores one token per sequence, all there is to it (what step.py does without feedback). A block has one side (keys or values) of
-// one KV head. Its first warp goes through the channels in the head's order: lane l has the targets of D / 32 of them that follow each other, and
-// when its turn has come all lanes get these. Then lane k asks whether a target falls to level k, so that one operation of the warp hands the error to
-// all. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
+// one KV head. Its first warp goes through the channels in the head's order: lane l has D / 32 of them that follow each other, targets and levels in
+// registers, and when its turn has come hands their errors to all lanes. What a division would say is compared with, not divided: `edge` is the
+// largest number whose quotient does not exceed a boundary.
 //
 // `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A warp has 64 tokens of a head, two to a lane, and goes through 8 channels at a
 // time: first all errors before them, in order, then each other's.
@@ -76,17 +76,18 @@ constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
 
 DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
 DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }
-DEVICE uint16_t stored_as(float x) { return to_half(x < -65504.f ? -65504.f : x > 65504.f ? 65504.f : x); }
+DEVICE uint16_t stored_as(float x) { return to_half(maximum(-65504.f, -maximum(-65504.f, -x))); }
 DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 
+constexpr bool TABLES = LEVELS <= 16;  // whether a lane can hold the levels of its channels
 struct Shared {
-    uint16_t matrix[D * D];  // in order
-    float edge[D * LEVELS], value[D * LEVELS];  // of the channels in order; if ranges are the token's all have the first
+    uint16_t matrix[D * D];                                             // in order, as is all else but for masks and `place`
+    float edge[TABLES ? D * LEVELS : 4], value[TABLES ? D * LEVELS : 4];  // [LEVELS, D]; if ranges are the token's only the first of D
     float levels[MOST_LEVELS], boundaries[MOST_LEVELS];
-    float x[D], s[D], z[D], target[D];  // in order, but for the target
-    int order[D], code[D];              // the code by channel, as are the masks
-    uint32_t outlier[PER], tied[2][PER], part[2][WARPS];
-    uint8_t width[D], level[D], boundary[D];  // in order; where the channel's levels begin, and its boundaries
+    float x[D], s[D], z[D], target[D];
+    int code[D];
+    uint32_t outlier[PER], tied[2][PER], part[2][WARPS];  // masks by channel
+    uint8_t order[D], place[D], width[D], level[D], boundary[D];  // where the channel's levels begin, and its boundaries; `place` is the inverse of the order
 };
 
 // ---- one token
@@ -187,67 +188,82 @@ DEVICE float edge_of(float boundary, float s) {
     return at(k);
 }
 
-struct Turn {  // what the warp must know of the channels of a lane, whose turn comes
-    static constexpr int HALVES = (LEVELS + 31) / 32;
-    float z[PER], low[PER][HALVES], high[PER][HALVES], value[PER][HALVES], among[PER][PER];
-    uint16_t others[PER][PER];
-    int channel[PER];
-    bool outlier[PER];
-};
-DEVICE void prepare(Turn& t, const Shared& sh, int turn, int row) {
-    const int lane = thread_number() % 32;
+struct alignas(D == 96 ? 2 : 2 * PER) Row { uint16_t m[PER]; };  // what a channel hands on to those of a lane
+
+// Leaves the level whose edge is the first that d does not exceed in v[0]: halves of what is left, N of each, all in registers.
+template <int N> DEVICE void halve(float d, float* e, float* v, int& code) {
+    const bool up = d > e[N - 1];
+    code += up ? N : 0;
 #pragma unroll
-    for (int r = 0; r < PER; r++) {
-        const int i = turn * PER + r;
-        t.z[r] = sh.z[i], t.channel[r] = sh.order[i];
-        t.outlier[r] = sh.outlier[t.channel[r] / 32] >> t.channel[r] % 32 & 1;
+    for (int k = 0; k < N; k++) e[k] = up ? e[N + k] : e[k], v[k] = up ? v[N + k] : v[k];
+    if constexpr (N > 1) halve<N / 2>(d, e, v, code);
+}
+DEVICE float nearest(float d, const float* edge, const float* value, int& code) {
+    float e[LEVELS], v[LEVELS];
 #pragma unroll
-        for (int h = 0; h < Turn::HALVES; h++) {
-            const int k = min(lane + 32 * h, LEVELS - 1);
-            t.low[r][h] = k ? sh.edge[i * row + k - 1] : -infinity();
-            t.high[r][h] = lane + 32 * h < LEVELS ? sh.edge[i * row + k] : -infinity();
-            t.value[r][h] = sh.value[i * row + k];
-        }
-#pragma unroll
-        for (int c = 0; c < PER; c++) {
-            t.others[r][c] = sh.matrix[i * D + lane * PER + c];
-            if (c > r) t.among[r][c] = from_half(sh.matrix[i * D + turn * PER + c]);
-        }
-    }
+    for (int k = 0; k < LEVELS; k++) e[k] = edge[k], v[k] = value[k];
+    code = 0;
+    if constexpr (LEVELS > 1) halve<LEVELS / 2>(d, e, v, code);
+    return v[0];
+}
+// The same where there are too many levels for that, by division; i-th in order.
+DEVICE float searched(const Shared& sh, float d, int i, int& code) {
+    const float q = quotient(d, maximum(sh.s[i], TINY)), *boundaries = sh.boundaries + sh.boundary[i];
+    code = 0;
+    for (int step = 1 << sh.width[i] >> 1; step; step /= 2)
+        if (q > boundaries[code + step - 1]) code += step;
+    return sum(product(sh.levels[sh.level[i] + code], sh.s[i]), sh.z[i]);
 }
 
-// Codes and targets of the head's channels, by one warp.
-DEVICE void chain(Shared& sh, int row) {
+// Codes and targets of the head's channels, by one warp. `apart` is 0 if all have one range.
+DEVICE void chain(Shared& sh, int apart) {
+    constexpr int HELD = TABLES ? LEVELS : 1;
     const int lane = thread_number() % 32;
-    float y[PER];
-    for (int c = 0; c < PER; c++) y[c] = sh.x[lane * PER + c];
-    Turn now, next;
-    prepare(next, sh, 0, row);
+    float y[PER], z[PER], target[PER], among[PER][PER], edge[PER][HELD], value[PER][HELD];
+    int code[PER];
+    bool exact[PER];
+#pragma unroll
+    for (int r = 0; r < PER; r++) {
+        const int i = lane * PER + r, channel = sh.order[i];
+        y[r] = sh.x[i], z[r] = sh.z[i], exact[r] = sh.outlier[channel / 32] >> channel % 32 & 1, target[r] = 0, code[r] = 0;
+#pragma unroll
+        for (int c = r + 1; c < PER; c++) among[r][c] = from_half(sh.matrix[i * D + lane * PER + c]);
+        if (TABLES)
+#pragma unroll
+            for (int k = 0; k < HELD; k++) edge[r][k] = sh.edge[k * D + i * apart], value[r][k] = sh.value[k * D + i * apart];
+    }
+    Row rows[PER], next[PER];
+#pragma unroll
+    for (int r = 0; r < PER; r++) next[r] = *(const Row*)(sh.matrix + r * D + lane * PER);
 #pragma unroll 2
     for (int turn = 0; turn < 32; turn++) {
-        now = next;
-        prepare(next, sh, min(turn + 1, 31), row);
-        float t[PER];
 #pragma unroll
-        for (int r = 0; r < PER; r++) t[r] = shuffle(y[r], turn);
+        for (int r = 0; r < PER; r++) rows[r] = next[r], next[r] = *(const Row*)(sh.matrix + (min(turn + 1, 31) * PER + r) * D + lane * PER);
+        float t[PER], e[PER];
+        int found[PER];
+#pragma unroll
+        for (int r = 0; r < PER; r++) t[r] = y[r], e[r] = 0, found[r] = 0;
+        if (TABLES || lane == turn)  // only the lane whose turn it is counts
+#pragma unroll
+            for (int r = 0; r < PER; r++) {
+                const float d = difference(t[r], z[r]), lost = difference(t[r], as_stored(t[r]));
+                e[r] = difference(t[r], TABLES ? nearest(d, edge[r], value[r], found[r]) : searched(sh, d, lane * PER + r, found[r]));
+                if (exact[r]) e[r] = lost;
+#pragma unroll
+                for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(e[r], among[r][c]));
+            }
 #pragma unroll
         for (int r = 0; r < PER; r++) {
-            const float d = difference(t[r], now.z[r]), lost = difference(t[r], as_stored(t[r]));
-            uint32_t mine = lane == 0 && now.outlier[r] ? bits_of(lost) : 0;
-#pragma unroll
-            for (int h = 0; h < Turn::HALVES; h++) {
-                const bool here = d > now.low[r][h] && !(d > now.high[r][h]);
-                if (here && !now.outlier[r]) mine = bits_of(difference(t[r], now.value[r][h]));
-                if (here) sh.code[now.channel[r]] = lane + 32 * h;
-            }
-            if (lane == 0) sh.target[now.channel[r]] = t[r];
-            const float error = as_float(or_of_warp(mine));
-#pragma unroll
-            for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(error, now.among[r][c]));
-#pragma unroll
-            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(error, from_half(now.others[r][c])));
+            if (lane == turn) target[r] = t[r], code[r] = found[r];
+            e[r] = shuffle(e[r], turn);
         }
+#pragma unroll
+        for (int r = 0; r < PER; r++)
+#pragma unroll
+            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(e[r], from_half(rows[r].m[c])));
     }
+#pragma unroll
+    for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
 }
 
 // Make the bits of a channel's code in its words those of `code`, see store.py; others may change other bits of these words.
@@ -281,7 +297,7 @@ DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, in
     }
     if (thread < D && sh.outlier[thread / 32] >> thread % 32 & 1) {
         const int64_t entry = begin + before + ones_of(sh.outlier[thread / 32] & ((1u << thread % 32) - 1));
-        if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[thread]);
+        if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[sh.place[thread]]);
     }
     if (thread) return;
     *end = (int)min(begin + all, limit);
@@ -305,7 +321,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     if (thread < D) {
         x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
         const int place = side.order[channel], at = g * D + place;
-        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place));
+        sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
     }
@@ -331,19 +347,20 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
         if (thread % 32 == 0) sh.outlier[warp] = mask;
     }
     barrier_of_block();
-    const int row = side.dynamic ? 0 : LEVELS;
-    for (int i = thread; i < (row ? D : 1) * LEVELS; i += THREADS) {
-        const int c = i / LEVELS, k = i % LEVELS, levels = 1 << sh.width[c];
-        sh.edge[i] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
-        sh.value[i] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
-    }
+    const int apart = side.dynamic ? 0 : 1, columns = side.dynamic ? 1 : D;
+    if (TABLES)
+        for (int i = thread; i < columns * LEVELS; i += THREADS) {
+            const int c = i % columns, k = i / columns, levels = 1 << sh.width[c];
+            sh.edge[k * D + c] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
+            sh.value[k * D + c] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
+        }
     wait_for_copied();
     barrier_of_block();
-    if (warp == 0) chain(sh, row);
+    if (warp == 0) chain(sh, apart);
     barrier_of_block();
     if (thread < D) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
-        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[thread]);
+        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[sh.place[thread]]);
     }
     if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
 }

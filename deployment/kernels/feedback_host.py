@@ -58,8 +58,8 @@ class Shape:
     @cached_property
     def token_bytes(self) -> int:
         """Shared memory of `append_token`, `sizeof(Shared)`."""
-        dim = self.head_dim
-        return 2 * dim * dim + 8 * dim * self.levels + 8 * 128 + 27 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
+        dim, tables = self.head_dim, self.head_dim * self.levels if self.levels <= 16 else 4
+        return 2 * dim * dim + 8 * tables + 8 * 128 + 25 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
 
     @cached_property
     def tile_bytes(self) -> int:
