@@ -35,4 +35,3 @@ def sizes(shape: host.Shape) -> list[int]:
 def run(kernel: str, shape: host.Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
     function, seed = getattr(library(shape), f"run_{kernel}"), int(torch.randint(1 << 30, (1,)))
     function(ctypes.byref(params), ctypes.c_uint(seed), blocks, threads, ctypes.c_long(shared))
-
