@@ -138,7 +138,7 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("shape", [(128, 32, 8, 0), (128, 8, 16, 1), (96, 8, 4, 0), (64, 3, 64, 2)])
+@pytest.mark.parametrize("shape", [(128, 32, 16, 0), (96, 2, 64, 2)])
 def test_feedback_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
     from deployment.kernels.decode import compile as decode
