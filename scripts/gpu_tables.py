@@ -24,8 +24,8 @@ def short(device: str) -> str:
 def speed_table(rows: Sequence[Row]) -> Table:
     """Decode attention of one layer from the packed cache against fp16, in one run."""
     lines = []
-    decoding = [row for row in rows if any(op["op"] == "decode" for op in row["ops"])]
-    for row in latest(decoding, lambda row: (row["device"], row["shape"], row["batch"], row["scheme"], row["context"])):
+    rows = [row for row in rows if any(op["op"] == "decode" for op in row["ops"])]
+    for row in latest(rows, lambda row: (row["device"], row["shape"], row["batch"], row["scheme"], row["context"])):
         for step in (op for op in row["ops"] if op["op"] == "decode"):
             smaller = row["fp16_bytes_per_token"] / row["bytes_per_token"]
             what = [

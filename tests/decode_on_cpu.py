@@ -43,7 +43,8 @@ def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
     """A file and a few lines that call its kernels, compiled for a shape; kept among temporary files from run to run."""
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}"]
     flags += [f"-I{shape.source.parent}", *(f"-D{name}={value}" for name, value in shape.defines().items())]
-    parts = [wrapper, shape.source.read_text(), (HERE / "lanes.h").read_text(), *flags]
+    headers = [HERE / "lanes.h", *sorted(shape.source.parent.glob("*.h"))]
+    parts = [wrapper, *(path.read_text() for path in (shape.source, *headers)), *flags]
     folder = Path(tempfile.gettempdir()) / "kvquant-decode-on-cpu"
     folder.mkdir(exist_ok=True)
     made = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
