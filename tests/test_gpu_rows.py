@@ -48,6 +48,8 @@ def test_the_last_of_equal_rows_counts() -> None:
     header, cells = speed_table(rows)
     assert cells[0] == ["H200", "llama-7b", "1", "nuq3-1%", "2,048", "4.0x", "5", "10", "2.00x", "50 %"]
     assert len(cells) == 2 and len(header) == len(cells[0])
+    # one that measured something else takes nothing away
+    assert speed_table([*rows, {**rows[0], "ops": rows[0]["ops"][:1]}]) == (header, cells)
 
 
 def test_whole_models_have_a_line_for_each_cache() -> None:

@@ -8,7 +8,7 @@
 // `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A warp has 64 tokens of a head, two to a lane, and goes through 8 channels at a
 // time: first all errors before them, in order, then each other's.
 //
-// Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, and ELEMENT of x: 0 fp16, 1 bf16, 2 fp32. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+// Compiled for HEAD_DIM, HEADS and LEVELS, the largest number of levels of a channel. Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
@@ -67,15 +67,19 @@ struct Params {
     const int64_t *stored, *padding;
     int* overflow;
     int64_t page_start, blocks, streams, sinks, tokens;
-    int sides, warps;  // warps of a block that has tiles
+    int element;  // of x: 0 fp16, 1 bf16, 2 fp32
 };
 
 constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
 constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
 
-DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
-DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }
+DEVICE uint32_t raw_of(const void* x, int64_t at, int element) {
+    return element == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at];
+}
+DEVICE float number_of(uint32_t raw, int element) {
+    return element == 0 ? from_half((uint16_t)raw) : as_float(element == 1 ? raw << 16 : raw);
+}
 DEVICE uint16_t stored_as(float x) { return to_half(x < -65504.f ? -65504.f : x > 65504.f ? 65504.f : x); }
 DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 
@@ -109,56 +113,60 @@ DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
 }
 
 // Integers that sort as numbers do, see encode.py.
-constexpr uint32_t SIGN = ELEMENT == 2 ? 0x80000000u : 0x8000u, ONES = SIGN | (SIGN - 1);
-DEVICE uint32_t rising(uint32_t raw) {
-    if (!(raw & ~SIGN)) raw = 0;
-    return raw & SIGN ? ~raw & ONES : raw | SIGN;
+DEVICE uint32_t rising(uint32_t raw, int element) {
+    const uint32_t sign = element == 2 ? 0x80000000u : 0x8000u, ones = sign | (sign - 1);
+    if (!(raw & ~sign)) raw = 0;
+    return raw & sign ? ~raw & ones : raw | sign;
 }
-DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
+DEVICE float risen(uint32_t key, int element) {
+    const uint32_t sign = element == 2 ? 0x80000000u : 0x8000u, ones = sign | (sign - 1);
+    return number_of(key & sign ? key ^ sign : ~key & ones, element);
+}
 
 constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
 // f(key from above, key from below, channel) of all channels, added up.
-template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, int turn, F f) {
+template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, uint32_t ones, int turn, F f) {
     uint32_t total = 0;
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread_number();
-        if (channel < CHANNELS) total += f(up[k], ONES - up[k], channel);
+        if (channel < CHANNELS) total += f(up[k], ones - up[k], channel);
     }
     return sum_of_block(sh, total, turn);
 }
 
 // The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& scale, float& zero) {
+DEVICE void own_range(Shared& sh, const Params& p, const Side& side, int64_t b, int g, float& scale, float& zero) {
+    const uint32_t ones = p.element == 2 ? ~0u : 0xFFFFu;
     const int thread = thread_number(), warp = thread / 32;
     uint32_t up[SHARE];
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread;
         up[k] = 0;
-        if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
+        if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D, p.element), p.element);
     }
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
     if (count) {
-        for (uint32_t bit = SIGN; bit; bit >>= 1, turn++) {
-            const uint32_t both = sum_over(sh, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
+        for (uint32_t bit = p.element == 2 ? 1u << 31 : 1u << 15; bit; bit >>= 1, turn++) {
+            const uint32_t both = sum_over(sh, up, ones, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
             if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
             if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
         }
-        const uint32_t beyond = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
-        const uint32_t before = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t beyond = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
+        const uint32_t before = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
-        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own)), z = ONES - a;
+        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own, p.element), p.element), z = ones - a;
         const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
         if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
         barrier_of_block();
         const uint32_t up_to = ~0u >> (31 - thread % 32);
         uint32_t top_rank = (before & 65535) + ones_of(tops & up_to), bottom_rank = (before >> 16) + ones_of(bottoms & up_to);
         for (int w = 0; w < min(warp, PER); w++) top_rank += ones_of(sh.tied[0][w]), bottom_rank += ones_of(sh.tied[1][w]);
-        const int after = (int)bottom_rank - (int)(top == ONES - bottom ? room_top : 0);  // if the thresholds are one number top takes its ties first
+        const int after = (int)bottom_rank - (int)(top == ones - bottom ? room_top : 0);  // if the thresholds are one number top takes its ties first
         const bool extreme = a > top || z > bottom || (a == top && top_rank <= room_top) || (z == bottom && after > 0 && after <= (int)room_bottom);
         const uint32_t mask = ballot(thread < D && extreme);
         if (thread % 32 == 0 && warp < PER) sh.outlier[warp] = mask;
@@ -168,9 +176,9 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& sca
     for (int k = 0; k < SHARE; k++)
         if (k * THREADS + thread < CHANNELS) {
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
-            if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
+            if (!count || ones - up[k] < bottom + more_bottom) least = max(least, ones - up[k]);
         }
-    const float high = risen(max_of_block(sh, most, turn)), low = risen(ONES - max_of_block(sh, least, turn + 1));
+    const float high = risen(max_of_block(sh, most, turn), p.element), low = risen(ones - max_of_block(sh, least, turn + 1), p.element);
     scale = as_stored(product(difference(high, low), 0.5f)), zero = as_stored(product(sum(high, low), 0.5f));
 }
 
@@ -303,9 +311,9 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
     if (thread < PER) sh.outlier[thread] = 0;
     if (thread < D) {
-        x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
+        x = number_of(raw_of(side.x, own + thread, p.element), p.element), scale = side.scale[channel], zero = side.zero[channel];
         const int place = side.order[channel], at = g * D + place;
-        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place));
+        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place, p.element), p.element);
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
     }
@@ -321,7 +329,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, side, b, g, scale, zero);
+        own_range(sh, p, side, b, g, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
@@ -350,7 +358,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 
 // ---- a chunk
 
-constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, MOST_TILES = 4;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time; warps
+constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time
 struct Tile {
     float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
@@ -360,7 +368,7 @@ struct Tile {
 
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
 DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
-    const int lane = thread_number() % 32;
+    const int lane = thread_number();
     float y[2][NEXT];
 #pragma unroll
     for (int j = 0; j < NEXT; j++) y[0][j] = sh.y[(first + j) * ROW + lane], y[1][j] = sh.y[(first + j) * ROW + lane + 32];
@@ -411,13 +419,11 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
     }
 }
 
-KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
-    const int lane = thread_number() % 32, warp = thread_number() / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
-    Tile& sh = ((Tile*)SHARED_MEMORY)[warp];
-    const int64_t all = p.streams * tiles, number = (int64_t)block_number() * p.warps + warp;
-    if (number >= all * p.sides) return;
-    const int64_t mine = number % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
-    const Side& side = p.side[number / all];
+KERNEL(32) feed_back(const GRID_CONSTANT Params p) {
+    Tile& sh = *(Tile*)SHARED_MEMORY;
+    const int lane = thread_number(), tiles = (int)((p.tokens + TILE - 1) / TILE);
+    const int64_t all = p.streams * tiles, mine = block_number() % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
+    const Side& side = p.side[block_number() >= all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
     for (int c = lane; c < D; c += 32) {
         const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
@@ -428,29 +434,29 @@ KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
             sh.boundaries[width][k] = k + 1 < 1 << width ? side.boundaries[side.first_boundary[at] + k] : infinity();
         }
     }
-    barrier(warp + 1, 32);
+    barrier_of_block();
     uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
-    // tokens that are not there are the last one once more: so nothing waits for a condition
 #pragma unroll 8
     for (int t = 0; t < TILE; t++)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
-            const int channel = 32 * part + lane, c = sh.place[channel], there = min(t, tokens - 1);
-            sh.y[c * ROW + t] = number_of(raw_of(side.x, b * side.stride_b + g * side.stride_g + (first + there) * side.stride_s + channel));
-            sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
+            const int channel = 32 * part + lane, c = sh.place[channel];
+            const int64_t at = b * side.stride_b + g * side.stride_g + (first + t) * side.stride_s + channel;
+            sh.y[c * ROW + t] = t < tokens ? number_of(raw_of(side.x, at, p.element), p.element) : 0;
+            sh.code[c * (TILE + 4) + t] = t < tokens && codes[t * CHANNELS + channel] == OUTLIER ? 255 : 0;
         }
     float s[2] = {1, 1}, z[2] = {0, 0};
     uint16_t* targets[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int64_t t = b * p.tokens + first + min(lane + 32 * h, tokens - 1);
+        const int64_t t = b * p.tokens + first + lane + 32 * h;
         targets[h] = side.targets + t * CHANNELS + g * D;
-        if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
+        if (side.dynamic && lane + 32 * h < tokens) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
-    barrier(warp + 1, 32);
+    barrier_of_block();
 #pragma unroll 1
     for (int c = 0; c < D; c += NEXT) next_channels(sh, side, c, side.matrix + g * D * D, s, z, targets);
-    barrier(warp + 1, 32);
+    barrier_of_block();
     for (int t = 0; t < tokens; t++)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
