@@ -142,10 +142,12 @@ def merge_kernel(
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     first, second = tl.exp(a - highest), tl.exp(c - highest)
     total = first + second
-    tl.store(lse + (b * tl.num_programs(1) + h) * tokens + token, highest + tl.log(total), mask=token_ok)
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    both = tl.where(seen, highest + tl.log(total), float("-inf"))
+    tl.store(lse + (b * tl.num_programs(1) + h) * tokens + token, both, mask=token_ok)
     at = token.to(tl.int64)[:, None]
     x = tl.load(one + b * one_b + h * one_h + at * one_s + channel[None, :], mask=ok, other=0).to(tl.float32)
     y = tl.load(two + b * two_b + h * two_h + at * two_s + channel[None, :], mask=ok, other=0).to(tl.float32)
-    total = tl.where(total == 0, 1.0, total)
     mixed = x * (first / total)[:, None] + y * (second / total)[:, None]
     tl.store(output + b * output_b + h * output_h + at * output_s + channel[None, :], mixed, mask=ok)
