@@ -19,7 +19,6 @@ from torch import Tensor
 from deployment.kernels import library, masked, prefill
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.plain import merged
 from deployment.kernels.prefill import attend_many, stretch_blocks
 from deployment.kernels.unpacking import unpack
 
@@ -176,7 +175,7 @@ def test_parts_are_merged_by_their_log_sum_exp(dtype: torch.dtype) -> None:
         parts.append(
             ((weights @ value[:, :, which]).to(DEVICE, dtype), scores[..., which].logsumexp(-1).float().to(DEVICE))
         )
-    output, lse = merged(*parts)
+    output, lse = library.merged(*parts)
     assert output.dtype == lse.dtype == torch.float32
     bound = 3e-6 if dtype == torch.float32 else 1e-3
     assert relative_rms(output.cpu(), scores.softmax(-1).nan_to_num(0.0) @ value) < bound

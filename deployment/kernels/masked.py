@@ -5,44 +5,46 @@ are attended to in pieces, as if they were so many sequences.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deployment.kernels.library import HIDDEN, Part, attend_masked
+from deployment.kernels.library import HIDDEN, Part, attend_masked, merged
 from deployment.kernels.packed import DenseSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.plain import merged, rotated
+from deployment.kernels.plain import rotated
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
 _PIECE = 512  # tokens
 
 
-def attend_masked_segments(
-    query: Tensor,
-    positions: Tensor,
-    segments: Sequence[Segment],
-    rotary: Rotary,
-    kv_heads: int,
-    blocks: int,
-    longest: int | None = None,
-) -> Tensor:
-    """Causal attention of rotated and scaled queries, stretches of so many `blocks` at a time.
+@dataclass(frozen=True)
+class Asked:
+    """Queries `[B, H, S, D]` fp16 or fp32, rotated and scaled, and what they attend to; D may be more than the segments have.
 
-    Args:
-        query: `[B, H, S, D]` fp16 or fp32; D may be more than the segments have.
-        positions: `[B, S]` int64, negative for queries that see nothing, which get zeros.
-        longest: tokens of the longest sequence, if the host knows.
+    `positions` `[B, S]` int64 are negative for queries that see nothing, which get zeros.
+    """
 
-    Returns `[B, H, S, D]` in float32 or the query's dtype.
+    query: Tensor
+    positions: Tensor
+    segments: Sequence[Segment]
+    rotary: Rotary
+    kv_heads: int
+
+
+def attend_masked_segments(asked: Asked, most: int, longest: int | None) -> Tensor:
+    """Causal attention over stretches of at most so many tokens; the longest sequence has `longest`, if the host knows.
+
+    Returns `[B, H, S, D]` in float32 or the queries' dtype.
     """
     total: Part | None = None
-    for stretch in _stretches(segments, blocks * BLOCK_TOKENS, longest):
-        key, value = _plain(stretch, rotary, query, kv_heads)
-        part = _attend(query, key, value, _seen(stretch, key.shape[1], positions))
+    for stretch in _stretches(asked.segments, most, longest):
+        key, value = _plain(stretch, asked)
+        part = _attend(asked.query, key, value, _seen(stretch, key.shape[1], asked.positions))
         total = part if total is None else merged(total, part)
-    return torch.zeros_like(query) if total is None else total[0]
+    return torch.zeros_like(asked.query) if total is None else total[0]
 
 
 Some = tuple[Segment, int, int]  # tokens of a segment: from which on, and how many
@@ -70,12 +72,12 @@ def _room(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
-def _plain(stretch: list[Some], rotary: Rotary, query: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def _plain(stretch: list[Some], asked: Asked) -> tuple[Tensor, Tensor]:
     """Keys, rotated, and values `[B, n, G, D]` of tokens, each segment's in whole blocks, finite to the last; n is whole pieces, or less than one."""
     room = sum(_room(tokens) for _, _, tokens in stretch)
     room = -(-room // _PIECE) * _PIECE if room > _PIECE else room
-    key, value = query.new_zeros(2, len(query), room, heads, query.shape[-1])
-    at = 0
+    query, rotary, at = asked.query, asked.rotary, 0
+    key, value = query.new_zeros(2, len(query), room, asked.kv_heads, query.shape[-1])
     for segment, first, tokens in stretch:
         if isinstance(segment, DenseSegment):
             rotated(segment.key, _places(segment, first, tokens), rotary, key[:, at : at + tokens])
