@@ -2,7 +2,7 @@
 
 `attend_many` has the contract of `attend_packed` (packed.py), which hands over to it. One query reads every block once, and so
 should never write it down unpacked; but hundreds share what it costs to unpack a block (unpack.py), and what is left to do
-is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most,
+is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most (schedule.py),
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
@@ -19,13 +19,10 @@ from deployment.kernels.masked import Asked, attend_masked_segments
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
+from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-SCRATCH_BYTES = (
-    256 * 2**20
-)  # of unpacked keys and values together; with less, launching would take longer than computing
-_MOST_TOKENS = 16384  # of a stretch
 _FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
 _EVEN = 8  # channels: the library wants whole multiples
 
@@ -72,7 +69,7 @@ def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
 
 def stretch_blocks(bytes_per_token: int) -> int:
     """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
-    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), _MOST_TOKENS)
+    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), SCRATCH_TOKENS)
     return max(1, (tokens // PLANNED * PLANNED or tokens) // BLOCK_TOKENS)
 
 
