@@ -124,13 +124,13 @@ class _Rows:
         key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
         return key, value
 
-    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor) -> None:
-        """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block."""
+    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor, to: int = 0) -> None:
+        """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block; token `to` is the first."""
         for page in self.packed:
             low, high = max(begin, page.start), min(end, page.start + page.tokens)
             if low < high:
                 block, last = (low - page.start) // BLOCK_TOKENS, -(-(high - page.start) // BLOCK_TOKENS)
-                at = page.start + block * BLOCK_TOKENS - begin
+                at = to + page.start + block * BLOCK_TOKENS - begin
                 unpack(page, self.rotary, block, last - block, self.row0, key, value, at)
 
     def _put_sinks(self, begin: int, end: int, key: Tensor, value: Tensor, at: int) -> int:
@@ -160,7 +160,7 @@ class _Rows:
         begin = max(row.before - start, 0) // BLOCK_TOKENS * BLOCK_TOKENS + start  # a block's first token
         key, value = self._scratch(sinks + max(0, -(-(row.stored - begin) // BLOCK_TOKENS) * BLOCK_TOKENS))
         self._put_sinks(row.before, row.before + sinks, key, value, 0)
-        self._unpack(begin, row.stored, key[:, sinks:], value[:, sinks:])
+        self._unpack(begin, row.stored, key, value, sinks)
         skipped = max(0, row.before - begin)
         tokens = row.stored - row.before
         return _shown(key, skipped, tokens), _shown(value, skipped, tokens)
