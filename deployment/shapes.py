@@ -9,6 +9,8 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
                  + 14 n H D                 queries rotated and scaled, two sums
                  + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
                  + 8 D 32768                rotary tables that are remembered
+                 or, if that is more and S H / G > 16, what kernels need that keep no scores:
+                 4 B C t + 20 n H D         t tokens of keys and values, 2^14 or those of 256 MiB; queries, parts, sums
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
 
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
+from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from deployment.layout import STRETCH_BLOCKS
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
@@ -126,6 +129,9 @@ class ModelShape:
             stretch = STRETCH_BLOCKS * BLOCK_TOKENS
             attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
             attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
+            if new * query_heads // heads > 16:
+                scratch = min(SCRATCH_BYTES, 4 * batch * channels * SCRATCH_TOKENS)
+                attention = max(attention, scratch + 20 * rows * query_heads * head_dim)
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 
     def weight_bytes(self, bits: float) -> int:

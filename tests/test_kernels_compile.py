@@ -72,7 +72,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from deployment.kernels.chunk import store_kernel
-from deployment.kernels.plain import merge_kernel, rotate_kernel
+from deployment.kernels.plain import rotate_kernel
 from deployment.kernels.unpack import unpack_kernel
 from deployment.kernels.window import shift_kernel
 
@@ -83,9 +83,9 @@ def compiled(kernel, kinds, **constants):
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
     triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 
-lists = types(_i16="index", _fp16="scales value ranges x result one two", _i64="origins limits stored padding positions",
+lists = types(_i16="index", _fp16="scales value ranges x result", _i64="origins limits stored padding positions",
     _i32="words width offset first_level slot starts ends overflow channel_at steps counts before_ends",
-    _fp32="levels scale zero turn factor one_lse two_lse output lse", fp32="scaling")
+    _fp32="levels scale zero turn factor", fp32="scaling")
 shape = dict(G=8, D=128, PITCH=128, HEADS=4, PAIRS=64, CHANNELS=128, ROTARY_HALF=64, ENTRIES=256)
 for source in (0, 1, 2):
     for mixed in (False, True):
@@ -94,7 +94,6 @@ for source in (0, 1, 2):
     compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)
-compiled(merge_kernel, lists, D=128, ROWS=16, CHANNELS=128)
 for kind in ("_fp16", "_bf16", "_fp32"):
     tokens = {kind: "key_source key_new key_target value_source value_new value_target"}
     compiled(shift_kernel, types(**tokens), D=96, LANES=128, SLOTS=64)

@@ -88,3 +88,10 @@ def attend_masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
     bias = None if bias is None else bias.expand(*query.shape[:3], -1)
     output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=1.0)
     return output, lse[:, :, : query.shape[2]]
+
+
+def merged(one: Part, two: Part) -> Part:
+    """Attention over two sets of tokens from that over each; outputs in float32."""
+    total = torch.logaddexp(one[1], two[1])
+    weight = (two[1] - total).exp().nan_to_num(0.0)  # of -inf twice: nothing is seen
+    return torch.lerp(one[0].float(), two[0].float(), weight[..., None]), total

@@ -2,7 +2,7 @@
 
 `attend_many` has the contract of `attend_packed` (packed.py), which hands over to it. One query reads every block once, and so
 should never write it down unpacked; but hundreds share what it costs to unpack a block (unpack.py), and what is left to do
-is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most,
+is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most (schedule.py),
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
@@ -14,18 +14,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deployment.kernels.library import PLANNED, Part, attend_all, attend_causally
-from deployment.kernels.masked import attend_masked_segments
+from deployment.kernels.library import PLANNED, Part, attend_all, attend_causally, merged
+from deployment.kernels.masked import Asked, attend_masked_segments
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.plain import merged, rotated
+from deployment.kernels.plain import rotated
+from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-SCRATCH_BYTES = (
-    256 * 2**20
-)  # of unpacked keys and values together; with less, launching would take longer than computing
-_MOST_TOKENS = 16384  # of a stretch
 _FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
 _EVEN = 8  # channels: the library wants whole multiples
 
@@ -45,61 +42,45 @@ def attend_many(
     operand = torch.float32 if query.dtype == torch.float32 else torch.float16
     turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
     turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling).transpose(1, 2)
-    arguments = turned, positions, segments, rotary, kv_heads
-    if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
+    asked = Asked(turned, positions, segments, rotary, kv_heads)
+    rows = new * heads // kv_heads
+    if known is None or rows <= _FEW or any(row.stored not in row.ends(new) for row in known):
         longest = None if known is None else max(row.stored for row in known)
-        output = attend_masked_segments(
-            *arguments, stretch_blocks(batch * kv_heads * pitch * operand.itemsize), longest
-        )
+        # a mask is as large as what it belongs to, if queries are as many as channels of all heads
+        largest = max(kv_heads * pitch, rows) * batch * operand.itemsize
+        output = attend_masked_segments(asked, stretch_blocks(largest) * BLOCK_TOKENS, longest)
     else:
-        output = _attend_known(*arguments, known)
+        output = _attend_known(asked, known)
     return output.transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
 
 
-def _attend_known(
-    query: Tensor,
-    positions: Tensor,
-    segments: Sequence[Segment],
-    rotary: Rotary,
-    kv_heads: int,
-    known: Sequence[Known],
-) -> Tensor:
+def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
     """All sequences at once if they are alike, else one by one."""
     alike = all(row == known[0] for row in known)
     if alike and not known[0].pad:
-        return _Rows(query, positions, segments, rotary, kv_heads, 0, len(known), known[0]).attend()
-    output = torch.zeros_like(query, dtype=torch.float32)
+        return _Rows(asked, 0, len(known), known[0]).attend()
+    output = torch.zeros_like(asked.query, dtype=torch.float32)
     for first, row in enumerate(known[:1] if alike else known):
         rows = len(known) if alike else 1
-        if row.pad < query.shape[2]:
-            attended = _Rows(query, positions, segments, rotary, kv_heads, first, rows, row).attend()
-            output[first : first + rows, :, row.pad :] = attended
+        if row.pad < output.shape[2]:
+            output[first : first + rows, :, row.pad :] = _Rows(asked, first, rows, row).attend()
     return output
 
 
 def stretch_blocks(bytes_per_token: int) -> int:
     """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
-    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), _MOST_TOKENS)
+    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), SCRATCH_TOKENS)
     return max(1, (tokens // PLANNED * PLANNED or tokens) // BLOCK_TOKENS)
 
 
 class _Rows:
     """Attention of some sequences that are equally long and equally padded."""
 
-    def __init__(
-        self,
-        query: Tensor,
-        positions: Tensor,
-        segments: Sequence[Segment],
-        rotary: Rotary,
-        kv_heads: int,
-        first: int,
-        rows: int,
-        row: Known,
-    ) -> None:
+    def __init__(self, asked: Asked, first: int, rows: int, row: Known) -> None:
         self.which, self.row0, self.row = slice(first, first + rows), first, row
-        self.query, self.positions = query[self.which, :, row.pad :], positions[self.which, row.pad :]
-        self.rotary, self.heads = rotary, kv_heads
+        query = self.query = asked.query[self.which, :, row.pad :]
+        self.positions, segments = asked.positions[self.which, row.pad :], asked.segments
+        self.rotary, self.heads = asked.rotary, asked.kv_heads
         self.packed = [segment for segment in segments if isinstance(segment, PackedSegment)]
         dense = [segment for segment in segments if isinstance(segment, DenseSegment)]
         self.sinks = next((segment for segment in dense if segment.limits is not None), None)
@@ -119,7 +100,8 @@ class _Rows:
     def _parts(self) -> Iterator[Part]:
         row = self.row
         first = min(self.packed[0].start if self.packed else row.before, row.before)
-        blocks = min(stretch_blocks(self._bytes_per_token()), -(-(row.before - first) // BLOCK_TOKENS))
+        size = len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize  # of a token's keys
+        blocks = min(stretch_blocks(size), -(-(row.before - first) // BLOCK_TOKENS))
         key, value = self._scratch(blocks * BLOCK_TOKENS + first)
         for begin in range(first, row.before, max(1, blocks * BLOCK_TOKENS)):
             end = min(begin + blocks * BLOCK_TOKENS, row.before)
@@ -136,22 +118,19 @@ class _Rows:
         elif row.stored > row.before:
             yield attend_causally(self.query, *self._stored_chunk())
 
-    def _bytes_per_token(self) -> int:
-        return len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize
-
     def _scratch(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Keys and values `[R, tokens, G, D]`, zeros where a head ends before D."""
         shape = (2, len(self.query), tokens, self.heads, self.query.shape[-1])
         key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
         return key, value
 
-    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor) -> None:
-        """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block."""
+    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor, to: int = 0) -> None:
+        """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block; token `to` is the first."""
         for page in self.packed:
             low, high = max(begin, page.start), min(end, page.start + page.tokens)
             if low < high:
                 block, last = (low - page.start) // BLOCK_TOKENS, -(-(high - page.start) // BLOCK_TOKENS)
-                at = page.start + block * BLOCK_TOKENS - begin
+                at = to + page.start + block * BLOCK_TOKENS - begin
                 unpack(page, self.rotary, block, last - block, self.row0, key, value, at)
 
     def _put_sinks(self, begin: int, end: int, key: Tensor, value: Tensor, at: int) -> int:
@@ -181,7 +160,7 @@ class _Rows:
         begin = max(row.before - start, 0) // BLOCK_TOKENS * BLOCK_TOKENS + start  # a block's first token
         key, value = self._scratch(sinks + max(0, -(-(row.stored - begin) // BLOCK_TOKENS) * BLOCK_TOKENS))
         self._put_sinks(row.before, row.before + sinks, key, value, 0)
-        self._unpack(begin, row.stored, key[:, sinks:], value[:, sinks:])
+        self._unpack(begin, row.stored, key, value, sinks)
         skipped = max(0, row.before - begin)
         tokens = row.stored - row.before
         return _shown(key, skipped, tokens), _shown(value, skipped, tokens)
