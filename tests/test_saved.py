@@ -25,7 +25,7 @@ from quant.artefact import Quantizers, load_quantizers
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
-SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4", "nuq2-1%+fb"]
+SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4", "rdnuq2.4g1-4%", "nuq2-1%+fb"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(
     cache, tokens = PackedCache(quantizers, model.config), make_tokens(2, 130)
     fill(model, cache, tokens, padding=70)
     layer = cache.layers[0]
-    assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "rd" in scheme else GroupOrder)
+    assert isinstance(layer.packed["key"].order, ChannelOrder if shape == "narrow" or "g1" in scheme else GroupOrder)
     save_cache(tmp_path / "cache", cache, quantizers, model, tokens)
 
     saved = load_cache(tmp_path / "cache", quantizers, model)
