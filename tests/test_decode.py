@@ -76,7 +76,7 @@ def test_padding_inside_the_chunk() -> None:
     assert error(new=9, lengths=(0, 90), pads=(4, 0), sinks=0, heads=(2, 2)) < 2e-3
 
 
-@pytest.mark.parametrize("sinks", [0, 5, 40])
+@pytest.mark.parametrize("sinks", [0, 5, 40, 161])
 def test_plain_tokens(sinks: int) -> None:
     assert error(lengths=(70, 3), sinks=sinks, heads=(6, 2), dim=96, rotary_dim=48) < 2e-3
 
@@ -115,7 +115,8 @@ def test_the_order_of_lanes_does_not_matter(seed: int) -> None:
         ({"bits": (5, 4)}, False),
         ({"kinds": ("mixed", "token")}, False),
         ({"kinds": ("token", "token")}, False),
-        ({"sinks": 65}, False),
+        ({"sinks": 163}, True),
+        ({"sinks": 513}, False),
         ({"lengths": (0,)}, False),
     ],
 )
