@@ -15,8 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from deployment.cache import OUTSIDE, PackedLayer
 from deployment.entered import CONTEXT, NAME, Context, packed_attention
+from deployment.layer import OUTSIDE, PackedLayer
 from deployment.registered import step
 from deployment.rope import Rope
 from deployment.same_attention import refuse_unknown

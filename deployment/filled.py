@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
 from deployment.kernels.dispatch import runs_kernels
+from deployment.layer import PackedLayer
 from deployment.layout import Page
 from deployment.synthetic import Shape, synthetic_quantizers
 from gradients.fingerprint import Fingerprint

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
 
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 
 
 @dataclass

@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from deployment.cache import PackedLayer
 from deployment.kernels.attend import Segment
+from deployment.layer import PackedLayer
 from deployment.layout import PackedTensor, Page
 from deployment.order import GroupOrder, half_words, usual_channels
 from deployment.rope import Rope

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
 from deployment.kernels.dispatch import Backend, runs_kernels
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from gradients.models import decoder
 from gradients.placement import input_device

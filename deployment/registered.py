@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import Backend
+from deployment.layer import PackedLayer
 from deployment.numbered import find
 from deployment.rope import Rope
 from deployment.step import attend_step

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from deployment import native
-from deployment.cache import PackedLayer
 from deployment.devices import current
 from deployment.kernels.attend import Segment, attend_torch
 from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from gradients.models import KINDS
 from gradients.precision import widened

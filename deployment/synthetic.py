@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import runs_kernels
+from deployment.layer import PackedLayer
 from deployment.layout import PAGE_BLOCKS, PackedTensor
 from deployment.room import ROOM_SHARE, ROOM_TOKENS
 from deployment.rope import Rope

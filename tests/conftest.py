@@ -44,7 +44,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window

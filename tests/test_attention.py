@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployment.attention import NAME, packed_attention, padding_mask
-from deployment.cache import PackedCache, PackedLayer, Stretch
+from deployment.cache import PackedCache
 from deployment.kernels.attend import Segment, attend_torch
+from deployment.layer import PackedLayer, Stretch
 from gradients.models import kv_sites
 from quant.artefact import Quantizers
 from quant.scheme import Scheme

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import attend
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import attend_with_torch
 from deployment.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers

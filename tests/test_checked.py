@@ -215,7 +215,7 @@ def test_recorded_steps_are_checked_too(
     llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks and positions are no part of what is replayed."""
-    from deployment.cache import PackedLayer
+    from deployment.layer import PackedLayer
 
     monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
     monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)

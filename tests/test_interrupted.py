@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
 

@@ -9,8 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 pytest.importorskip("triton")
 
 from deployment.attention import padding_mask
-from deployment.cache import PackedLayer
 from deployment.kernels.dispatch import Backend
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import attend_step
 from deployment.synthetic import Shape, synthetic_quantizers
@@ -93,7 +93,7 @@ def test_steps_do_not_need_what_the_host_has_counted(
     for decoder in (recorded, direct):
         decoder.layer.crop(-cropped)
     recorded.layer.reserve(steps)
-    for module in ("deployment.cache", "deployment.kernels.dispatch"):
+    for module in ("deployment.layer", "deployment.kernels.dispatch"):
         monkeypatch.setattr(f"{module}.is_capturing", lambda _device: True)
     lengths, slots = list(recorded.layer.lengths), recorded.layer.slots
     outputs = []

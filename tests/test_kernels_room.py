@@ -8,7 +8,7 @@ from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
 from deployment import layout, room
-from deployment.cache import PackedLayer
+from deployment.layer import PackedLayer
 from deployment.layout import Page
 
 HEADS, DIM = 2, 64

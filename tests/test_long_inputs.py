@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import deployment.step
 from deployment import native
-from deployment.cache import PackedLayer
 from deployment.kernels.attend import Segment, attend_torch
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import attend_step
 from gradients.rope import rotate

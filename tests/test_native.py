@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployment import native
-from deployment.cache import PackedLayer
+from deployment.layer import PackedLayer
 from deployment.order import half_words, uniform_order
 from deployment.rope import Rope
 from deployment.step import attend_with_torch

@@ -17,7 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
 from deployment.shapes import ModelShape, named_config
 from gradients.cli import UserError, run_command

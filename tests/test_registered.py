@@ -12,7 +12,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 from deployment.registered import registered_step, step
 from deployment.rope import Rope
 from deployment.synthetic import Shape, synthetic_quantizers

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
+from deployment.layer import PackedLayer
 from deployment.order import ChannelOrder, GroupOrder, uniform_order
 from deployment.pages import one_page
 from deployment.saved import load_cache, quantizers_digest, save_cache

@@ -13,11 +13,12 @@ from transformers import LlamaConfig, PreTrainedModel
 from deployment import native
 from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
 from deployment.evaluate import main as evaluate_main
 from deployment.filled import copy_filling
 from deployment.filled import fill as fill_by_appending
 from deployment.generate import main as generate_main
+from deployment.layer import PackedLayer
 from deployment.plan import Plan
 from deployment.saved import load_cache, save_cache
 from deployment.shapes import ModelShape

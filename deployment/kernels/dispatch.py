@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from deployment.cache import PackedLayer
 from deployment.devices import is_capturing
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from gradients.cli import UserError
 
@@ -121,7 +121,9 @@ def attend(
     known = None
     if not is_capturing(query.device) and not layer.residual_tokens:
         own = [new - pad if origins is not None else 0 for pad in padding]  # that are stored already
-        known = [Known(stored - more, stored, pad) for stored, more, pad in zip(layer.lengths, own, padding, strict=True)]
+        known = [
+            Known(stored - more, stored, pad) for stored, more, pad in zip(layer.lengths, own, padding, strict=True)
+        ]
     if origins is None:
         origins = layer.stored - pads
     positions = origins[:, None]

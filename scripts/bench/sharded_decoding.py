@@ -23,10 +23,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
-from deployment.cache import PackedCache, PackedLayer
+from deployment.cache import PackedCache
 from deployment.filled import synthetic_artefact
 from deployment.graphed import graphed
 from deployment.kernels.dispatch import runs_kernels
+from deployment.layer import PackedLayer
 from deployment.shapes import ModelShape
 from deployment.synthetic import Shape, fill_with_blocks
 from gradients.cli import UserError

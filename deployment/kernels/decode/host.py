@@ -21,7 +21,9 @@ from deployment.order import GroupOrder
 MOST_QUERIES = 16  # of a KV head; beyond, a block is worth unpacking once for all of them
 HEAD_DIMS = (64, 96, 128, 256)
 _MOST_BITS = 4
-_MOST_PLAIN = 512  # tokens, such as 32 sinks, a recent window of 128 and the chunk, that `combine` attends to on the side
+_MOST_PLAIN = (
+    512  # tokens, such as 32 sinks, a recent window of 128 and the chunk, that `combine` attends to on the side
+)
 _LOG2_E = math.log2(math.e)
 _fixed: WeakKeyDictionary[PackedTensor, tuple[Tensor, ...]] = WeakKeyDictionary()
 
