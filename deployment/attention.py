@@ -15,11 +15,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from deployment.entered import CONTEXT, NAME, Context, packed_attention
 from deployment.layer import OUTSIDE, PackedLayer
-from deployment.registered import step
 from deployment.rope import Rope
-from deployment.same_attention import refuse_unknown
+from deployment.step.compiled import step
+from deployment.step.entered import CONTEXT, NAME, Context, packed_attention
+from deployment.step.same_attention import refuse_unknown
 from gradients.rope import rotate
 
 __all__ = ["NAME", "attention", "packed_attention", "padding_mask"]

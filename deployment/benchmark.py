@@ -6,7 +6,7 @@
 
 `append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill` attends a chunk of
 1024 over the context and itself, launches included. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to
-attend that is known (dense.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
+attend that is known (measure/fp16.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
 the same device. Several copies of the layer are visited in turn, so that no cache of the device holds the data.
 Numbers are random: what is timed does not depend on them, apart from the share of outliers, which is as the scheme
 says.
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployment.dense import decode_calls, prefill_calls
 from deployment.devices import current
-from deployment.kernels.dispatch import attend, runs_kernels
+from deployment.measure.fp16 import decode_calls, prefill_calls
+from deployment.measure.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
+from deployment.measure.timing import copy_rate, fastest, microseconds
 from deployment.plan import parse_tokens
-from deployment.step import attend_with_torch
-from deployment.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
-from deployment.timing import copy_rate, fastest, microseconds
+from deployment.step.attend import attend_with_torch
+from deployment.step.dispatch import attend, runs_kernels
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from quant.options import add_scheme_arguments, scheme_from
 from quant.results import append_row

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deployment.devices import is_capturing
-from deployment.streams import sent
+from deployment.format.streams import sent
 
 _ASKED = 16  # steps after which the device's answer is asked for
 _LEFT = "a packed cache takes left padding only; pad with tokenizer.padding_side = 'left', and keep masks"

@@ -35,10 +35,10 @@ from typing import Any
 
 import torch
 
-from deployment.answer import Answer, Interruption
-from deployment.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn, typed_lines
-from deployment.saved import SavedCache, read_cache
-from deployment.session import Session
+from deployment.text.answer import Answer, Interruption
+from deployment.text.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn, typed_lines
+from deployment.text.saved import SavedCache, read_cache
+from deployment.text.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import (
     UserError,

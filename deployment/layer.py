@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from deployment import layout
 from deployment.checked import Checked
 from deployment.devices import is_capturing
+from deployment.format import layout
+from deployment.format.layout import PackedTensor, Rows
+from deployment.format.room import LOST
+from deployment.format.streams import sent
+from deployment.handles import Numbered
 from deployment.kept import ungraphed, writable
-from deployment.layout import PackedTensor, Rows
-from deployment.numbered import Numbered
-from deployment.room import LOST
-from deployment.streams import sent
 from deployment.window import Window
 from gradients.cli import UserError
 from gradients.models import KINDS, Kind
@@ -467,7 +467,9 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
     def offload(self) -> None:
         """See `keys`."""
-        raise NotImplementedError("a packed layer stays on its device; save_cache (deployment/saved.py) stores a cache")
+        raise NotImplementedError(
+            "a packed layer stays on its device; save_cache (deployment/text/saved.py) stores a cache"
+        )
 
     def prefetch(self) -> None:
         """See `keys`."""

@@ -4,11 +4,11 @@
     python -m deployment.plan --model ./smollm2 --scheme rdnuq2.4 --gpu-memory 24GiB --weight-bits 4
     python -m deployment.plan --shape llama-3-8b --scheme nuq2 --context 10000000 --tensor-parallel 4   # bytes of each GPU
 
-Cached bytes are those that `deployment/layout.py` stores when the capacity is known in advance. Outliers are counted
+Cached bytes are those that `deployment/format/layout.py` stores when the capacity is known in advance. Outliers are counted
 exactly where a token has a fixed number, else as the share that calibration aims at; rdnuq keeps its average over all
 layers. Only layers that cache their whole past count as cache; what sliding windows keep enters the fit alone. A GPU
 holds whole layers, weights and cache, as `--device auto` places them, or with `--tensor-parallel N` an N-th of the heads of every
-layer, of which all bytes are then told; and the activations of a prefill chunk, estimated in `deployment/shapes.py`. GB is 10^9 bytes, GiB 2^30 (an A100-80GB has 80 GiB); K and M of tokens are 1024 and 1024^2.
+layer, of which all bytes are then told; and the activations of a prefill chunk, estimated in `deployment/measure/shapes.py`. GB is 10^9 bytes, GiB 2^30 (an A100-80GB has 80 GiB); K and M of tokens are 1024 and 1024^2.
 
 The paper's sizes are of the cache alone, in GiB though called GB; Table 1 (128K tokens) counts outliers. Its 64 GB for
 LLaMA-7B, 2 bits and 1M tokens are codes without scales and outliers: on 80 GiB they leave 16 for 12.6 of weights and for
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deployment.shapes import SHAPES, ModelShape, load_config, named_config
+from deployment.measure.shapes import SHAPES, ModelShape, load_config, named_config
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.options import add_scheme_arguments, scheme_from
 from quant.scheme import Scheme

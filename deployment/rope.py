@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from deployment.handles import Numbered
 from deployment.kept import kept
-from deployment.numbered import Numbered
 from gradients.models import decoder_config, kv_shape
 from quant.storage import BLOCK_TOKENS
 

@@ -10,7 +10,7 @@ Tasks are named as the harness names them: a task, a group, a tag, or a pattern.
 quantizers, limit and settings. Without --quantizers the same code runs with the cache in full precision, to compare.
 
 Log-likelihoods are of tokens that all see each other as stored; generation sees a chunk of its prompt exactly and the past
-packed, unless --no-exact-chunk (deployment/harness.py says why).
+packed, unless --no-exact-chunk (deployment/text/harness.py says why).
 """
 
 import argparse
@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from deployment.kernels.dispatch import Backend
-from deployment.saved import quantizers_digest
+from deployment.step.dispatch import Backend
+from deployment.text.saved import quantizers_digest
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import LoadedModel
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     _require_harness()
-    from deployment.harness import PackedLM
+    from deployment.text.harness import PackedLM
 
     manager = _manager(arguments.include_path)
     names = task_names(manager, arguments.tasks)

@@ -1,6 +1,6 @@
 """What an element costs once it is stored: the constants of the packed cache, and the sums made of them.
 
-`deployment/layout.py` lays out exactly these bytes; they are named here because `quant.evaluate` reports them.
+`deployment/format/layout.py` lays out exactly these bytes; they are named here because `quant.evaluate` reports them.
 """
 
 from dataclasses import dataclass

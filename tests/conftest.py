@@ -366,7 +366,7 @@ def make_records(records: Records) -> Callable[..., Records]:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """For `graphed(..., recorder=...)`."""
-    monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
     monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
     return Recording()
 
@@ -381,6 +381,6 @@ def automatic(recorder: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording
         recorder.caches.append(cache)
 
     monkeypatch.setattr(PackedCache, "__init__", noted)
-    monkeypatch.setattr("deployment.entered.possible", lambda _: True)
-    monkeypatch.setattr("deployment.automatic.record", recorder)
+    monkeypatch.setattr("deployment.step.entered.possible", lambda _: True)
+    monkeypatch.setattr("deployment.step.automatic.record", recorder)
     return recorder

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
-from deployment.automatic import possible
 from deployment.cache import PackedCache
-from deployment.graphed import graphed
-from deployment.recording import Assumed, obstacle, record
+from deployment.step.automatic import possible
+from deployment.step.graphed import graphed
+from deployment.step.recording import Assumed, obstacle, record
 from quant.artefact import Quantizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -193,7 +193,7 @@ def test_steps_of_several_tokens_have_recordings_of_their_own_and_may_be_cropped
     llama: PreTrainedModel, quantizers: Quantizers, step: Any, automatic: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is stored must stay where it is, as the kernels leave it and the torch path does not."""
-    monkeypatch.setattr("deployment.steps.Steps._places_now", lambda _: [])
+    monkeypatch.setattr("deployment.step.steps.Steps._places_now", lambda _: [])
     plain = PackedCache(quantizers, llama.config)
     automatic.caches.append(step.cache)
     with packed_attention(llama, "torch", graphs=False):
@@ -306,9 +306,9 @@ def test_adapters_and_hooks_are_in_the_way(
     cache = PackedCache(quantizers, model.config)
     on_gpu = torch.device("cuda")
     if DEVICE.type == "cpu":
-        monkeypatch.setattr("deployment.recording.input_device", lambda _: on_gpu)
+        monkeypatch.setattr("deployment.step.recording.input_device", lambda _: on_gpu)
         monkeypatch.setattr(type(model), "parameters", lambda _: iter([SimpleNamespace(device=on_gpu)]))
-        monkeypatch.setattr("deployment.recording.runs_kernels", lambda *_: True)
+        monkeypatch.setattr("deployment.step.recording.runs_kernels", lambda *_: True)
     assert obstacle(model, cache) is None
     with packed_attention(model):  # its own hooks are not
         assert obstacle(model, cache) is None
@@ -393,7 +393,7 @@ def test_on_a_gpu_generate_says_the_same(
         recordings.append(run)
         return record(run)
 
-    monkeypatch.setattr("deployment.automatic.record", noted)
+    monkeypatch.setattr("deployment.step.automatic.record", noted)
     model = make_model("llama").to(DEVICE)
     ids = (make_tokens(1, 6).repeat(1, 4) if mode == "prompt lookup" else make_tokens(2, 60)).to(DEVICE)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False} | MODES[mode]

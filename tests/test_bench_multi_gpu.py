@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from deployment.kernels.dispatch import attend
 from deployment.layer import PackedLayer
+from deployment.measure.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
 from deployment.rope import Rope
-from deployment.step import attend_with_torch
-from deployment.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
+from deployment.step.attend import attend_with_torch
+from deployment.step.dispatch import attend
 from gradients.cli import run_command
 from gradients.models import KINDS, load_model
 from quant.results import read_rows

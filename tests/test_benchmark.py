@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployment import timing
 from deployment.benchmark import main
-from deployment.dense import decode_calls, prefill_calls
-from deployment.synthetic import Shape, make_case, synthetic_quantizers
-from deployment.timing import copy_rate, fastest
+from deployment.measure import timing
+from deployment.measure.fp16 import decode_calls, prefill_calls
+from deployment.measure.synthetic import Shape, make_case, synthetic_quantizers
+from deployment.measure.timing import copy_rate, fastest
 from gradients.cli import UserError
 from quant.results import read_rows
 from quant.scheme import Scheme
@@ -56,7 +56,7 @@ def test_some_operations_at_some_contexts(llama_folder: Path, tmp_path: Path) ->
 
 
 def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployment.timing._COPY_BYTES", {"cpu": 800})
+    monkeypatch.setattr("deployment.measure.timing._COPY_BYTES", {"cpu": 800})
     seconds = iter([4.0, 2.0])  # of a copy, and of a kernel
 
     def timed(calls: list[Callable[[], object]], _device: torch.device) -> tuple[float, float]:
@@ -65,7 +65,7 @@ def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch: pytest.Monkey
         assert len(calls) == 4
         return next(seconds) * 1e6, 0.0
 
-    monkeypatch.setattr("deployment.timing.microseconds", timed)
+    monkeypatch.setattr("deployment.measure.timing.microseconds", timed)
     assert copy_rate(torch.device("cpu")) == pytest.approx(2 * 800 / 2)
 
 
@@ -99,7 +99,7 @@ def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: py
             raise RuntimeError("no such backend")
         return times[calls[0]], 0.0
 
-    monkeypatch.setattr("deployment.timing.microseconds", timed)
+    monkeypatch.setattr("deployment.measure.timing.microseconds", timed)
     ways = {name: [name] for name in times}
     assert fastest(ways, torch.device("cpu")) == ("quick", 1.0)  # type: ignore[arg-type]
     assert "broken is left out: no such backend" in capsys.readouterr().err

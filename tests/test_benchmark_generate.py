@@ -9,8 +9,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from deployment.attention import packed_attention
-from deployment.filled import filled_cache, synthetic_artefact
 from deployment.layer import PackedLayer
+from deployment.measure.filled import filled_cache, synthetic_artefact
 from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.results import read_rows

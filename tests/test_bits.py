@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from deployment.bits import Places, places_of
-from deployment.order import ChannelOrder, GroupOrder, Order, rotary_groups, uniform_order
+from deployment.format.bits import Places, places_of
+from deployment.format.order import ChannelOrder, GroupOrder, Order, rotary_groups, uniform_order
 
 HEADS = 2
 

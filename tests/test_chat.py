@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deployment.answer import TimedStreamer
-from deployment.chat import Chat, PlainText
 from deployment.generate import main as generate_main
-from deployment.saved import load_cache
-from deployment.session import Session
+from deployment.text.answer import TimedStreamer
+from deployment.text.chat import Chat, PlainText
+from deployment.text.saved import load_cache
+from deployment.text.session import Session
 from gradients.cli import UserError
 from gradients.models import LoadedModel
 from quant.artefact import Quantizers

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.graphed import graphed
+from deployment.step.graphed import graphed
 from gradients.cli import UserError
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
@@ -217,7 +217,7 @@ def test_recorded_steps_are_checked_too(
     """Masks and positions are no part of what is replayed."""
     from deployment.layer import PackedLayer
 
-    monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
     monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
     ids, cache = make_tokens(1, TOKENS), PackedCache(exact, llama.config)
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import deployment.step
+import deployment.step.attend
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.generate import main as generate_main
 from deployment.rope import Rope
-from deployment.saved import load_cache, save_cache
+from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.fisher import record_window
 from gradients.models import LoadedModel, decoder, load_model
@@ -173,8 +173,8 @@ def test_kernels_run_with_the_layers_device_current(
         attended.append(list(inside))
         return query.transpose(1, 2)
 
-    monkeypatch.setattr(deployment.step, "current", watched)
-    monkeypatch.setattr(deployment.step, "attend_and_store", attend)
+    monkeypatch.setattr(deployment.step.attend, "current", watched)
+    monkeypatch.setattr(deployment.step.attend, "attend_and_store", attend)
     with torch.inference_mode(), packed_attention(llama, "triton"):
         llama(input_ids=make_tokens(1, 2), past_key_values=PackedCache(quantizers, llama.config))
     assert attended == [[torch.device("cpu")]] * 2

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.generate import main as generate_main
-from deployment.graphed import _STEPS, graphed
-from deployment.session import Session
-from deployment.steps import Steps
+from deployment.step.graphed import _STEPS, graphed
+from deployment.step.steps import Steps
+from deployment.text.session import Session
 from gradients.cli import UserError
 from gradients.models import LoadedModel
 from quant.artefact import Quantizers
@@ -102,7 +102,7 @@ def test_a_conversation_with_recorded_steps_says_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Turn after turn on one cache, recorded anew in each; more tokens than there is room for at once; a text that departs."""
-    monkeypatch.setattr("deployment.automatic._STEPS", 7)
+    monkeypatch.setattr("deployment.step.automatic._STEPS", 7)
     loaded = LoadedModel("tiny", llama, tokenizer)
     said = []
     for graphs in (False, True):
@@ -122,7 +122,7 @@ def test_a_conversation_with_recorded_steps_says_the_same(
 def test_a_failed_recording_leaves_everything_as_it_was(
     llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deployment.steps.obstacle", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
     ids, plain, cache = make_tokens(1, 12), *(PackedCache(quantizers, llama.config) for _ in range(2))
     with packed_attention(llama):
         expected = generated(llama, plain, ids, 4)

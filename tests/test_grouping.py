@@ -18,10 +18,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.format.layout import PackedTensor
+from deployment.format.order import ChannelOrder, GroupOrder
 from deployment.kernels.decode import host
-from deployment.layout import PackedTensor
-from deployment.order import ChannelOrder, GroupOrder
-from deployment.shapes import ModelShape
+from deployment.measure.shapes import ModelShape
 from gradients.checked import open_checked, write_checked
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint

@@ -9,8 +9,8 @@ from test_feedback import random_feedback
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor
 from deployment.kernels.append import Side, append
-from deployment.layout import PackedTensor
 from quant.quantizer import as_stored
 
 HEADS = 2

@@ -7,11 +7,11 @@ import torch
 from conftest import SPANS, all_pairs
 from torch import Tensor
 
-from deployment.kernels.attend import Segment, attend_torch
+from deployment.format.layout import PackedTensor
+from deployment.format.order import rotary_groups
 from deployment.kernels.packed import DenseSegment, PackedSegment, attend_packed
 from deployment.kernels.phase import Rotary
-from deployment.layout import PackedTensor
-from deployment.order import rotary_groups
+from deployment.step.reference import Segment, attend_torch
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.evaluate import evaluate_packed
-from deployment.kernels import dispatch
-from deployment.kernels.dispatch import VARIABLE, runs_kernels
+from deployment.step import dispatch
+from deployment.step.dispatch import VARIABLE, runs_kernels
 from gradients.cli import UserError
 from quant.artefact import Quantizers
 from quant.scheme import Scheme

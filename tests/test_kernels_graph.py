@@ -9,11 +9,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 pytest.importorskip("triton")
 
 from deployment.attention import padding_mask
-from deployment.kernels.dispatch import Backend
 from deployment.layer import PackedLayer
+from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
-from deployment.step import attend_step
-from deployment.synthetic import Shape, synthetic_quantizers
+from deployment.step.attend import attend_step
+from deployment.step.dispatch import Backend
 from quant.scheme import Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -93,7 +93,7 @@ def test_steps_do_not_need_what_the_host_has_counted(
     for decoder in (recorded, direct):
         decoder.layer.crop(-cropped)
     recorded.layer.reserve(steps)
-    for module in ("deployment.layer", "deployment.kernels.dispatch"):
+    for module in ("deployment.layer", "deployment.step.dispatch"):
         monkeypatch.setattr(f"{module}.is_capturing", lambda _device: True)
     lengths, slots = list(recorded.layer.lengths), recorded.layer.slots
     outputs = []

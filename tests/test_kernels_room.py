@@ -7,9 +7,9 @@ import torch
 from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
-from deployment import layout, room
+from deployment.format import layout, room
+from deployment.format.layout import Page
 from deployment.layer import PackedLayer
-from deployment.layout import Page
 
 HEADS, DIM = 2, 64
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter neither waits nor captures")

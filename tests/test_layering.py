@@ -76,6 +76,35 @@ def test_a_planted_violation_is_caught(stage: str, line: str, caught: bool, tmp_
     assert all(entry.startswith(f"{stage}/planted.py imports") for entry in found)
 
 
+STATE = {"cache", "layer", "window", "rope", "checked", "kept", "devices", "handles"}
+ROOMS = {  # of deployment: what each may import of it
+    "format": {"format"},
+    "kernels": {"format", "kernels"},
+    **dict.fromkeys(STATE, {"format", "kernels"} | STATE),
+    "step": {"format", "kernels", "step"} | STATE,
+    "text": {"format", "step", "text", "attention"} | STATE,
+    "measure": {"format", "kernels", "step", "measure"} | STATE,
+}
+
+
+def rooms_of(source: str) -> set[str]:
+    """The rooms of deployment, or modules on its top floor, that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module == "deployment":
+            found |= {alias.name for alias in node.names}
+    return found | {name.split(".")[1] for name in imported_names(source) if name.startswith("deployment.")}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_of_deployment_imports_what_it_may(room: str) -> None:
+    place = REPOSITORY / "deployment" / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+    assert files
+    for path in files:
+        assert rooms_of(path.read_text(encoding="utf-8")) <= ROOMS[room], path.name
+
+
 def test_there_is_no_drawer_for_everything() -> None:
     names = {path.name for stage in STAGES for path in (REPOSITORY / stage).rglob("*.py")}
     assert names.isdisjoint({"utils.py", "common.py", "helpers.py", "misc.py"})

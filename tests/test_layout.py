@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployment.layout import PAGE_BLOCKS, PackedTensor
-from deployment.order import ChannelOrder, GroupOrder, order_of, rotary_groups, uniform_order
-from deployment.streams import OutlierStreams, index_span
+from deployment.format.layout import PAGE_BLOCKS, PackedTensor
+from deployment.format.order import ChannelOrder, GroupOrder, order_of, rotary_groups, uniform_order
+from deployment.format.streams import OutlierStreams, index_span
 from gradients.cli import UserError
 from quant.codebook import int_codebook, nf_codebook
 from quant.outliers import outliers_per_end

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import deployment.step
-from deployment import native
-from deployment.kernels.attend import Segment, attend_torch
+import deployment.step.attend
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
-from deployment.step import attend_step
+from deployment.step import native
+from deployment.step.attend import attend_step
+from deployment.step.reference import Segment, attend_torch
 from gradients.rope import rotate
 from quant.codebook import nf_codebook
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -121,7 +121,7 @@ def test_stored_keys_are_rotated_to_the_last_bit(monkeypatch: pytest.MonkeyPatch
         return attend_torch(query, seen, scaling)
 
     monkeypatch.setenv(native.VARIABLE, "0")
-    monkeypatch.setattr(deployment.step, "attend_torch", watched)
+    monkeypatch.setattr(deployment.step.attend, "attend_torch", watched)
     states = heavy_tailed(STORED + sum(CHUNKS), seed=1)
     sides, stored = quantizers(4, states), STORED
     for new, _ in zip(CHUNKS, chunks(rope, 4, exact_chunk=False), strict=True):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, PreTrainedModel
 
-from deployment.shapes import load_config
+from deployment.measure.shapes import load_config
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, SITES, kv_shape, kv_sites, load_model

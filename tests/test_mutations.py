@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.saved import read_cache, save_cache
+from deployment.text.saved import read_cache, save_cache
 from gradients.checked import digest_of
 from gradients.cli import UserError
 from gradients.models import KINDS

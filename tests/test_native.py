@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployment import native
+from deployment.format.order import half_words, uniform_order
 from deployment.layer import PackedLayer
-from deployment.order import half_words, uniform_order
 from deployment.rope import Rope
-from deployment.step import attend_with_torch
+from deployment.step import native
+from deployment.step.attend import attend_with_torch
 from gradients.models import decoder
 from quant.codebook import int_codebook, nf_codebook
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer

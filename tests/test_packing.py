@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployment.packing import GROUP, pack, pack_spare_bits, planes, unpack, unpack_spare_bits
+from deployment.format.packing import GROUP, pack, pack_spare_bits, planes, unpack, unpack_spare_bits
 
 
 def hexadecimal(words: torch.Tensor) -> list[str]:

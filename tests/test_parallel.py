@@ -18,9 +18,9 @@ from test_processes import free_port
 from transformers import PreTrainedModel
 
 from deployment.evaluate import main as evaluate_main
+from deployment.format.layout import PackedTensor
 from deployment.generate import main as generate_main
 from deployment.kernels.append import Side, append
-from deployment.layout import PackedTensor
 from deployment.plan import main as plan_main
 from gradients.cli import UserError
 from gradients.parallel import WHOLE, Part, distribution, own_part

@@ -19,8 +19,8 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
+from deployment.measure.shapes import ModelShape, named_config
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
-from deployment.shapes import ModelShape, named_config
 from gradients.cli import UserError, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS

@@ -67,9 +67,20 @@ def test_its_python_runs_as_written(llama_folder: Path, quantizers_file: Path, c
 @pytest.mark.parametrize("stage", ["gradients", "quant", "deployment"])
 def test_a_stages_readme_lists_its_files_and_no_others(stage: str) -> None:
     listing = (REPOSITORY / stage / "README.md").read_text().split("\n## Files\n")[1]
-    listed = set(re.findall(r"`(\w+\.(?:py|c))`", listing))
-    present = {path.name for end in ("py", "c") for path in (REPOSITORY / stage).glob(f"*.{end}")}
-    assert listed == present - {"__init__.py"}
+    listed = set(re.findall(r"`([\w/]+\.(?:py|c))`", listing))
+    files = [
+        path.relative_to(REPOSITORY / stage) for end in ("py", "c") for path in (REPOSITORY / stage).rglob(f"*.{end}")
+    ]
+    present = {path.as_posix() for path in files if path.name != "__init__.py" and path.parts[0] != "kernels"}
+    assert listed == present
+
+
+def test_the_readme_of_kernels_lists_its_files() -> None:
+    folder = REPOSITORY / "deployment" / "kernels"
+    table = (folder / "README.md").read_text().split("\nWhat was measured")[0]
+    listed = set(re.findall(r"`([\w/]+\.(?:py|cu|h))`", table)) - {"dispatch.py", "reference.py"}
+    files = [path.relative_to(folder) for end in ("py", "cu", "h") for path in folder.rglob(f"*.{end}")]
+    assert listed == {path.as_posix() for path in files if path.name != "__init__.py"}
 
 
 def test_the_papers_map_names_what_the_code_has() -> None:

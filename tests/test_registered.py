@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from deployment.registered import registered_step, step
+from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
-from deployment.synthetic import Shape, synthetic_quantizers
+from deployment.step.compiled import registered_step, step
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
 

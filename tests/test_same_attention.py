@@ -18,9 +18,9 @@ from transformers import (
     StableLmConfig,
 )
 
-from deployment import same_attention
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.step import same_attention
 from gradients.models import SITES
 from quant.artefact import Quantizers
 from quant.scheme import Scheme

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.format.order import ChannelOrder, GroupOrder, uniform_order
 from deployment.layer import PackedLayer
-from deployment.order import ChannelOrder, GroupOrder, uniform_order
-from deployment.pages import one_page
-from deployment.saved import load_cache, quantizers_digest, save_cache
+from deployment.text.pages import one_page
+from deployment.text.saved import load_cache, quantizers_digest, save_cache
 from gradients.checked import bytes_checksum, canonical_json, checksum, digest_of
 from gradients.cli import UserError
 from gradients.models import KINDS

@@ -69,7 +69,7 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     import datasets
     from huggingface_hub import constants
 
-    import deployment.harness  # noqa: F401  (registers the model)
+    import deployment.text.harness  # noqa: F401  (registers the model)
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -10,19 +10,19 @@ from conftest import CONFIGS, build_model
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 
-from deployment import native
 from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
 from deployment.cache import PackedCache
 from deployment.evaluate import main as evaluate_main
-from deployment.filled import copy_filling
-from deployment.filled import fill as fill_by_appending
 from deployment.generate import main as generate_main
 from deployment.layer import PackedLayer
+from deployment.measure.filled import copy_filling
+from deployment.measure.filled import fill as fill_by_appending
+from deployment.measure.shapes import ModelShape
+from deployment.measure.synthetic import Shape, fill_with_blocks, synthetic_quantizers
 from deployment.plan import Plan
-from deployment.saved import load_cache, save_cache
-from deployment.shapes import ModelShape
-from deployment.synthetic import Shape, fill_with_blocks, synthetic_quantizers
+from deployment.step import native
+from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.artefact import Quantizers

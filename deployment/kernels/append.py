@@ -12,13 +12,13 @@ from typing import Any
 import triton
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor
 from deployment.kernels import feedback_host
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
 from deployment.kernels.part import encode_own
 from deployment.kernels.side import Codes, Side, contiguous, places
 from deployment.kernels.step import step_kernel
-from deployment.layout import PackedTensor
 
 
 def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:

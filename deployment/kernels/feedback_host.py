@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deployment.format.layout import Page
 from deployment.kernels.decode.host import Run, structure
 from deployment.kernels.side import Codes, Side, places
-from deployment.layout import Page
 
 HEAD_DIMS = (64, 96, 128)
 _MOST_BITS = 6

@@ -2,7 +2,7 @@
 
 Few queries of a kind that `decode/` takes read the packed words themselves, in CUDA C++ (decode/decode.cu). Everything else goes the general way,
 in Triton, which any GPU and the interpreter run: stretches are unpacked and attended to (prefill.py). Both are `attend_torch`
-(attend.py) but for rounding. Nothing here waits for the device or depends on how full the cache is.
+(step/reference.py) but for rounding. Nothing here waits for the device or depends on how full the cache is.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor, Page
 from deployment.kernels.phase import Rotary
-from deployment.layout import PackedTensor, Page
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ of `turn`, which are the same for every block (see `phase.py`).
 import triton
 import triton.language as tl
 
+from deployment.format.order import GroupOrder, Order
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair, steps_of
-from deployment.order import GroupOrder, Order
 
 # in which of two orders codes lie (order.py), groups of keys and of values being two
 CHANNEL_ORDER = tl.constexpr(0)

@@ -6,11 +6,11 @@ from weakref import WeakKeyDictionary
 import triton
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor, Page
+from deployment.format.order import GROUP_CHANNELS, GroupOrder
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
-from deployment.layout import PackedTensor, Page
-from deployment.order import GROUP_CHANNELS, GroupOrder
 
 _ENTRIES = 256  # outliers at a time
 _HEADS = (4, 2, 1)  # heads of a program share what turns their keys

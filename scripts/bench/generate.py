@@ -31,11 +31,11 @@ from transformers.cache_utils import Cache
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
-from deployment.filled import filled_cache, synthetic_artefact
-from deployment.graphed import graphed
+from deployment.measure.filled import filled_cache, synthetic_artefact
+from deployment.measure.shapes import SHAPES, named_config
 from deployment.plan import parse_tokens
-from deployment.recording import record
-from deployment.shapes import SHAPES, named_config
+from deployment.step.graphed import graphed
+from deployment.step.recording import record
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.results import append_row
 from quant.scheme import Scheme

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from deployment.cache import PackedCache
-from deployment.filled import synthetic_artefact
-from deployment.shapes import ModelShape
-from deployment.synthetic import Shape
+from deployment.measure.filled import synthetic_artefact
+from deployment.measure.shapes import ModelShape
+from deployment.measure.synthetic import Shape
 from gradients.models import decoder_config
 from gradients.parallel import Part, distribution, gathered_heads
 from gradients.processes import process_state

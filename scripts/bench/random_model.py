@@ -3,7 +3,7 @@
     python -m scripts.bench.random_model --shape llama-7b --layers 8 --output random-7b      # with a tokenizer of bytes
 
 Weights are normal with a standard deviation of 1/sqrt(hidden size), gains of norms are one: keys and values are then
-about standard normal, which is what `deployment.synthetic` makes quantizers for. Every parameter has a generator of its
+about standard normal, which is what `deployment.measure.synthetic` makes quantizers for. Every parameter has a generator of its
 own, so that devices of one kind hold the same numbers however layers are spread over them, and is allocated where it is
 to live: nothing goes through the host.
 """
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deployment.shapes import SHAPES, load_config, named_config
+from deployment.measure.shapes import SHAPES, load_config, named_config
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import decoder_config
 

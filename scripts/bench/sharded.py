@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from deployment.measure.shapes import SHAPES, ModelShape
 from deployment.plan import Plan, parse_bytes, parse_tokens
-from deployment.shapes import SHAPES, ModelShape
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int, run_command
 from gradients.parallel import Part, add_tensor_parallel_argument, own_part
 from gradients.placement import exists

@@ -24,12 +24,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.filled import synthetic_artefact
-from deployment.graphed import graphed
-from deployment.kernels.dispatch import runs_kernels
 from deployment.layer import PackedLayer
-from deployment.shapes import ModelShape
-from deployment.synthetic import Shape, fill_with_blocks
+from deployment.measure.filled import synthetic_artefact
+from deployment.measure.shapes import ModelShape
+from deployment.measure.synthetic import Shape, fill_with_blocks
+from deployment.step.dispatch import runs_kernels
+from deployment.step.graphed import graphed
 from gradients.cli import UserError
 from gradients.models import cached_layers, decoder, decoder_config, kv_shape
 from gradients.placement import input_device, module_device

@@ -34,8 +34,8 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.evaluate import evaluate_packed
-from deployment.kernels.dispatch import runs_kernels
 from deployment.layer import PackedLayer
+from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.models import load_model
 from gradients.text import load_corpus

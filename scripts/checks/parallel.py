@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.graphed import graphed
+from deployment.step.graphed import graphed
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.models import LoadedModel, decoder_config, load_model
 from gradients.parallel import WHOLE, Part, add_tensor_parallel_argument, own_part

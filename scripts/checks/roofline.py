@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deployment.measure.shapes import ModelShape, named_config
 from deployment.plan import parse_tokens
-from deployment.shapes import ModelShape, named_config
 from gradients.cli import UserError, command_parser, format_table, run_command
 from gradients.models import kv_shape
 from quant.results import append_row

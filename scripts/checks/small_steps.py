@@ -16,8 +16,8 @@ from torch import Tensor
 
 from deployment.benchmark import append_call, decode_call
 from deployment.devices import current
-from deployment.kernels.dispatch import runs_kernels
-from deployment.synthetic import Shape, make_case
+from deployment.measure.synthetic import Shape, make_case
+from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from quant.scheme import Scheme
 

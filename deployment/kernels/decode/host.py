@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor, Page
+from deployment.format.order import GroupOrder
 from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of
-from deployment.layout import PackedTensor, Page
-from deployment.order import GroupOrder
 
 MOST_QUERIES = 16  # of a KV head; beyond, a block is worth unpacking once for all of them
 HEAD_DIMS = (64, 96, 128, 256)

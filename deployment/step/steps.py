@@ -29,9 +29,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deployment.cache import PackedCache
 from deployment.devices import current, is_capturing
 from deployment.kept import kept
-from deployment.kernels.dispatch import Backend
 from deployment.layer import PackedLayer, recount
-from deployment.recording import Assumed, Recorder, obstacle
+from deployment.step.dispatch import Backend
+from deployment.step.recording import Assumed, Recorder, obstacle
 
 _MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once
 _WORTH = 16  # replays that have paid for a recording

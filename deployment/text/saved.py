@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from deployment.pages import one_page, pages_of
+from deployment.text.pages import one_page, pages_of
 from gradients.checked import (
     Artefact,
     CheckedFile,

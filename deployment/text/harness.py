@@ -1,6 +1,6 @@
 """A model for lm-evaluation-harness whose cache is packed, so that every task the harness knows runs through it.
 
-    import deployment.harness  # registers it as "kvquant"
+    import deployment.text.harness  # registers it as "kvquant"
     lm_eval.simple_evaluate(model="kvquant", model_args="pretrained=./smollm2,quantizers=nuq3.safetensors", ...)
 
 It is the harness's own `hf` model (tokenization, batching, truncation and stop sequences are its), with another cache:
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.kernels.dispatch import Backend
+from deployment.step.dispatch import Backend
 from gradients.cli import UserError
 from gradients.finite import require_finite
 from gradients.models import kv_sites

@@ -21,9 +21,9 @@ import torch
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
-from deployment.kernels.dispatch import Backend
-from deployment.recording import record
-from deployment.steps import Steps
+from deployment.step.dispatch import Backend
+from deployment.step.recording import record
+from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
 

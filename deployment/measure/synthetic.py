@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from deployment.kernels.dispatch import runs_kernels
+from deployment.format.layout import PAGE_BLOCKS, PackedTensor
+from deployment.format.room import ROOM_SHARE, ROOM_TOKENS
+from deployment.format.streams import OutlierStreams
 from deployment.layer import PackedLayer
-from deployment.layout import PAGE_BLOCKS, PackedTensor
-from deployment.room import ROOM_SHARE, ROOM_TOKENS
 from deployment.rope import Rope
-from deployment.streams import OutlierStreams
+from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError
 from gradients.models import Kind, decoder_config
 from quant.allocate import choices

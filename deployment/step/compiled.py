@@ -3,7 +3,7 @@
     torch.ops.kvquant.attend_step(query, key, value, mask, effects, layer, rope, backend, scaling, positions)
 
 What happens inside, growing pages and counting tokens, is no business of a compiler, but that something happens is: the
-operator declares to write to `effects` of the layer (see `numbered.py`). It is marked unsafe for the CUDA graphs that a
+operator declares to write to `effects` of the layer (see `handles.py`). It is marked unsafe for the CUDA graphs that a
 compiler records by itself, since the host must count along; `PackedLayer.reserve` is for those who record their own.
 Outside of compilation the step is called directly. There is no backward: the cache holds codes.
 """
@@ -13,11 +13,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from deployment.kernels.dispatch import Backend
+from deployment.handles import find
 from deployment.layer import PackedLayer
-from deployment.numbered import find
 from deployment.rope import Rope
-from deployment.step import attend_step
+from deployment.step.attend import attend_step
+from deployment.step.dispatch import Backend
 
 
 def step(

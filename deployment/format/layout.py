@@ -19,11 +19,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from deployment.bits import places_of
-from deployment.order import GroupOrder, Order, Role, order_of
-from deployment.room import ROOM_TOKENS, Room
-from deployment.streams import FEW, OutlierStreams, index_span, sent
-from deployment.tables import FeedbackTables, Tables
+from deployment.format.bits import places_of
+from deployment.format.order import GroupOrder, Order, Role, order_of
+from deployment.format.room import ROOM_TOKENS, Room
+from deployment.format.streams import FEW, OutlierStreams, index_span, sent
+from deployment.format.tables import FeedbackTables, Tables
 from gradients.parallel import WHOLE
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from deployment.cache import PackedCache
-from deployment.kernels.dispatch import runs_kernels
+from deployment.format.layout import Page
 from deployment.layer import PackedLayer
-from deployment.layout import Page
-from deployment.synthetic import Shape, synthetic_quantizers
+from deployment.measure.synthetic import Shape, synthetic_quantizers
+from deployment.step.dispatch import runs_kernels
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, cached_layers, kv_shape
 from quant.artefact import Quantizers

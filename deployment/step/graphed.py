@@ -18,9 +18,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
-from deployment.kernels.dispatch import Backend
-from deployment.recording import Recorder, record
-from deployment.steps import Steps
+from deployment.step.dispatch import Backend
+from deployment.step.recording import Recorder, record
+from deployment.step.steps import Steps
 from gradients.cli import UserError
 
 _STEPS = 256  # tokens that a recording has room for: outliers get it for the worst case, 16 KiB a token, side and layer of 7B

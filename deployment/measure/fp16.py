@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from deployment.synthetic import Case, Shape
+from deployment.measure.synthetic import Case, Shape
 
 Call = Callable[[], Tensor]
 

@@ -32,7 +32,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from deployment.packing import GROUP, pack, planes, unpack
+from deployment.format.packing import GROUP, pack, planes, unpack
 from quant.grouping import are_groups, rotary_pairs
 from quant.mixed import MixedQuantizer
 from quant.quantizer import Quantizer

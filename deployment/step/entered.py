@@ -24,13 +24,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
-from deployment.automatic import Automatic, possible, replaying
 from deployment.cache import PackedCache
 from deployment.checked import settle_all
-from deployment.interrupted import Forwards
-from deployment.kernels.dispatch import Backend
 from deployment.rope import Rope
-from deployment.same_attention import refuse_other_attention
+from deployment.step.automatic import Automatic, possible, replaying
+from deployment.step.dispatch import Backend
+from deployment.step.interrupted import Forwards
+from deployment.step.same_attention import refuse_other_attention
 from gradients.attention import PREFIX, attending_through
 from gradients.cli import UserError
 from gradients.models import decoder, kv_sites
@@ -68,7 +68,7 @@ def packed_attention(model: PreTrainedModel, backend: Backend | None = None, gra
     """Within the block, `model` attends through the packed layers of any `PackedCache` it is given.
 
     Blocks may be nested, overlap, and be entered by several threads; the model is as it was when the last one ends.
-    `backend` overrides the environment's choice between kernels and torch (kernels/dispatch.py). With `graphs`, decode steps
+    `backend` overrides the environment's choice between kernels and torch (dispatch.py). With `graphs`, decode steps
     on CUDA are recorded once and replayed (automatic.py), unless another block that has not ended wants none.
 
     Raises `NotImplementedError` for an unsupported architecture, `UserError` if another block that has not ended has another

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from deployment.answer import Answer, Interruption, TimedStreamer
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.saved import Messages, SavedCache, save_cache
+from deployment.text.answer import Answer, Interruption, TimedStreamer
+from deployment.text.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
 from gradients.models import LoadedModel, decoder_config
 from gradients.positions import usable_positions

@@ -6,12 +6,12 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from deployment import native
 from deployment.devices import current
-from deployment.kernels.attend import Segment, attend_torch
-from deployment.kernels.dispatch import Backend, attend_and_store, runs_kernels
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
+from deployment.step import native
+from deployment.step.dispatch import Backend, attend_and_store, runs_kernels
+from deployment.step.reference import Segment, attend_torch
 from gradients.models import KINDS
 from gradients.precision import widened
 from gradients.rope import rotate

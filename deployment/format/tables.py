@@ -7,7 +7,7 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from deployment.order import GROUP_CHANNELS, ChannelOrder, GroupOrder, Order
+from deployment.format.order import GROUP_CHANNELS, ChannelOrder, GroupOrder, Order
 from quant.codebook import Codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer

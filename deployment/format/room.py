@@ -15,7 +15,7 @@ silence: the kernels report it, and the report travels with the counts.
 import torch
 from torch import Tensor
 
-from deployment.streams import OutlierStreams
+from deployment.format.streams import OutlierStreams
 
 ROOM_TOKENS = 32  # there is room for all elements of so many tokens being outliers, once a count has arrived
 ROOM_SHARE = 32  # and for one in so many of those held: growing does not copy a long stream again and again

@@ -22,11 +22,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from deployment.kernels.attend import Segment
+from deployment.format.layout import PackedTensor, Page
+from deployment.format.order import GroupOrder, half_words, usual_channels
 from deployment.layer import PackedLayer
-from deployment.layout import PackedTensor, Page
-from deployment.order import GroupOrder, half_words, usual_channels
 from deployment.rope import Rope
+from deployment.step.reference import Segment
 from gradients.models import KINDS
 from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS

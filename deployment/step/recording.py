@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
-from deployment.kernels.dispatch import Backend, runs_kernels
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
+from deployment.step.dispatch import Backend, runs_kernels
 from gradients.models import decoder
 from gradients.placement import input_device
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
-_HARMLESS = ("deployment.entered", "transformers.utils.output_capturing")  # whose hooks do nothing during a step
+_HARMLESS = ("deployment.step.entered", "transformers.utils.output_capturing")  # whose hooks do nothing during a step
 _one_at_a_time = threading.Lock()  # torch has one stream for it
 
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
 
-from deployment.answer import Answer, Interruption
-from deployment.saved import Messages
-from deployment.session import Session
+from deployment.text.answer import Answer, Interruption
+from deployment.text.saved import Messages
+from deployment.text.session import Session
 from gradients.cli import UserError, require_text
 from gradients.models import LoadedModel
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deployment.order import GroupOrder, Order
+from deployment.format.order import GroupOrder, Order
 from quant.storage import BLOCK_TOKENS
 
 _WORD = 32

@@ -1,0 +1,1 @@
+"""What benchmarks measure against and on: shapes, synthetic caches, fp16, clocks."""

@@ -1,0 +1,1 @@
+"""One step of a model over a packed cache: attend, store; compiled, captured, checked."""

@@ -1,0 +1,1 @@
+"""Text in, text out: answers, chats, sessions, saved caches, the evaluation harness."""
