@@ -51,7 +51,7 @@ def test_help_calls_a_script_by_the_name_it_is_run_by(path: Path, capsys: pytest
     with pytest.raises(SystemExit, match="0"):
         imported.main(["--help"])
     assert capsys.readouterr().out.startswith(f"usage: python -m {module} ")
-    assert f"python -m {module}" in imported.__doc__
+    assert f" -m {module}" in imported.__doc__
 
 
 def test_quickstart_table_has_bytes_and_changes(records: Records) -> None:
