@@ -96,7 +96,7 @@ def rooms_of(source: str) -> set[str]:
     return found | {name.split(".")[1] for name in imported_names(source) if name.startswith("deployment.")}
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_of_deployment_imports_what_it_may(room: str) -> None:
     place = REPOSITORY / "deployment" / room
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
