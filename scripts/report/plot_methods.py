@@ -32,8 +32,8 @@ Look = tuple[str, str, str, str]  # label, colour, marker, line
 LOOKS: dict[str, Look] = {
     OURS: ("rdnuq+fb (ours)", figures.VERMILLION, "o", "-"),
     "rdnuq": ("rdnuq (ours)", figures.VERMILLION, "o", "--"),
-    "rdnuqg1-4%+fb": ("rdnuq+fb, widths of channels (ours)", figures.VERMILLION, "o", ":"),
-    "rdnuqg1-4%": ("rdnuq, widths of channels (ours)", figures.VERMILLION, "o", ":"),
+    "rdnuqg1-4%+fb": ("rdnuq+fb, channels", figures.VERMILLION, "o", ":"),
+    "rdnuqg1-4%": ("rdnuq, channels", figures.VERMILLION, "o", ":"),
     "nuq-1%+fb": ("nuq-1%+fb (ours)", figures.INK, "s", "-"),
     "nuq+fb": ("nuq+fb (ours)", figures.INK, "s", "--"),
     "nuq-1%": ("nuq-1% (KVQuant)", figures.BLUE, "s", "-"),
