@@ -100,10 +100,15 @@ class PackedCache(Cache):
         return (elements + self.packed_size().elements) * FP16_BITS // 8
 
     def packed_size(self) -> StoredSize:
-        """What the packed layers alone take: the size that a scheme decides, and a simulation reports."""
+        """What the packed layers alone take: the size that a scheme decides, and a simulation reports.
+
+        Room for outliers to come, which kernels need, is in `nbytes` only.
+        """
         bits = elements = 0
         for layer in self.layers:
             if isinstance(layer, PackedLayer) and layer.is_initialized:
-                bits += 8 * sum(tensor.nbytes for tensor in layer.tensors())
+                streams = [page.outliers for packed in layer.packed.values() for page in packed.pages]
+                room = sum(each.unused_bytes() for each in streams if each is not None)
+                bits += 8 * (sum(tensor.nbytes for tensor in layer.tensors()) - room)
                 elements += 2 * sum(layer.lengths) * layer.packed["key"].heads * layer.packed["key"].head_dim
         return StoredSize(bits, elements)

@@ -50,6 +50,18 @@ def unused(page: Page) -> int:
     return len(page.outliers.index) - int(page.outliers.counts().sum())
 
 
+def test_room_is_no_part_of_what_is_stored() -> None:
+    layer, expected = make_layer(), make_layer()
+    key, value = tokens(40)
+    store(layer, key, value)
+    expected.append(key, value, [0])
+    for kind in layer.packed:
+        [streams], [wanted] = ([page.outliers for page in each.packed[kind].pages] for each in (layer, expected))
+        assert streams.unused_bytes() > 0 == wanted.unused_bytes()
+        taken = sum(tensor.nbytes for tensor in (streams.index, streams.value)) - streams.unused_bytes()
+        assert taken == wanted.index.nbytes + wanted.value.nbytes
+
+
 def test_many_chunks_and_steps_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, expected = make_layer(), make_layer()
     monkeypatch.setattr(layout, "PAGE_BLOCKS", 1)

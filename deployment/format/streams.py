@@ -77,6 +77,13 @@ class OutlierStreams:
         """Outliers of every stream, `[B, G]` int64."""
         return self.lengths().sum(-1) if self.starts is None else (self.ends.amax(-1) - self.starts).long()
 
+    def unused_bytes(self) -> int:
+        """Of `index` and `value`, what no list has come to; none but where kernels append. Waits for the device."""
+        if self.starts is None:
+            return 0
+        places = len(self.index) - int(self.counts().sum())
+        return places * (self.index.element_size() + self.value.element_size())
+
     def places(self) -> tuple[Tensor, Tensor]:
         """(begin, end) of every list in `index` and `value`, `[B, G, blocks]` int64."""
         lengths = self.lengths()
