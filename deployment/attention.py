@@ -17,7 +17,8 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from deployment.layer import OUTSIDE, PackedLayer
 from deployment.rope import Rope
-from deployment.step.compiled import step
+from deployment.step.asked import Step
+from deployment.step.compiled import attend
 from deployment.step.entered import CONTEXT, NAME, Context, packed_attention
 from deployment.step.same_attention import refuse_unknown
 from gradients.rope import rotate
@@ -92,7 +93,8 @@ def attention(
     if sliding_window is not None or dropout:
         refuse_unknown({"sliding_window": sliding_window, "dropout": dropout or None})
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return step(layer, rope, context.backend, query, key, value, attention_mask, scaling, position_ids), None
+    asked = Step(layer, rope, query, key, value, scaling, attention_mask, position_ids, context.backend)
+    return attend(asked), None
 
 
 def _native(

@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
-from deployment.step.dispatch import Backend
+from deployment.step.asked import Backend
 from deployment.text.saved import quantizers_digest
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command

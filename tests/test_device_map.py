@@ -20,6 +20,7 @@ from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.generate import main as generate_main
 from deployment.rope import Rope
+from deployment.step.asked import Step
 from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.fisher import record_window
@@ -169,9 +170,9 @@ def test_kernels_run_with_the_layers_device_current(
         yield
         inside.pop()
 
-    def attend(_layer: object, _rope: object, query: Tensor, *_: object) -> Tensor:
+    def attend(step: Step, _padding: object) -> Tensor:
         attended.append(list(inside))
-        return query.transpose(1, 2)
+        return step.query.transpose(1, 2)
 
     monkeypatch.setattr(deployment.step.attend, "current", watched)
     monkeypatch.setattr(deployment.step.attend, "attend_and_store", attend)

@@ -12,8 +12,8 @@ from deployment.attention import padding_mask
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
+from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
-from deployment.step.dispatch import Backend
 from quant.scheme import Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +46,7 @@ class Decoder:
         new, total = tokens[0].shape[2], mask.shape[1]
         seen = padding_mask(2, new, total, q_offset=total - new, attention_mask=mask)
         self.layer.expect(*tokens[1:])
-        return attend_step(self.layer, self.rope, backend, *tokens, seen, 0.125)
+        return attend_step(Step(self.layer, self.rope, *tokens, 0.125, seen, backend=backend))
 
 
 def grown(total: int) -> Tensor:

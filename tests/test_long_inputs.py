@@ -17,6 +17,7 @@ import deployment.step.attend
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.asked import Step
 from deployment.step.attend import attend_step
 from deployment.step.reference import Segment, attend_torch
 from gradients.rope import rotate
@@ -88,7 +89,7 @@ def chunks(rope: Rope, bits: int, exact_chunk: bool) -> Iterable[tuple[Tensor, T
         query = torch.randn(1, QUERY_HEADS, new, DIM, generator=generator)
         key, value = (x[:, :, stored : stored + new] for x in states)
         layer.update(key, value)
-        output = attend_step(layer, rope, "torch", query, key, value, None, SCALING).transpose(1, 2)
+        output = attend_step(Step(layer, rope, query, key, value, SCALING, backend="torch")).transpose(1, 2)
         end, exact_from = stored + new, stored if exact_chunk else stored + new
         seen = [as_attended(side, x[:, :, :end], exact_from) for side, x in zip(sides, states, strict=True)]
         yield output, reference(rope, query, *seen)

@@ -16,7 +16,8 @@ from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
-from deployment.step.compiled import registered_step, step
+from deployment.step.asked import Step
+from deployment.step.compiled import attend, registered_step
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
@@ -47,7 +48,7 @@ def run(made: Made, backend: str, compiler: str | None, sizes: tuple[int, ...]) 
     def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             layer.expect(key, value)
-        return 2 * step(layer, rope, backend, query + 1, key, value, None, 0.25)
+        return 2 * attend(Step(layer, rope, query + 1, key, value, 0.25, backend=backend))
 
     called = attention if compiler is None else torch.compile(attention, backend=compiler, fullgraph=True)
     return [called(*chunk(new, seed)) for seed, new in enumerate(sizes)]
@@ -73,8 +74,8 @@ def test_equal_and_unused_calls_all_run(compiler: str) -> None:
     layer, rope = make_layer()
 
     def twice(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        step(layer, rope, "torch", query, key, value, None, 0.25)
-        return step(layer, rope, "torch", query, key, value, None, 0.25)
+        attend(Step(layer, rope, query, key, value, 0.25, backend="torch"))
+        return attend(Step(layer, rope, query, key, value, 0.25, backend="torch"))
 
     output = torch.compile(twice, backend=compiler, fullgraph=True)(*chunk(1, seed=0))
     assert layer.lengths == [2, 2]
@@ -86,7 +87,7 @@ def test_every_layer_gets_its_own_tokens() -> None:
     first, rope = make_layer()
 
     def attention(layer: PackedLayer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return step(layer, rope, "torch", query, key, value, None, 0.25)
+        return attend(Step(layer, rope, query, key, value, 0.25, backend="torch"))
 
     compiled = torch.compile(attention, backend="eager", fullgraph=True)
     compiled(first, *chunk(5, seed=0))

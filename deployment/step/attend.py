@@ -10,59 +10,45 @@ from deployment.devices import current
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
-from deployment.step.dispatch import Backend, attend_and_store, runs_kernels
+from deployment.step.asked import Step
+from deployment.step.dispatch import attend_and_store, runs_kernels
 from deployment.step.reference import Segment, attend_torch
 from gradients.models import KINDS
 from gradients.precision import widened
 from gradients.rope import rotate
 
 
-def attend_step(
-    layer: PackedLayer,
-    rope: Rope,
-    backend: Backend | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    positions: Tensor | None = None,
-) -> Tensor:
+def attend_step(step: Step) -> Tensor:
     """Attend over past and chunk, and store the chunk.
 
-    Args:
-        query: `[B, H, S, D]`, pre-RoPE; key, value `[B, G, S, D]`, of the chunk.
-        mask: `[B or 1, 1, 1, T + S]` bool, False for padding on the left; None if there is none.
-        scaling: factor on the scores.
-        positions: `[B or 1, S]` int64, what the model counts the chunk's tokens as; None if nobody said.
-
-    Returns `[B, S, H, D]` in the query's dtype. Raises ValueError for other masks and positions (checked.py).
+    Returns `[B, S, H, D]` in the query's dtype. Raises ValueError for masks and positions that are others (checked.py).
     """
+    layer, query = step.layer, step.query
     try:
-        padding = layer.checked.padding(layer, mask, positions, query.shape[2], rope.length_dependent)
+        absolute = step.rope.length_dependent
+        padding = layer.checked.padding(layer, step.mask, step.positions, query.shape[2], absolute)
     except (ValueError, RuntimeError):
         layer.withdraw()
         raise
     # kernels know one window for all queries of a row, which is the wrong one where each has its own
     one_window = layer.exact_chunk or not layer.residual_tokens or query.shape[2] == 1
-    if one_window and query.dtype != torch.float64 and runs_kernels(backend, layer, query.device):
+    if one_window and query.dtype != torch.float64 and runs_kernels(step.backend, layer, query.device):
         with current(query.device):
-            return attend_and_store(layer, rope, query, key, value, padding, scaling)
-    output = _with_torch(layer, rope, query, key, value, padding, scaling)
-    return output.transpose(1, 2).to(query.dtype).contiguous()
+            return attend_and_store(step, padding)
+    return _with_torch(step, padding).transpose(1, 2).to(query.dtype).contiguous()
 
 
-def _with_torch(
-    layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: list[int], scaling: float
-) -> Tensor:
+def _with_torch(step: Step, padding: list[int]) -> Tensor:
     """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` in float32, or float64 for such a query."""
+    layer, key, value = step.layer, step.key, step.value
     joined, before = layer.joined(key, value, padding), list(layer.lengths)
     if layer.exact_chunk:
-        output = attend_with_torch(layer, rope, query, joined, padding, scaling, before)
+        output = attend_with_torch(layer, step.rope, step.query, joined, padding, step.scaling, before)
         layer.append(key, value, padding, joined)
         return output
     layer.append(key, value, padding, joined)
-    return attend_with_torch(layer, rope, query, joined if layer.residual_tokens else None, padding, scaling, before)
+    chunk = joined if layer.residual_tokens else None
+    return attend_with_torch(layer, step.rope, step.query, chunk, padding, step.scaling, before)
 
 
 def attend_with_torch(

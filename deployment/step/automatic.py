@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
-from deployment.step.dispatch import Backend
+from deployment.step.asked import Backend
 from deployment.step.recording import record
 from deployment.step.steps import Steps
 from gradients.models import decoder

@@ -14,28 +14,17 @@ import torch
 from torch import Tensor
 
 from deployment.handles import find
-from deployment.layer import PackedLayer
-from deployment.rope import Rope
+from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
-from deployment.step.dispatch import Backend
 
 
-def step(
-    layer: PackedLayer,
-    rope: Rope,
-    backend: Backend | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    positions: Tensor | None = None,
-) -> Tensor:
+def attend(step: Step) -> Tensor:
     """`attend_step`, through the operator while a compiler looks on."""
     if not torch.compiler.is_compiling():
-        return attend_step(layer, rope, backend, query, key, value, mask, scaling, positions)
-    state = layer.effects, layer.number, rope.number
-    return registered_step(query, key, value, mask, *state, backend or "", scaling, positions)
+        return attend_step(step)
+    state = step.layer.effects, step.layer.number, step.rope.number
+    tokens = step.query, step.key, step.value, step.mask
+    return registered_step(*tokens, *state, step.backend or "", step.scaling, step.positions)
 
 
 @torch.library.custom_op("kvquant::attend_step", mutates_args=("effects",), tags=(torch.Tag.cudagraph_unsafe,))
@@ -54,7 +43,7 @@ def registered_step(
     """`attend_step` of the layer and the rotary embedding of these numbers; `backend` "" leaves the choice open."""
     cache_layer, chosen = find(layer, "cache"), cast(Backend, backend) if backend else None
     cache_layer.expect(key, value)
-    return attend_step(cache_layer, find(rope, "model"), chosen, query, key, value, mask, scaling, positions)
+    return attend_step(Step(cache_layer, find(rope, "model"), query, key, value, scaling, mask, positions, chosen))
 
 
 @registered_step.register_fake

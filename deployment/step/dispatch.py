@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from torch import Tensor
 from deployment.devices import is_capturing
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
+from deployment.step.asked import Backend, Step
 from gradients.cli import UserError
 
-Backend = Literal["auto", "triton", "torch"]
 VARIABLE = "KVQUANT_BACKEND"
 _MAX_HEAD_DIM = 256
 _OLDEST = (8, 0)  # Ampere: asynchronous copies, tensor cores for bfloat16
@@ -77,27 +77,21 @@ def _warn_once(obstacle: str) -> None:
     )
 
 
-def attend_and_store(
-    layer: PackedLayer, rope: Rope, query: Tensor, key: Tensor, value: Tensor, padding: Sequence[int], scaling: float
-) -> Tensor:
-    """Attend over past and chunk, and store the chunk, with the kernels.
-
-    Args:
-        query: `[B, H, S, D]`, pre-RoPE; key, value `[B, G, S, D]`.
-        padding: how many of each row's new tokens are left padding.
+def attend_and_store(step: Step, padding: Sequence[int]) -> Tensor:
+    """Attend over past and chunk, and store the chunk, with the kernels; row b's first `padding[b]` new tokens are left padding.
 
     Returns `[B, S, H, D]` in the query's dtype.
     """
-    pads = layer.pads_of(padding)
-    joined = layer.joined(key, value, padding, with_kernels=True)
+    layer, pads = step.layer, step.layer.pads_of(padding)
+    joined = layer.joined(step.key, step.value, padding, with_kernels=True)
     if layer.exact_chunk:
-        output = attend(layer, rope, query, joined, padding, scaling)
-        layer.append_with_kernels(key, value, padding, pads, joined)
+        output = attend(layer, step.rope, step.query, joined, padding, step.scaling)
+        layer.append_with_kernels(step.key, step.value, padding, pads, joined)
         return output
     origins = layer.stored - pads
-    layer.append_with_kernels(key, value, padding, pads, joined)
+    layer.append_with_kernels(step.key, step.value, padding, pads, joined)
     window = (joined[0][:, :, 1:], joined[1][:, :, 1:]) if layer.residual_tokens else None
-    return attend(layer, rope, query, window, padding, scaling, origins)
+    return attend(layer, step.rope, step.query, window, padding, step.scaling, origins)
 
 
 def attend(

@@ -27,8 +27,8 @@ from transformers.utils import ModelOutput
 from deployment.cache import PackedCache
 from deployment.checked import settle_all
 from deployment.rope import Rope
+from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
-from deployment.step.dispatch import Backend
 from deployment.step.interrupted import Forwards
 from deployment.step.same_attention import refuse_other_attention
 from gradients.attention import PREFIX, attending_through

@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
-from deployment.step.dispatch import Backend
+from deployment.step.asked import Backend
 from deployment.step.recording import Recorder, record
 from deployment.step.steps import Steps
 from gradients.cli import UserError

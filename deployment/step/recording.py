@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
-from deployment.step.dispatch import Backend, runs_kernels
+from deployment.step.asked import Backend
+from deployment.step.dispatch import runs_kernels
 from gradients.models import decoder
 from gradients.placement import input_device
 

@@ -30,7 +30,7 @@ from deployment.cache import PackedCache
 from deployment.devices import current, is_capturing
 from deployment.kept import kept
 from deployment.layer import PackedLayer, recount
-from deployment.step.dispatch import Backend
+from deployment.step.asked import Backend
 from deployment.step.recording import Assumed, Recorder, obstacle
 
 _MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.step.dispatch import Backend
+from deployment.step.asked import Backend
 from gradients.cli import UserError
 from gradients.finite import require_finite
 from gradients.models import kv_sites
