@@ -1,20 +1,15 @@
 """Tensor parallelism: two processes, each with half of the heads, make the tokens and the figures of one."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import CONFIGS, REPOSITORY, build_model
+from conftest import CONFIGS, build_model
+from launched import launched
 from test_feedback import random_feedback
 from test_kernels_attention import DEVICE, make_quantizer
-from test_processes import free_port
 from transformers import PreTrainedModel
 
 from deployment.evaluate import main as evaluate_main
@@ -53,23 +48,6 @@ with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
     json.dump(summaries, file)
 end_process_group()
 """
-
-
-def launch(folder: Path, commands: list[tuple[str, list[str]]]) -> tuple[list[list[Any]], str]:
-    """Run commands in two processes over gloo; (the summaries of each, what both printed)."""
-    (folder / "all.py").write_text(SCRIPT)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(folder / "all.py"), json.dumps(commands)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return [json.loads((folder / f"summaries-{rank}.json").read_text()) for rank in (0, 1)], finished.stdout
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +94,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
     ]
     decoding += ["--contexts", "300", "longest", "--device-memory", "263MiB", "--results", str(tmp_path / "rows")]
     refused = ("generate", [*commands[0][1], "--tensor-parallel", "4"])
-    (main_process, other), printed = launch(tmp_path, [*together, ("sharded", decoding), refused])
+    (main_process, other), printed = launched(tmp_path, SCRIPT, [*together, ("sharded", decoding), refused])
 
     assert other[:-1] == [None] * (len(together) + 1), "only the main process reports"
     rows = main_process[len(together)]["rows"]

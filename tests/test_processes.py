@@ -1,17 +1,12 @@
 """Several processes share the windows: together they write the files, and report the figures, of one."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from launched import launched
 from transformers import PreTrainedModel
 
 import scripts.reproduce_tables
@@ -46,29 +41,6 @@ with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
     json.dump(summaries, file)
 end_process_group()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def launch(folder: Path, arguments: list[list[str]]) -> list[list[Any]]:
-    """Run `SCRIPT` in two processes over gloo; the summaries of each."""
-    (folder / "all.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, "--master_port", str(free_port()), str(folder / "all.py"), json.dumps(arguments)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return [json.loads((folder / f"summaries-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def without_speed(result: dict[str, Any] | None) -> dict[str, Any]:
@@ -111,8 +83,9 @@ def test_two_processes_do_the_work_of_one(
     finished = results["together"].read_text()
     tables_main([*tables, "--results", str(results["alone"])])
 
-    main_process, other = launch(
+    (main_process, other), _ = launched(
         tmp_path,
+        SCRIPT,
         [
             [*record_arguments, "--output", str(tmp_path / "records")],
             simulated,
