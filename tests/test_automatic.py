@@ -74,6 +74,27 @@ def test_generate_says_the_same(
 
 
 @on_cpu
+def test_a_crop_ends_recordings_over_a_window_though_memory_is_where_it_was(
+    llama: PreTrainedModel,
+    quantizers: Quantizers,
+    make_tokens: Any,
+    automatic: Recording,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a graph does not know: tokens that came back into the window are packed already."""
+    monkeypatch.setattr("deployment.step.steps.Steps._places_now", lambda _: [])  # freed, and given out again
+    ids, cache = make_tokens(1, 30), PackedCache(quantizers, llama.config, residual_tokens=6)
+    with packed_attention(llama, "torch"), torch.no_grad():
+        llama(ids, past_key_values=cache)
+        for _ in range(6):
+            llama(ids[:, :1], past_key_values=cache)
+        assert (automatic.recordings, automatic.replays) == (1, 4)
+        cache.crop(-2)
+        llama(ids[:, :1], past_key_values=cache)
+        assert automatic.replays == 4
+
+
+@on_cpu
 def test_the_third_step_is_recorded_and_what_it_returns_is_the_callers_own(step: Any, automatic: Recording) -> None:
     outputs, counts = [], []
     for _ in range(5):

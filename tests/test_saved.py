@@ -141,9 +141,11 @@ def test_many_pages_and_kernels_room_become_one_page_without_room(
     assert all(torch.equal(one, other) for one, other in pairs)  # further layers saw sums in another order
 
 
+@pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("tokens", [2, 6, 7], ids=["within the sinks", "one packed", "all packed"])
 def test_few_tokens(
     tokens: int,
+    capacity: int | None,
     llama: PreTrainedModel,
     make_tokens: Callable[..., Tensor],
     fit_model: Callable[..., Quantizers],
@@ -153,8 +155,10 @@ def test_few_tokens(
     cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
     fill(llama, cache, text)
     save_cache(tmp_path / "cache", cache, quantizers, llama, text)
-    restored = load_cache(tmp_path / "cache", quantizers, llama).restore(llama)
-    assert_same(cache, restored)
+    restored = load_cache(tmp_path / "cache", quantizers, llama).restore(llama, capacity)
+    assert [layer.lengths for layer in restored.layers] == [[tokens]] * 2
+    if capacity is None:
+        assert_same(cache, restored)
     more = make_tokens(1, 20, seed=2)
     fill(llama, cache, more)
     fill(llama, restored, more)

@@ -185,7 +185,7 @@ class Steps:
     def _as_recorded(self, ids: Tensor) -> bool:
         """Whether all is where it was, whatever has been cropped or stored in the room there is, and the model what it was."""
         first = self._layers[0]
-        if first.stored is not self._stored or not self._assumed.holds:
+        if first.stored is not self._stored or self._floor_now() is not self._floor or not self._assumed.holds:
             return False
         if first.slots != self._slots:  # not what the last replay left
             if not self._begin <= first.slots <= self._end or self._places != self._places_now():
@@ -195,6 +195,11 @@ class Steps:
 
     def _places_now(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), tensor.numel()) for layer in self._layers for tensor in layer.tensors()]
+
+    def _floor_now(self) -> Tensor | None:
+        """Another after every crop into a window, whose tokens may be where they once were."""
+        window = self._layers[0].window
+        return None if window is None else window.floor
 
     def _prepare(self, cache: PackedCache, ids: Tensor) -> _Recorded | None:
         """The recording of a step, for which there is room: made if need be, unless this is no time for that."""
@@ -233,7 +238,7 @@ class Steps:
         if places != self._places:
             self._recorded.clear()
         self._begin, self._end, self._slots = first.slots, first.slots + room, first.slots
-        self._stored, self._places = first.stored, places
+        self._stored, self._floor, self._places = first.stored, self._floor_now(), places
         return True
 
     def _is_time(self, cache: PackedCache, new: int) -> bool:

@@ -41,8 +41,8 @@ def pages_of(packed: PackedTensor, parts: dict[str, Tensor], room: int) -> list[
     """One page of the tensors of a file, as long as an unbroken run would have made it for `room` tokens."""
     held = parts["words"].shape[1]
     packed.reserve(max(room, held * BLOCK_TOKENS), exactly=True)
-    if not packed.pages:
-        return []
+    if not held:  # all of a short text may be sinks and recent window
+        return packed.pages
     page = packed.pages[0]
     page.words[:, :held] = parts["words"].to(packed.device)
     if page.scales is not None:
