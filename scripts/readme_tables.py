@@ -228,7 +228,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary_quality": lambda: markdown(*summary.quality_table(rows_of("schemes"))),
     "summary_speed": lambda: markdown(*summary.speed_table(rows_of("gpu-benchmark"))),
     "summary_long": lambda: markdown(
-        *summary.long_table(rows_of("gpu-generate"), rows_of("gpu-multi-sharded"), rows_of("long"))
+        *summary.long_table(
+            rows_of("gpu-generate"), rows_of("gpu-multi-sharded") + rows_of("gpu-tensor-parallel"), rows_of("long")
+        )
     ),
     "schemes": schemes,
     "laboratory": laboratory,

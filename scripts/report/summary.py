@@ -24,9 +24,8 @@ _TIMED = ("nuq4", "nuq3", "nuq2")
 _SHAPES = ("llama-7b", "llama-3-8b")
 _OURS, _THEIRS, _BEST = "nuq3+fb", "nuq3-1%", "rdnuq3.4+fb"
 _CONTEXTS = [4096, 16_384, 131_072]
-_LONG_CACHES = ("fp16", "nuq4-1%", "nuq2")
+_LONG_CACHES = ("fp16", "nuq3")
 _LONG = 131_072  # tokens
-_LONG_SHAPE = "llama-7b"
 _CPU_CACHES = ("dynamic", "hqq4", "nuq4-1%")
 
 
@@ -78,11 +77,11 @@ def speed_table(gpu: Sequence[Row]) -> Table:
 
 
 def long_table(generate: Sequence[Row], sharded: Sequence[Row], cpu: Sequence[Row]) -> Table:
-    """The longest contexts that were decoded from: whole models, memory and tokens per second."""
+    """Long contexts that were decoded from, and the longest on several GPUs: whole models, memory and tokens per second."""
     cells = []
     steps = [row for row in generate if row["op"] == "decode" and row.get("mode", "graph") == "graph"]
     for row in latest(steps, lambda row: (row["device"], row["shape"], row["context"], row["cache"])):
-        if row["context"] >= _LONG and row["shape"] == _LONG_SHAPE and row["cache"] in _LONG_CACHES:
+        if row["context"] > _LONG or (row["context"] == _LONG and row["cache"] in _LONG_CACHES and "error" not in row):
             size = f"{row['cache_bytes'] / 1e9:.1f} GB" if row.get("cache_bytes") else ""
             cells.append(_long_line(row, short(row["device"]), row["shape"], size))
     if several := [row for row in sharded if row["world_size"] > 1]:
