@@ -16,7 +16,7 @@ from deployment.kernels.side import Codes, Side, places
 HEAD_DIMS = (64, 96, 128)
 _MOST_BITS = 6
 _MOST_CHANNELS = 1 << 13
-_TILE = 64  # tokens
+_TILE, _MOST_TILES = 64, 4  # tokens of a warp of `feed_back`; its warps
 _THREADS = 256  # of a block that stores a token
 _ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -33,7 +33,7 @@ Params = structure(
     ("side", CSide * 2),
     ("stored padding overflow", ctypes.c_void_p),
     ("page_start blocks streams sinks tokens", _LONG),
-    ("element", _INT),
+    ("sides warps", _INT),
 )
 
 
@@ -44,6 +44,7 @@ class Shape:
     head_dim: int
     heads: int
     levels: int
+    element: int
 
     @property
     def source(self) -> Path:
@@ -57,8 +58,8 @@ class Shape:
     @cached_property
     def token_bytes(self) -> int:
         """Shared memory of `append_token`, `sizeof(Shared)`."""
-        dim = self.head_dim
-        return 2 * dim * dim + 8 * dim * self.levels + 8 * 128 + 27 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
+        dim, tables = self.head_dim, self.head_dim * self.levels if self.levels <= 16 else 4
+        return 2 * dim * dim + 8 * tables + 8 * 128 + 25 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
 
     @cached_property
     def tile_bytes(self) -> int:
@@ -89,18 +90,19 @@ def fits(sides: Sequence[Side]) -> bool:
 
 def append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
     """Store one token per sequence, as `append` (append.py)."""
-    append_token_by(_runner(sides), sides, stored, padding, overflow)
+    append_token_by(_machine(sides)[0], sides, stored, padding, overflow)
 
 
 def feed_back(sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
     """Replace the codes of each side's new tokens; returns their targets, as `feed_back` (feedback.py)."""
-    return feed_back_by(_runner(sides), sides, found)
+    return feed_back_by(*_machine(sides), sides, found)
 
 
-def _runner(sides: Sequence[Side]) -> Run:
-    from deployment.kernels.decode.compile import runner
+def _machine(sides: Sequence[Side]) -> tuple[Run, int]:
+    """Who runs kernels, and how much shared memory a block may have."""
+    from deployment.kernels.decode.compile import most_shared, runner
 
-    return runner(sides[0].x.device)
+    return runner(sides[0].x.device), most_shared(sides[0].x.device)
 
 
 def append_token_by(run: Run, sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -117,7 +119,7 @@ def append_token_by(run: Run, sides: Sequence[Side], stored: Tensor, padding: Te
         run("append_token", shape, len(sides) * params.streams, _THREADS, shape.token_bytes, params)
 
 
-def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
+def feed_back_by(run: Run, most_shared: int, sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
     """`feed_back` by any means of running a kernel."""
     shape, params, results = _shape(sides), _params(sides), []
     for number, each in enumerate(found):
@@ -126,21 +128,23 @@ def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> lis
         side.codes, side.ranges, side.targets = each.codes.data_ptr(), each.ranges.data_ptr(), targets.data_ptr()
         batch, heads, tokens, dim = sides[number].x.shape
         results.append(targets.view(batch, tokens, heads, dim).transpose(1, 2))
-    tiles = -(-params.tokens // _TILE)
-    run("feed_back", shape, len(sides) * params.streams * tiles, 32, shape.tile_bytes, params)
+    tiles = len(sides) * params.streams * -(-params.tokens // _TILE)
+    # those of a head side by side: they read the same matrix
+    params.warps = max(1, min(_MOST_TILES, tiles, most_shared // shape.tile_bytes))
+    blocks = -(-tiles // params.warps)
+    run("feed_back", shape, blocks, 32 * params.warps, params.warps * shape.tile_bytes, params)
     return results
 
 
 def _shape(sides: Sequence[Side]) -> Shape:
     _, heads, _, dim = sides[0].x.shape
-    return Shape(dim, heads, 1 << max(side.packed.tables.widest for side in sides))
+    widest = max(side.packed.tables.widest for side in sides)
+    return Shape(dim, heads, 1 << widest, _ELEMENTS[sides[0].x.dtype])
 
 
 def _params(sides: Sequence[Side]) -> ctypes.Structure:
     batch, heads, tokens, _ = sides[0].x.shape
-    params = Params(
-        streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens, element=_ELEMENTS[sides[0].x.dtype]
-    )
+    params = Params(streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens, sides=len(sides))
     for number, side in enumerate(sides):
         tables, fed = side.packed.tables, side.packed.feedback
         assert fed is not None
