@@ -283,9 +283,12 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
         """
+        from deployment.kernels.decode.host import prepare
+
         for packed in self.packed.values():
             packed.make_room(*self._stretch(tokens), tokens, self.overflow)
             packed.fix()
+            prepare(packed)
 
     def recount(self) -> None:
         """`recount` of this layer."""

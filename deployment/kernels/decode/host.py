@@ -113,6 +113,12 @@ def _bytes_of(widths: int) -> list[Tensor]:
     return [torch.arange(size) for width, size in sizes.items() if widths >> width & 1]
 
 
+def prepare(packed: PackedTensor) -> None:
+    """Make now what takes the host, so that a step may be captured."""
+    if _is_grouped(packed):
+        fixed_of(packed)
+
+
 def fixed_of(packed: PackedTensor) -> tuple[Tensor, ...]:
     """What is the same for all pages, on the device: `entries`, `slots` and `groups` of decode.cu's `Side`, int32."""
     if packed not in _fixed:
