@@ -154,6 +154,13 @@ template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
     }
 }
 
+// Words of two channels, four codes of one of them to a byte, become words of tokens 0 to 7 and 8 to 15 with two codes of each: neighbours in registers, as a
+// product wants its rows r and r + 8.
+DEVICE void pair_rows(uint32_t* w) {
+    const uint32_t a = w[0], b = w[1];
+    w[0] = (a & 0x33333333u) | (b << 2 & 0xCCCCCCCCu), w[1] = (a >> 2 & 0x33333333u) | (b & 0xCCCCCCCCu);
+}
+
 DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
     const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
     quick_cos_sin((float)(int)(turns >> 32) * TURN, c, s);
@@ -375,9 +382,12 @@ struct Worker {
     // The token of the chunk whose score is at a place.
     DEVICE int token_at(int place) { return QUERIES == 1 ? 32 * (place / 4 % 4) + 8 * (place % 4) + place / 16 : place; }
 
+    // Where the weight of a token lies: as products want them, which with four codes to a byte take tokens 2 k, 2 k + 1, 8 + 2 k and 9 + 2 k at once.
+    DEVICE int weight_at(int t) { return is_quad(VALUE_WIDTHS) ? (t & ~14) | (t << 1 & 12) | (t >> 2 & 2) : t; }
+
     DEVICE void weigh(int chunk, float score, int q, int t, uint32_t range, float& p) {
         p = exp2_of(score - highest[q] + LIFT);
-        T.scaled[chunk & 1][q][t] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+        T.scaled[chunk & 1][q][weight_at(t)] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
 #if VALUE_OUTLIERS
         T.weights[chunk & 1][t][q] = to_half(p);
 #endif
@@ -435,18 +445,20 @@ struct Worker {
             take<VALUE_WIDTHS>(w, P.value, value_at, value_width, 2 * chunk + 2 + block, T.values[warp][block]);
             const uint16_t* at = &T.scaled[chunk & 1][row % QUERIES][64 * block + 16 * c];
             read4_if(row < QUERIES, weight, at), read4_if(row < QUERIES, weight + 4, at + 8);  // other columns may be anything
-            UNROLL for (int k = 0; k < 4; k++)
-                UNROLL for (int t = 0; t < 2; t++) {
-                    const uint32_t *words = w + 4 * t, own = value_own[t];
+            UNROLL for (int t = 0; t < 2; t++) {
+                uint32_t* words = w + 4 * t;
+                if (is_quad(VALUE_WIDTHS)) pair_rows(words);
+                UNROLL for (int k = 0; k < 4; k++) {
+                    const uint32_t own = value_own[t];
                     uint32_t a[4];
                     if (is_quad(VALUE_WIDTHS)) {
-                        shared2(entry_of(own, words[0], k), a[0], a[2]), shared2(entry_of(own, words[1], k), a[1], a[3]);
-                        multiply(output[t], a, weight[k], weight[4 + k]);
+                        shared2(entry_of(own, words[0], k), a[0], a[1]), shared2(entry_of(own, words[1], k), a[2], a[3]);
                     } else {
                         UNROLL for (int i = 0; i < 4; i++) a[i] = shared1(entry_of(own, words[2 * (i & 1) + (k >> 1)], 2 * (k & 1) + (i >> 1)));
-                        multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
                     }
+                    multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
                 }
+            }
         }
     }
 
