@@ -283,7 +283,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
         """
-        from deployment.kernels.decode.host import prepare
+        from deployment.kernels.packed import prepare
 
         for packed in self.packed.values():
             packed.make_room(*self._stretch(tokens), tokens, self.overflow)

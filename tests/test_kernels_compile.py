@@ -73,6 +73,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from deployment.kernels.chunk import store_kernel
 from deployment.kernels.plain import rotate_kernel
+from deployment.kernels.portable import attend_kernel
 from deployment.kernels.unpack import unpack_kernel
 from deployment.kernels.window import shift_kernel
 
@@ -83,14 +84,17 @@ def compiled(kernel, kinds, **constants):
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
     triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 
-lists = types(_i16="index", _fp16="scales value ranges x result", _i64="origins limits stored padding positions",
+lists = types(_i16="index", _fp16="scales value ranges x result query scratch", _i64="origins limits stored padding positions",
     _i32="words width offset first_level slot starts ends overflow channel_at steps counts before_ends",
-    _fp32="levels scale zero turn factor", fp32="scaling")
-shape = dict(G=8, D=128, PITCH=128, HEADS=4, PAIRS=64, CHANNELS=128, ROTARY_HALF=64, ENTRIES=256)
+    _fp32="levels scale zero turn factor outputs weights", fp32="scaling")
+page = ("*i32", "*fp16", "*fp32", "*fp32", "*fp32", "*i32", "*i32", "*i32", "*i32", "*i32", "*i16", "*fp16", "*i32", "*i32")
+shape, asked = (8, 128, 64, 64, 128), dict(PITCH=128, GROUP=4, ROWS=16)
 for source in (0, 1, 2):
     for mixed in (False, True):
-        compiled(unpack_kernel, lists, **shape, SOURCE=source, PERMUTED=mixed, PLANES=7, WIDTH=0 if mixed else 3, DYNAMIC=source == 1,
-            OUTLIERS=mixed, ROTATED=source != 1)
+        kind = (source, mixed, 7, 0 if mixed else 3, source == 1, mixed)
+        compiled(unpack_kernel, {**lists, "page": page}, KIND=kind, SHAPE=shape, PITCH=128, HEADS=4, ROTATED=source != 1)
+    for key, value, sides in ((page, page, (kind, kind)), (("*fp16",), ("*fp16",), ((), ()))):
+        compiled(attend_kernel, {**lists, "key": key, "value": value}, **asked, LIMITED=mixed, KEY=sides[0], VALUE=sides[1], SHAPE=shape)
     compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)

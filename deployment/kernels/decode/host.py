@@ -113,12 +113,6 @@ def _bytes_of(widths: int) -> list[Tensor]:
     return [torch.arange(size) for width, size in sizes.items() if widths >> width & 1]
 
 
-def prepare(packed: PackedTensor) -> None:
-    """Make now what takes the host, so that a step may be captured."""
-    if _is_grouped(packed):
-        fixed_of(packed)
-
-
 def fixed_of(packed: PackedTensor) -> tuple[Tensor, ...]:
     """What is the same for all pages, on the device: `entries`, `slots` and `groups` of decode.cu's `Side`, int32."""
     if packed not in _fixed:
@@ -170,13 +164,13 @@ def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: i
         and len(plain) <= 2
         and sum(segment.tokens for segment in plain) <= _MOST_PLAIN
         and all(segment.key.dtype in (torch.float16, query.dtype) for segment in plain)
-        and all(_is_grouped(segment.key) and _is_grouped(segment.value) for segment in packed[:1])
+        and all(is_grouped(segment.key) and is_grouped(segment.value) for segment in packed[:1])
         and packed[0].key_page.scales is None
         and packed[0].key.rotary_half == rotary.half
     )
 
 
-def _is_grouped(packed: PackedTensor) -> bool:
+def is_grouped(packed: PackedTensor) -> bool:
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
 
 
