@@ -153,10 +153,9 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 @pytest.mark.parametrize("shape", [(128, 32, 16, 0), (96, 2, 64, 2)])
 def test_feedback_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
-    from scripts.checks.compile_kernels import disassembled
-
     from deployment.kernels.decode import compile as decode
     from deployment.kernels.feedback_host import Shape
+    from scripts.checks.compile_kernels import disassembled
 
     made = Shape(*shape)
     assert max(made.token_bytes, made.tile_bytes) <= SHARED_LIMIT[target]

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
+from deployment.kernels.packed import DenseSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import multiprocessors, parts_of
 from deployment.kernels.unpack import block_angles, decoded, key_halves, pairs_of, put_outliers

@@ -71,8 +71,11 @@ def page_tensors(packed: PackedTensor, page: Page) -> tuple[Tensor, ...]:
 
 
 def page_kind(packed: PackedTensor, page: Page) -> tuple[int, ...]:
-    """Order of codes; whether groups have channels in another order than their own; the union of all widths' binary digits; the width of all groups,
-    0 if they have several; whether ranges are tokens'; whether there are outliers."""
+    """What there is to know of a page before it is read.
+
+    Order of codes; whether groups have channels in another order than their own; the union of all widths' binary digits; the width of all groups, 0 if
+    they have several; whether ranges are tokens'; whether there are outliers.
+    """
     order, streams = packed.order, page.outliers
     width = order.occurring[0] if isinstance(order, GroupOrder) and len(order.occurring) == 1 else 0
     outliers = streams is not None and streams.index.numel() > 0

@@ -74,7 +74,6 @@ def most_shared(device: torch.device) -> int:
 @cache
 def runner(device: torch.device) -> Run:
     """Launches kernels on the current stream of a GPU, compiling and loading them first if need be."""
-
     early = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:

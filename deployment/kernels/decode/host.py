@@ -171,6 +171,7 @@ def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: i
 
 
 def is_grouped(packed: PackedTensor) -> bool:
+    """Whether decode.cu has words for the order and the widths."""
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
 
 
