@@ -27,7 +27,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         feedback_on_cpu.run(kernel, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(host, "takes", host.fits)
-    monkeypatch.setattr(host, "_machine", lambda _sides: (run, decode_on_cpu.MOST_SHARED))
+    monkeypatch.setattr(host, "_runner", lambda _sides: run)
     return names
 
 

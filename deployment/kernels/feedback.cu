@@ -5,8 +5,8 @@
 // registers, and when its turn has come hands their errors to all lanes. What a division would say is compared with, not divided: `edge` is the
 // largest number whose quotient does not exceed a boundary.
 //
-// `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A warp has 64 tokens of a head, two to a lane, and goes through 8 channels at a
-// time: first all errors before them, in order, then each other's.
+// `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of its four
+// warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
 // Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, and ELEMENT of x: 0 fp16, 1 bf16, 2 fp32. Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
@@ -67,7 +67,6 @@ struct Params {
     const int64_t *stored, *padding;
     int* overflow;
     int64_t page_start, blocks, streams, sinks, tokens;
-    int sides, warps;  // warps of a block that has tiles
 };
 
 constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
@@ -367,35 +366,29 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 
 // ---- a chunk
 
-constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, MOST_TILES = 4;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time; warps
+constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = 4, OWN = D / NEXT / TEAM;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
 struct Tile {
-    float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
+    float y[D * ROW];  // x, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
     uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
     uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
 };
 
+// Errors `e` of both of a lane's tokens, of the channel whose row of the matrix this is, go to some of NEXT channels.
+DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NEXT]) {
+    uint32_t words[NEXT / 2];
+    read4(words, row);
+#pragma unroll
+    for (int j = 0; j < NEXT; j++)
+        if (j >= from) {
+            const float m = from_half((uint16_t)(words[j / 2] >> 16 * (j % 2)));
+            y[0][j] = difference(y[0][j], product(e[0], m)), y[1][j] = difference(y[1][j], product(e[1], m));
+        }
+}
+
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
-DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
     const int lane = thread_number() % 32;
-    float y[2][NEXT];
-#pragma unroll
-    for (int j = 0; j < NEXT; j++) y[0][j] = sh.y[(first + j) * ROW + lane], y[1][j] = sh.y[(first + j) * ROW + lane + 32];
-    auto hand_on = [&](const uint16_t* row, const float* e, int from) {
-        uint32_t words[NEXT / 2];
-        read4(words, row + first);
-#pragma unroll
-        for (int j = 0; j < NEXT; j++)
-            if (j >= from) {
-                const float m = from_half((uint16_t)(words[j / 2] >> 16 * (j % 2)));
-                y[0][j] = difference(y[0][j], product(e[0], m)), y[1][j] = difference(y[1][j], product(e[1], m));
-            }
-    };
-#pragma unroll 4
-    for (int i = 0; i < first; i++) {
-        const float e[2] = {sh.y[i * ROW + lane], sh.y[i * ROW + lane + 32]};
-        hand_on(matrix + i * D, e, 0);
-    }
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
         const int c = first + r;
@@ -424,19 +417,18 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
             e[h] = difference(y[h][r], value);
             sh.y[c * ROW + lane + 32 * h] = e[h];
         }
-        if (r + 1 < NEXT) hand_on(matrix + c * D, e, r + 1);
+        if (r + 1 < NEXT) hand_on(matrix + c * D + first, e, r + 1, y);
     }
 }
 
-KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
-    const int lane = thread_number() % 32, warp = thread_number() / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
-    Tile& sh = ((Tile*)SHARED_MEMORY)[warp];
-    const int64_t all = p.streams * tiles, number = (int64_t)block_number() * p.warps + warp;
-    if (number >= all * p.sides) return;
-    const int64_t mine = number % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
-    const Side& side = p.side[number / all];
+KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
+    Tile& sh = *(Tile*)SHARED_MEMORY;
+    const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
+    const int64_t all = p.streams * tiles, mine = block_number() % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
+    const Side& side = p.side[block_number() / all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
-    for (int c = lane; c < D; c += 32) {
+    const uint16_t* matrix = side.matrix + g * D * D;
+    for (int c = thread; c < D; c += TEAM * 32) {
         const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
         sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
         sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
@@ -445,18 +437,18 @@ KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
             sh.boundaries[width][k] = k + 1 < 1 << width ? side.boundaries[side.first_boundary[at] + k] : infinity();
         }
     }
-    barrier(warp + 1, 32);
+    barrier_of_block();
     uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
     // tokens that are not there are the last one once more: so nothing waits for a condition
 #pragma unroll 8
-    for (int t = 0; t < TILE; t++)
+    for (int t = warp; t < TILE; t += TEAM)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
             const int channel = 32 * part + lane, c = sh.place[channel], there = min(t, tokens - 1);
             sh.y[c * ROW + t] = number_of(raw_of(side.x, b * side.stride_b + g * side.stride_g + (first + there) * side.stride_s + channel));
             sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
         }
-    float s[2] = {1, 1}, z[2] = {0, 0};
+    float s[2] = {1, 1}, z[2] = {0, 0}, y[OWN][2][NEXT];
     uint16_t* targets[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -464,11 +456,27 @@ KERNEL(MOST_TILES * 32) feed_back(const GRID_CONSTANT Params p) {
         targets[h] = side.targets + t * CHANNELS + g * D;
         if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
-    barrier(warp + 1, 32);
+    barrier_of_block();
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+#pragma unroll
+        for (int i = 0; i < 2 * NEXT; i++) y[k][i / NEXT][i % NEXT] = sh.y[((TEAM * k + warp) * NEXT + i % NEXT) * ROW + lane + 32 * (i / NEXT)];
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
 #pragma unroll 1
-    for (int c = 0; c < D; c += NEXT) next_channels(sh, side, c, side.matrix + g * D * D, s, z, targets);
-    barrier(warp + 1, 32);
-    for (int t = 0; t < tokens; t++)
+        for (int turn = 0; turn < TEAM; turn++) {
+            const int c = (TEAM * k + turn) * NEXT;
+            if (warp == turn) find_codes(sh, side, c, y[k], matrix, s, z, targets);
+            barrier_of_block();
+#pragma unroll 2
+            for (int r = 0; r < NEXT; r++) {
+                const float e[2] = {sh.y[(c + r) * ROW + lane], sh.y[(c + r) * ROW + lane + 32]};
+#pragma unroll
+                for (int later = k; later < OWN; later++)
+                    if (later > k || warp > turn) hand_on(matrix + (c + r) * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
+            }
+        }
+    for (int t = warp; t < tokens; t += TEAM)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
             const int channel = 32 * part + lane;

@@ -16,7 +16,7 @@ from deployment.kernels.side import Codes, Side, places
 HEAD_DIMS = (64, 96, 128)
 _MOST_BITS = 6
 _MOST_CHANNELS = 1 << 13
-_TILE, _MOST_TILES = 64, 4  # tokens of a warp of `feed_back`; its warps
+_TILE, _TILE_THREADS = 64, 128  # tokens of a block of `feed_back`
 _THREADS = 256  # of a block that stores a token
 _ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -33,7 +33,6 @@ Params = structure(
     ("side", CSide * 2),
     ("stored padding overflow", ctypes.c_void_p),
     ("page_start blocks streams sinks tokens", _LONG),
-    ("sides warps", _INT),
 )
 
 
@@ -90,19 +89,18 @@ def fits(sides: Sequence[Side]) -> bool:
 
 def append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
     """Store one token per sequence, as `append` (append.py)."""
-    append_token_by(_machine(sides)[0], sides, stored, padding, overflow)
+    append_token_by(_runner(sides), sides, stored, padding, overflow)
 
 
 def feed_back(sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
     """Replace the codes of each side's new tokens; returns their targets, as `feed_back` (feedback.py)."""
-    return feed_back_by(*_machine(sides), sides, found)
+    return feed_back_by(_runner(sides), sides, found)
 
 
-def _machine(sides: Sequence[Side]) -> tuple[Run, int]:
-    """Who runs kernels, and how much shared memory a block may have."""
-    from deployment.kernels.decode.compile import most_shared, runner
+def _runner(sides: Sequence[Side]) -> Run:
+    from deployment.kernels.decode.compile import runner
 
-    return runner(sides[0].x.device), most_shared(sides[0].x.device)
+    return runner(sides[0].x.device)
 
 
 def append_token_by(run: Run, sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -119,7 +117,7 @@ def append_token_by(run: Run, sides: Sequence[Side], stored: Tensor, padding: Te
         run("append_token", shape, len(sides) * params.streams, _THREADS, shape.token_bytes, params)
 
 
-def feed_back_by(run: Run, most_shared: int, sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
+def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
     """`feed_back` by any means of running a kernel."""
     shape, params, results = _shape(sides), _params(sides), []
     for number, each in enumerate(found):
@@ -129,10 +127,7 @@ def feed_back_by(run: Run, most_shared: int, sides: Sequence[Side], found: Seque
         batch, heads, tokens, dim = sides[number].x.shape
         results.append(targets.view(batch, tokens, heads, dim).transpose(1, 2))
     tiles = len(sides) * params.streams * -(-params.tokens // _TILE)
-    # those of a head side by side: they read the same matrix
-    params.warps = max(1, min(_MOST_TILES, tiles, most_shared // shape.tile_bytes))
-    blocks = -(-tiles // params.warps)
-    run("feed_back", shape, blocks, 32 * params.warps, params.warps * shape.tile_bytes, params)
+    run("feed_back", shape, tiles, _TILE_THREADS, shape.tile_bytes, params)
     return results
 
 
@@ -144,7 +139,7 @@ def _shape(sides: Sequence[Side]) -> Shape:
 
 def _params(sides: Sequence[Side]) -> ctypes.Structure:
     batch, heads, tokens, _ = sides[0].x.shape
-    params = Params(streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens, sides=len(sides))
+    params = Params(streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens)
     for number, side in enumerate(sides):
         tables, fed = side.packed.tables, side.packed.feedback
         assert fed is not None
