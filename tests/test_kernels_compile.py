@@ -75,7 +75,6 @@ from deployment.kernels.chunk import store_kernel
 from deployment.kernels.plain import rotate_kernel
 from deployment.kernels.portable import attend_kernel
 from deployment.kernels.unpack import unpack_kernel
-from deployment.kernels.window import shift_kernel
 
 def types(**names):
     return {name: kind.replace("_", "*") for kind, which in names.items() for name in which.split()}
@@ -98,9 +97,6 @@ for source in (0, 1, 2):
     compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)
-for kind in ("_fp16", "_bf16", "_fp32"):
-    tokens = {kind: "key_source key_new key_target value_source value_new value_target"}
-    compiled(shift_kernel, types(**tokens), D=96, LANES=128, SLOTS=64)
 """
 
 
@@ -150,11 +146,11 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("shape", [(128, 32, 16, 0), (96, 2, 64, 2)])
-def test_feedback_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(128, 32, 16, 0, 1), (96, 2, 64, 2, 1), (256, 8, 16, 1, 0)])
+def test_append_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
+    from deployment.kernels.append_host import Shape
     from deployment.kernels.decode import compile as decode
-    from deployment.kernels.feedback_host import Shape
     from scripts.checks.compile_kernels import disassembled
 
     made = Shape(*shape)

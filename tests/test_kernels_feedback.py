@@ -1,15 +1,15 @@
-"""feedback.cu against `Quantizer.encode`, bit for bit, as host C++ with lanes in random order; test_kernels_append.py does it on a GPU."""
+"""append.cu against `Quantizer.encode`, bit for bit, as host C++ with lanes in random order; test_kernels_append.py does it on a GPU."""
 
 import ctypes
 
+import append_on_cpu
 import decode_on_cpu
-import feedback_on_cpu
 import pytest
 import torch
 from test_kernels_append import append_both, make_chunks
 from torch import Tensor
 
-from deployment.kernels import feedback_host as host
+from deployment.kernels import append_host as host
 
 pytestmark = [
     pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
@@ -24,16 +24,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(kernel: str, *rest: object) -> None:
         names.append(kernel)
-        feedback_on_cpu.run(kernel, *rest)  # type: ignore[arg-type]
+        append_on_cpu.run(kernel, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(host, "takes", host.fits)
     monkeypatch.setattr(host, "_runner", lambda _sides: run)
     return names
 
 
-def store(kind: str, bits: int, chunks: list[Tensor], sinks: int = 1, share: float = 0.05) -> None:
+def store(
+    kind: str, bits: int, chunks: list[Tensor], sinks: int = 1, share: float = 0.05, feedback: bool = True
+) -> None:
     pads = [[0] * len(chunks[0])] * len(chunks)
-    append_both(kind, bits, chunks[0].shape[-1], chunks, pads, sinks, share, feedback=True)
+    append_both(kind, bits, chunks[0].shape[-1], chunks, pads, sinks, share, feedback)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,22 @@ def store(kind: str, bits: int, chunks: list[Tensor], sinks: int = 1, share: flo
 )
 def test_single_tokens(kind: str, bits: int, share: float, dim: int, launches: list[str]) -> None:
     store(kind, bits, make_chunks(dim, [1] * 3), share=share)
+    assert launches == ["append_token"] * 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "share", "dim"),
+    [
+        ("channel", 4, 0.05, 64),
+        ("token", 3, 0.01, 96),
+        ("mixed", 5, 0.05, 32),
+        ("channel", 2, 0.0, 256),
+        ("token", 2, 0.05, 256),
+        ("channel", 6, 0.05, 160),
+    ],
+)
+def test_single_tokens_without_feedback(kind: str, bits: int, share: float, dim: int, launches: list[str]) -> None:
+    store(kind, bits, make_chunks(dim, [1] * 3), share=share, feedback=False)
     assert launches == ["append_token"] * 3
 
 
@@ -86,5 +104,5 @@ def test_ties_and_extremes(levels: list[float]) -> None:
 
 
 def test_structures_are_as_large_as_in_the_source() -> None:
-    for shape in (host.Shape(64, 2, 16, 2), host.Shape(96, 2, 4, 2)):
-        assert feedback_on_cpu.sizes(shape) == [shape.token_bytes, shape.tile_bytes, ctypes.sizeof(host.Params)]
+    for shape in (host.Shape(64, 2, 16, 2, 1), host.Shape(96, 2, 4, 2, 1), host.Shape(256, 2, 16, 0, 0)):
+        assert append_on_cpu.sizes(shape) == [shape.token_bytes, shape.tile_bytes, ctypes.sizeof(host.Params)]

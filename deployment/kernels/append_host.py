@@ -1,4 +1,4 @@
-"""Host side of feedback.cu: what it takes, its parameters, and its launches. Nothing waits for the device."""
+"""Host side of append.cu: what it takes, its parameters, and its launches. Nothing waits for the device."""
 
 import ctypes
 from collections.abc import Sequence
@@ -13,7 +13,8 @@ from deployment.format.layout import Page
 from deployment.kernels.decode.host import Run, structure
 from deployment.kernels.side import Codes, Side, places
 
-HEAD_DIMS = (64, 96, 128)
+FED_DIMS = (64, 96, 128)  # whose matrices fit into shared memory everywhere
+_MOST_DIM = 256
 _MOST_BITS = 6
 _MOST_CHANNELS = 1 << 13
 _TILE, _TILE_THREADS = 64, 128  # tokens of a block of `feed_back`
@@ -38,17 +39,18 @@ Params = structure(
 
 @dataclass(frozen=True)
 class Shape:
-    """What feedback.cu is compiled for."""
+    """What append.cu is compiled for."""
 
     head_dim: int
     heads: int
     levels: int
     element: int
+    fed: int
 
     @property
     def source(self) -> Path:
-        """feedback.cu."""
-        return Path(__file__).with_name("feedback.cu")
+        """append.cu."""
+        return Path(__file__).with_name("append.cu")
 
     def defines(self) -> dict[str, int]:
         """As macros."""
@@ -57,8 +59,14 @@ class Shape:
     @cached_property
     def token_bytes(self) -> int:
         """Shared memory of `append_token`, `sizeof(Shared)`."""
-        dim, tables = self.head_dim, self.head_dim * self.levels if self.levels <= 16 else 4
-        return 2 * dim * dim + 8 * tables + 8 * 128 + 25 * dim + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
+        dim, tables = self.head_dim, self.head_dim * self.levels if self.fed and self.levels <= 16 else 4
+        return (
+            (2 * dim * dim if self.fed else 16)
+            + 8 * tables
+            + 8 * 128
+            + 25 * dim
+            + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
+        )
 
     @cached_property
     def tile_bytes(self) -> int:
@@ -67,7 +75,7 @@ class Shape:
 
 
 def takes(sides: Sequence[Side]) -> bool:
-    """Whether feedback.cu can do it, here and now; where only the installation is to blame, that is said once."""
+    """Whether append.cu can do it, here and now; where only the installation is to blame, that is said once."""
     if not sides[0].x.is_cuda or not fits(sides):
         return False
     from deployment.kernels.decode.compile import available
@@ -76,11 +84,11 @@ def takes(sides: Sequence[Side]) -> bool:
 
 
 def fits(sides: Sequence[Side]) -> bool:
-    """Whether feedback.cu has words for it."""
+    """Whether append.cu has words for it."""
     _, heads, _, dim = sides[0].x.shape
     widest = max(side.packed.tables.widest for side in sides)
     return (
-        dim in HEAD_DIMS
+        (dim in FED_DIMS if _is_fed(sides) else dim % 32 == 0 and dim <= _MOST_DIM)
         and heads * dim <= _MOST_CHANNELS
         and widest <= _MOST_BITS
         and all(side.x.dtype in _ELEMENTS and side.x.dtype == sides[0].x.dtype for side in sides)
@@ -134,7 +142,11 @@ def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> lis
 def _shape(sides: Sequence[Side]) -> Shape:
     _, heads, _, dim = sides[0].x.shape
     widest = max(side.packed.tables.widest for side in sides)
-    return Shape(dim, heads, 1 << widest, _ELEMENTS[sides[0].x.dtype])
+    return Shape(dim, heads, 1 << widest, _ELEMENTS[sides[0].x.dtype], int(_is_fed(sides)))
+
+
+def _is_fed(sides: Sequence[Side]) -> bool:
+    return any(side.packed.feedback is not None for side in sides)
 
 
 def _params(sides: Sequence[Side]) -> ctypes.Structure:
@@ -142,8 +154,8 @@ def _params(sides: Sequence[Side]) -> ctypes.Structure:
     params = Params(streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens)
     for number, side in enumerate(sides):
         tables, fed = side.packed.tables, side.packed.feedback
-        assert fed is not None
-        tensors = {"x": side.x, "sinks": side.sinks, "order": fed.order, "matrix": fed.matrix}
+        tensors = {"x": side.x, "sinks": side.sinks}
+        tensors |= {} if fed is None else {"order": fed.order, "matrix": fed.matrix}
         names = "scale zero levels boundaries width first_level first_boundary offset slot"
         tensors |= {name: getattr(tables, name) for name in names.split()}
         stride_b, stride_g, stride_s, _ = side.x.stride()

@@ -1,4 +1,4 @@
-"""feedback.cu as host C++, its lanes as fibers (lanes.h): the source that ships, run by whoever has a C++ compiler."""
+"""append.cu as host C++, its lanes as fibers (lanes.h): the source that ships, run by whoever has a C++ compiler."""
 
 import ctypes
 from functools import cache
@@ -6,10 +6,10 @@ from functools import cache
 import torch
 from decode_on_cpu import built
 
-from deployment.kernels import feedback_host as host
+from deployment.kernels import append_host as host
 
 _WRAPPER = """
-#include "feedback.cu"
+#include "append.cu"
 extern "C" void run_append_token(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
     lanes::launch(seed, blocks, threads, bytes, [=] { append_token(*p); });
 }

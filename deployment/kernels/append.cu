@@ -1,14 +1,16 @@
-// Error feedback of new tokens (quant/feedback.py), bit for bit: every product and every sum is rounded on its own.
+// Storing new tokens as `Quantizer.encode` says, with error feedback (quant/feedback.py) or without, bit for bit: every product and every sum is rounded on
+// its own.
 //
-// `append_token` stores one token per sequence, all there is to it (what step.py does without feedback). A block has one side (keys or values) of
-// one KV head. Its first warp goes through the channels in the head's order: lane l has D / 32 of them that follow each other, targets and levels in
-// registers, and when its turn has come hands their errors to all lanes. What a division would say is compared with, not divided: `edge` is the
-// largest number whose quotient does not exceed a boundary.
+// `append_token` stores one token per sequence, all there is to it. A block has one side (keys or values) of one KV head; what a token's own range and
+// outliers take, all channels of the token, every block of the sequence looks at for itself. With feedback its first warp then goes through the channels in
+// the head's order: lane l has D / 32 of them that follow each other, targets and levels in registers, and when its turn has come hands their errors to all
+// lanes. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
 //
-// `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of its four
-// warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
+// `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
+// its four warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
-// Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, and ELEMENT of x: 0 fp16, 1 bf16, 2 fp32. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+// Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
+// Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
@@ -50,7 +52,7 @@ DEVICE float product(float a, float b) { return a * b; }
 DEVICE float quotient(float a, float b) { return a / b; }
 #endif
 
-struct Side {  // keys, or values; tensors as in step.py and chunk.py
+struct Side {  // keys, or values; tensors as in chunk.py; no matrix and no order without feedback
     const void* x;
     uint16_t *sinks, *scales, *index, *value, *codes, *targets;
     uint32_t* words;
@@ -78,9 +80,9 @@ DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t
 DEVICE uint16_t stored_as(float x) { return to_half(maximum(-65504.f, -maximum(-65504.f, -x))); }
 DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 
-constexpr bool TABLES = LEVELS <= 16;  // whether a lane can hold the levels of its channels
+constexpr bool TABLES = FED && LEVELS <= 16;  // whether a lane can hold the levels of its channels
 struct Shared {
-    uint16_t matrix[D * D];                                             // in order, as is all else but for masks and `place`
+    uint16_t matrix[FED ? D * D : 8];                                   // in order, as is all else but for masks and `place`
     float edge[TABLES ? D * LEVELS : 4], value[TABLES ? D * LEVELS : 4];  // [LEVELS, D]; if ranges are the token's only the first of D
     float levels[MOST_LEVELS], boundaries[MOST_LEVELS];
     float x[D], s[D], z[D], target[D];
@@ -187,7 +189,7 @@ DEVICE float edge_of(float boundary, float s) {
     return at(k);
 }
 
-struct alignas(D == 96 ? 2 : 2 * PER) Row { uint16_t m[PER]; };  // what a channel hands on to those of a lane
+struct alignas(PER & (PER - 1) ? 2 : 2 * PER) Row { uint16_t m[PER]; };  // what a channel hands on to those of a lane
 
 // Leaves the level whose edge is the first that d does not exceed in v[0]: halves of what is left, N of each, all in registers.
 template <int N> DEVICE void halve(float d, float* e, float* v, int& code) {
@@ -312,14 +314,15 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const int g = (int)(stream % HEADS), channel = g * D + thread;
     // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
     const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + g * side.stride_g;
-    for (int i = 8 * thread; i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
+    const bool fed = FED && side.matrix;
+    for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
     float x = 0, scale = 0, zero = 0;
     if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
     if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
     if (thread < PER) sh.outlier[thread] = 0;
     if (thread < D) {
         x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
-        const int place = side.order[channel], at = g * D + place;
+        const int place = fed ? side.order[channel] : thread, at = g * D + place;
         sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
@@ -346,17 +349,19 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
         if (thread % 32 == 0) sh.outlier[warp] = mask;
     }
     barrier_of_block();
-    const int apart = side.dynamic ? 0 : 1, columns = side.dynamic ? 1 : D;
-    if (TABLES)
-        for (int i = thread; i < columns * LEVELS; i += THREADS) {
-            const int c = i % columns, k = i / columns, levels = 1 << sh.width[c];
-            sh.edge[k * D + c] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
-            sh.value[k * D + c] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
-        }
-    wait_for_copied();
-    barrier_of_block();
-    if (warp == 0) chain(sh, apart);
-    barrier_of_block();
+    if (fed) {
+        const int columns = side.dynamic ? 1 : D;
+        if (TABLES)
+            for (int i = thread; i < columns * LEVELS; i += THREADS) {
+                const int c = i % columns, k = i / columns, levels = 1 << sh.width[c];
+                sh.edge[k * D + c] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
+                sh.value[k * D + c] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
+            }
+        wait_for_copied();
+        barrier_of_block();
+        if (warp == 0) chain(sh, side.dynamic ? 0 : 1);
+        barrier_of_block();
+    } else if (thread < D) sh.target[thread] = x, searched(sh, difference(x, sh.z[thread]), thread, sh.code[thread]);
     if (thread < D) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
         put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[sh.place[thread]]);
