@@ -36,7 +36,7 @@ MIXED = 0  # instead of a number of bits
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _RARE = ("anchor(chunk);", "rescale(score);")
-_ROUNDS = ("add_outliers(chunk);",)
+_ROUNDS = ("add_key(word, chunk + 1); });", "add_value(word, chunk - 1); });")
 
 
 def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int = HEAD_DIM) -> Shape:

@@ -56,7 +56,6 @@ struct Params {
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
 constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
-constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
@@ -177,7 +176,7 @@ DEVICE float element(const void* at, int64_t i, bool half) {
 }
 
 struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
-    int at, end, later;
+    int at, end, later, number;  // the thread's, so that remainders fall to other warps than those of the other side
     uint32_t one, two;
 };
 
@@ -466,19 +465,22 @@ struct Worker {
     DEVICE int list_end(const Side& side, int chunk) { return side.ends[(int64_t)stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
     DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
     DEVICE void begin_list(const Side& side, List& list, int number) {
-        list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
+        list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
         list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
     }
-    // A thread's next outlier, loaded two rounds ahead; 0 if there is none.
-    DEVICE uint32_t next(const Side& side, List& list) {
-        const uint32_t word = list.one;
-        list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end), list.at += THREADS;
-        return word;
+    // Outliers of a chunk, which are loaded two rounds ahead.
+    template <class Add> DEVICE void add_list(const Side& side, List& list, Add add) {
+        ROLLED for (; list.at < list.end; list.at += THREADS) {
+            const uint32_t word = list.one;
+            list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
+            add(word);
+        }
+        list.at = list.end + list.number, list.end = list.later;
     }
     DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
-    DEVICE int token_of(uint32_t word) { return (word & 0xFFFF) / D % CHUNK; }
+    DEVICE int token_of(uint32_t word) { return ((word & 0xFFFF) / D) % CHUNK; }
 
     DEVICE void begin_outliers() {
 #if KEY_OUTLIERS
@@ -501,55 +503,27 @@ struct Worker {
     }
 
 #if KEY_OUTLIERS
-    DEVICE void exceeding_key(uint32_t word, int chunk, int* by) {
-        const int channel = channel_of(word);
+    DEVICE void add_key(uint32_t word, int chunk) {
+        const int channel = channel_of(word), t = token_of(word);
         const float exceeds = KEY_UNIT * (from_half(word >> 16) - T.key_floor[channel]);
         int p;
         bool second;
         pair_of(channel, P.rotary_half, p, second);
-        const uint32_t tokens = (chunk - first) * CHUNK + token_of(word);
+        const uint32_t tokens = (chunk - first) * CHUNK + t;
         const uint2 step = S.turns[p];
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
         quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
-        UNROLL for (int q = 0; q < QUERIES; q++) by[q] = round_int(T.query[p][q][0] * co + T.query[p][q][1] * si);
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
     }
 #endif
 #if VALUE_OUTLIERS
-    DEVICE void exceeding_value(uint32_t word, int chunk, int* by) {
+    DEVICE void add_value(uint32_t word, int chunk) {
         const int channel = channel_of(word), t = token_of(word);
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
-        UNROLL for (int q = 0; q < QUERIES; q++) by[q] = round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds);
-    }
-#endif
-#if KEY_OUTLIERS || VALUE_OUTLIERS
-    // Outliers of the keys of the next chunk, and of the values of the one before, so that one does not wait for the other.
-    DEVICE void add_outliers(int chunk) {
-        const bool with_keys = KEY_OUTLIERS && chunk + 1 < last, with_values = VALUE_OUTLIERS && first < chunk;
-        ROLLED for (;;) {
-            const bool key = with_keys && keys.at < keys.end, value = with_values && values.at < values.end;
-            if (!key && !value) break;
-            int score[QUERIES], output[QUERIES];
-            uint32_t at, to;
-#if KEY_OUTLIERS
-            at = with_keys ? next(P.key, keys) : 0, exceeding_key(at, chunk + 1, score);
-#endif
-#if VALUE_OUTLIERS
-            to = with_values ? next(P.value, values) : 0, exceeding_value(to, chunk - 1, output);
-#endif
-#if KEY_OUTLIERS
-            if (key)
-                UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[~chunk & 1][token_of(at)][q], score[q]);
-#endif
-#if VALUE_OUTLIERS
-            if (value)
-                UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[~chunk & 1][q][channel_of(to)], output[q]);
-#endif
-        }
-        if (with_keys) keys.at = keys.end + tid, keys.end = keys.later;
-        if (with_values) values.at = values.end + THREADS - 1 - tid, values.end = values.later;
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
     }
 #endif
 
@@ -561,19 +535,24 @@ struct Worker {
             const int place = tid + i * THREADS, t = token_at(place);
             range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
+        if (chunk + 1 < last) {
 #if KEY_OUTLIERS
-        if (chunk + 1 < last) ask_list(P.key, keys, chunk + 1);
+            ask_list(P.key, keys, chunk + 1);
 #endif
+            score_chunk(chunk + 1);
+#if KEY_OUTLIERS
+            add_list(P.key, keys, [&](uint32_t word) { add_key(word, chunk + 1); });
+#endif
+        } else end_of_copies(), end_of_copies();
+        if (first < chunk) {
 #if VALUE_OUTLIERS
-        if (first < chunk) ask_list(P.value, values, chunk - 1);
+            ask_list(P.value, values, chunk - 1);
 #endif
-        if (chunk + 1 < last) score_chunk(chunk + 1);
-        else end_of_copies(), end_of_copies();
-        if (first < chunk) add_values(chunk - 1);
-        else end_of_copies(), end_of_copies();
-#if KEY_OUTLIERS || VALUE_OUTLIERS
-        add_outliers(chunk);
+            add_values(chunk - 1);
+#if VALUE_OUTLIERS
+            add_list(P.value, values, [&](uint32_t word) { add_value(word, chunk - 1); });
 #endif
+        } else end_of_copies(), end_of_copies();
         float score[EACH][QUERIES], p[EACH][QUERIES];
         const bool over = barrier_any(team + 1, THREADS, here && softmax(chunk, range, score, p));
 #if VALUE_OUTLIERS
