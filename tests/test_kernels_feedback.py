@@ -80,6 +80,8 @@ def test_single_tokens_without_feedback(kind: str, bits: int, share: float, dim:
         pytest.param("channel", 2, 0.0, 64, [33, 40], marks=pytest.mark.slow),
         pytest.param("token", 3, 0.0, 96, [3, 5], marks=pytest.mark.slow),
         pytest.param("channel", 4, 0.05, 128, [5], marks=pytest.mark.slow),
+        pytest.param("token", 2, 0.01, 256, [5, 1], marks=pytest.mark.slow),
+        ("channel", 2, 0.05, 32, [67, 1]),
     ],
 )
 def test_chunks(kind: str, bits: int, share: float, dim: int, sizes: list[int], launches: list[str]) -> None:

@@ -7,7 +7,7 @@
 // lanes. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
 //
 // `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
-// its four warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
+// its warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
 // Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
 // Without __CUDACC__ lanes are fibers (tests/lanes.h).
@@ -80,7 +80,7 @@ DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t
 DEVICE uint16_t stored_as(float x) { return to_half(maximum(-65504.f, -maximum(-65504.f, -x))); }
 DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 
-constexpr bool TABLES = FED && LEVELS <= 16;  // whether a lane can hold the levels of its channels
+constexpr bool TABLES = FED && LEVELS <= 16 && PER <= 4;  // whether a lane can hold the levels of its channels
 struct Shared {
     uint16_t matrix[FED ? D * D : 8];                                   // in order, as is all else but for masks and `place`
     float edge[TABLES ? D * LEVELS : 4], value[TABLES ? D * LEVELS : 4];  // [LEVELS, D]; if ranges are the token's only the first of D
@@ -371,7 +371,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 
 // ---- a chunk
 
-constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = 4, OWN = D / NEXT / TEAM;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
+constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = D / 32, OWN = 4;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
 struct Tile {
     float y[D * ROW];  // x, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries

@@ -13,11 +13,10 @@ from deployment.format.layout import Page
 from deployment.kernels.decode.host import Run, structure
 from deployment.kernels.side import Codes, Side, places
 
-FED_DIMS = (64, 96, 128)  # whose matrices fit into shared memory everywhere
 _MOST_DIM = 256
 _MOST_BITS = 6
 _MOST_CHANNELS = 1 << 13
-_TILE, _TILE_THREADS = 64, 128  # tokens of a block of `feed_back`
+_TILE = 64  # tokens of a block of `feed_back`, which has D threads
 _THREADS = 256  # of a block that stores a token
 _ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
@@ -59,7 +58,7 @@ class Shape:
     @cached_property
     def token_bytes(self) -> int:
         """Shared memory of `append_token`, `sizeof(Shared)`."""
-        dim, tables = self.head_dim, self.head_dim * self.levels if self.fed and self.levels <= 16 else 4
+        dim, tables = self.head_dim, self.fed and self.levels <= 16 and self.head_dim <= 128
         return (
             (2 * dim * dim if self.fed else 16)
             + 8 * tables
@@ -78,9 +77,10 @@ def takes(sides: Sequence[Side]) -> bool:
     """Whether append.cu can do it, here and now; where only the installation is to blame, that is said once."""
     if not sides[0].x.is_cuda or not fits(sides):
         return False
-    from deployment.kernels.decode.compile import available
+    from deployment.kernels.decode.compile import available, most_shared
 
-    return available(sides[0].x.device)
+    shape = _shape(sides)
+    return available(sides[0].x.device) and max(shape.token_bytes, shape.tile_bytes) <= most_shared(sides[0].x.device)
 
 
 def fits(sides: Sequence[Side]) -> bool:
@@ -88,7 +88,8 @@ def fits(sides: Sequence[Side]) -> bool:
     _, heads, _, dim = sides[0].x.shape
     widest = max(side.packed.tables.widest for side in sides)
     return (
-        (dim in FED_DIMS if _is_fed(sides) else dim % 32 == 0 and dim <= _MOST_DIM)
+        dim % 32 == 0
+        and dim <= _MOST_DIM
         and heads * dim <= _MOST_CHANNELS
         and widest <= _MOST_BITS
         and all(side.x.dtype in _ELEMENTS and side.x.dtype == sides[0].x.dtype for side in sides)
@@ -135,7 +136,7 @@ def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> lis
         batch, heads, tokens, dim = sides[number].x.shape
         results.append(targets.view(batch, tokens, heads, dim).transpose(1, 2))
     tiles = len(sides) * params.streams * -(-params.tokens // _TILE)
-    run("feed_back", shape, tiles, _TILE_THREADS, shape.tile_bytes, params)
+    run("feed_back", shape, tiles, shape.head_dim, shape.tile_bytes, params)
     return results
 
 
