@@ -1,6 +1,5 @@
 """Layers that the kernels append to hold what torch stores, however the room for outliers grows and shrinks."""
 
-
 import pytest
 import torch
 from test_kernels_attention import DEVICE, make_quantizer

@@ -61,7 +61,7 @@ class Shape:
         dim, tables = self.head_dim, self.fed and self.levels <= 16 and self.head_dim <= 128
         return (
             (2 * dim * dim if self.fed else 16)
-            + 8 * tables
+            + 8 * (dim * self.levels if tables else 4)
             + 8 * 128
             + 25 * dim
             + 4 * (3 * dim // 32 + 2 * _THREADS // 32)
