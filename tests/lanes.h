@@ -20,6 +20,7 @@
 #define DEVICE inline
 #define GRID_CONSTANT
 #define KERNEL(threads) inline void
+#define SMALL_KERNEL(threads) inline void
 #define GLOBAL inline void
 #define SHARED_MEMORY lanes::shared
 using std::max;

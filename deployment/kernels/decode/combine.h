@@ -2,7 +2,7 @@
 #pragma once
 
 // One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
-KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
+SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     constexpr int ALL = 4 * D;
     const int tokens = P.plain[0].tokens + P.plain[1].tokens;
     float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]

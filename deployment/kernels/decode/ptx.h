@@ -12,6 +12,7 @@ typedef long long int64_t;
 #define DEVICE __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define SMALL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1536 / (threads))  // 40 registers: room is found beside others
 #define GLOBAL extern "C" __global__ void
 extern __shared__ __align__(128) char shared_memory[];
 #define SHARED_MEMORY shared_memory
