@@ -45,7 +45,6 @@ from transformers import (
 )
 
 from deployment.cache import PackedCache
-from deployment.layer import PackedLayer
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
@@ -367,7 +366,7 @@ def make_records(records: Records) -> Callable[..., Records]:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recording:
     """For `graphed(..., recorder=...)`."""
     monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
-    monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.reserve", lambda *_: None)
     return Recording()
 
 

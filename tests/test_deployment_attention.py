@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from deployment.attention import NAME, packed_attention, padding_mask
 from deployment.cache import PackedCache
-from deployment.layer import PackedLayer, Stretch
+from deployment.format.stretches import Stretch
+from deployment.layer import PackedLayer
 from deployment.step.reference import Segment, attend_torch
 from gradients.models import kv_sites
 from quant.artefact import Quantizers
@@ -174,7 +175,7 @@ def test_the_past_is_dequantized_a_page_at_a_time(
     exact_chunk: bool,
 ) -> None:
     """However many pages there are, at most the one in use and the one before it exist in full precision."""
-    monkeypatch.setattr("deployment.format.layout.STRETCH_BLOCKS", 1)
+    monkeypatch.setattr("deployment.format.stretches.STRETCH_BLOCKS", 1)
     original, made, most = PackedLayer.stretches, [], 0
 
     def watched(layer: PackedLayer) -> Iterator[Stretch]:

@@ -215,10 +215,8 @@ def test_recorded_steps_are_checked_too(
     llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Masks and positions are no part of what is replayed."""
-    from deployment.layer import PackedLayer
-
     monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
-    monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.reserve", lambda *_: None)
     ids, cache = make_tokens(1, TOKENS), PackedCache(exact, llama.config)
 
     def recorder(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:

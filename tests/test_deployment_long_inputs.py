@@ -17,6 +17,7 @@ import deployment.step.attend
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.append import append
 from deployment.step.asked import Step
 from deployment.step.attend import attend_step
 from deployment.step.reference import Segment, attend_torch
@@ -83,7 +84,7 @@ def chunks(rope: Rope, bits: int, exact_chunk: bool) -> Iterable[tuple[Tensor, T
     layer, stored = PackedLayer(*sides, sink_tokens=SINKS, exact_chunk=exact_chunk), STORED
     first = [x[:, :, :STORED] for x in states]
     layer.update(*first)
-    layer.append(*first, [0])
+    append(layer, *first, [0])
     generator = torch.Generator().manual_seed(2)
     for new in CHUNKS:
         query = torch.randn(1, QUERY_HEADS, new, DIM, generator=generator)

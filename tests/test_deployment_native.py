@@ -11,6 +11,7 @@ from deployment.format.order import half_words, uniform_order
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.append import append
 from deployment.step.attend import attend_with_torch
 from gradients.models import decoder
 from quant.codebook import int_codebook, nf_codebook
@@ -50,7 +51,7 @@ def both_ways(
         states = [torch.randn(len(lengths), heads, end - start, dim, generator=generator) for _ in range(2)]
         padding = [min(max(longest - length - start, 0), end - start) for length in lengths]
         layer.update(*states)
-        layer.append(*states, padding)
+        append(layer, *states, padding)
     assert layer.lengths == list(lengths)
     query, *chunk = (torch.randn(len(lengths), h, queries, dim, generator=generator) for h in (4, heads, heads))
     before = layer.lengths if exact_chunk else [length - queries for length in lengths]

@@ -21,6 +21,7 @@ from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
 from deployment.measure.shapes import ModelShape, named_config
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
+from deployment.step.append import append
 from gradients.cli import UserError, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
@@ -178,7 +179,7 @@ def test_allocated_bits_are_the_budget(llama: PreTrainedModel, make_records: Any
     for number, layer in enumerate(cache.layers):
         states = [window[number, kind][0].float().view(1, 2000, 2, 12).transpose(1, 2) for kind in KINDS]
         layer.update(*states)
-        layer.append(*states, [0])
+        append(layer, *states, [0])
     predicted = sum(ModelShape.of(llama.config).cache_bytes(scheme, 2000).values())
     assert predicted == pytest.approx(cache.nbytes(), rel=0.01)
 

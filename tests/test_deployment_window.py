@@ -14,6 +14,7 @@ from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
 from deployment.cache import PackedCache
 from deployment.evaluate import main as evaluate_main
+from deployment.format.stretches import stretches
 from deployment.generate import main as generate_main
 from deployment.layer import PackedLayer
 from deployment.measure.filled import copy_filling
@@ -132,7 +133,7 @@ def test_a_crop_leaves_codes_where_they_are(
     assert first.coded == [min(48, 60 - removed)] * 2 == other.coded
     held = {}
     for layer in (first, other):
-        parts = [part for part in layer.stretches(0, layer.coded[0])]
+        parts = list(stretches(layer.sinks, layer.packed, 0, layer.coded[0]))
         past = torch.cat([part.key for part in parts], dim=2)[:, :, : layer.past[0]].double()
         recent = (
             []

@@ -14,8 +14,10 @@ from conftest import REPOSITORY
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
 from deployment.rope import Rope
+from deployment.step.append import append_with_kernels
 from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend
+from deployment.step.recount import recount
 from gradients.cli import run_command
 from gradients.models import KINDS, load_model
 from quant.results import read_rows
@@ -70,8 +72,8 @@ def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPat
     kernels = attend(layer, rope, query, (key, value), [0], 0.1)
     with_torch = attend_with_torch(layer, rope, query, (key, value), [0], 0.1, list(layer.lengths))
     torch.testing.assert_close(kernels.transpose(1, 2).float(), with_torch, rtol=2e-2, atol=2e-3)
-    layer.append_with_kernels(key, value, [0], layer.no_padding)
-    layer.recount()
+    append_with_kernels(layer, key, value, [0])
+    recount([layer])
     for kind, states in zip(KINDS, (key, value), strict=True):
         packed = layer.packed[kind]
         stored = packed.read(packed.pages[0], 9, 1)[0, 0, 0]
