@@ -101,7 +101,7 @@ def chunks(rope: Rope, bits: int, exact_chunk: bool) -> Iterable[tuple[Tensor, T
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("exact_chunk", [False, True])
 def test_long_inputs_are_attended_as_dequantized(
-    monkeypatch: pytest.MonkeyPatch, rope: Rope, bits: int, exact_chunk: bool, natively: bool
+    monkeypatch, rope, bits: int, exact_chunk: bool, natively: bool
 ) -> None:
     if natively and native._library() is None:
         pytest.skip("no C compiler")
@@ -112,7 +112,7 @@ def test_long_inputs_are_attended_as_dequantized(
         assert (output - expected).norm() < limit * expected.norm()
 
 
-def test_stored_keys_are_rotated_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, rope: Rope) -> None:
+def test_stored_keys_are_rotated_to_the_last_bit(monkeypatch, rope) -> None:
     """Rounding otherwise (a fused multiply-add, say) is no error, but flips codes of later layers, and moves the loss of a
     short text by a thousandth: then nobody can tell it from one.
     """

@@ -18,7 +18,7 @@ def run(folder: Path, code: int = 0, **variables: str) -> tuple[subprocess.Compl
     return done, log.read_text().splitlines() if log.exists() else []
 
 
-def test_tests_come_first_then_every_shape_and_scheme(tmp_path: Path) -> None:
+def test_tests_come_first_then_every_shape_and_scheme(tmp_path) -> None:
     done, asked = run(tmp_path)
     assert done.returncode == 0 and done.stdout.count("done ") == 1 + 3 * 2 * 3
     assert asked[0].startswith("-m pytest") and "tests/test_kernels_graph.py" in asked[0]
@@ -32,14 +32,14 @@ def test_tests_come_first_then_every_shape_and_scheme(tmp_path: Path) -> None:
     (0, {"BUDGET": "0", "PARTS": "tests"}, 0, "left out   tests: no time left"),
 ])  # fmt: skip
 def test_failures_and_lack_of_time_are_told(
-    tmp_path: Path, code: int, variables: dict[str, str], exit_code: int, said: str
+    tmp_path, code: int, variables: dict[str, str], exit_code: int, said: str
 ) -> None:
     done, asked = run(tmp_path, code, **variables)
     assert done.returncode == exit_code and said in done.stdout
     assert len(asked) == (0 if "BUDGET" in variables else 1)
 
 
-def test_other_parts_are_asked_for(tmp_path: Path) -> None:
+def test_other_parts_are_asked_for(tmp_path) -> None:
     parts = {"PARTS": "sanitize smollm2 generate", "MODEL": "smol", "QUANTIZERS": "q4.st q3.st", "TEXT": "notes.txt"}
     done, asked = run(tmp_path, **parts, SANITIZER=str(tmp_path / "python"), CONTEXTS="32K", CACHES="fp16 nuq2")
     assert done.returncode == 0 and len(asked) == 3 + 2 + 2
@@ -51,7 +51,7 @@ def test_other_parts_are_asked_for(tmp_path: Path) -> None:
     assert int(asked[5].split("--seconds ")[1].split()[0]) < 270
 
 
-def test_parts_without_what_they_need_are_left_out(tmp_path: Path) -> None:
+def test_parts_without_what_they_need_are_left_out(tmp_path) -> None:
     done, asked = run(tmp_path, PARTS="sanitize smollm2", SANITIZER=str(tmp_path / "none"), MODEL="smol")
     assert done.returncode == 0 and not asked
     assert "sanitize: no compute-sanitizer" in done.stdout and "smollm2: no MODEL, or no QUANTIZERS" in done.stdout

@@ -60,7 +60,7 @@ def test_blocks_repeat_what_was_encoded(scheme: str) -> None:
     assert layer.lengths == [37 * BLOCK_TOKENS + layer.sink_tokens] and layer.stored.tolist() == layer.lengths
 
 
-def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_and_continue_what_was_filled(monkeypatch) -> None:
     monkeypatch.setenv("KVQUANT_BACKEND", "triton")
     shape = Shape(heads=2, kv_heads=1, head_dim=128)  # 8 blocks are a period
     layer = filled("nuq3-1%", 9, 10 * BLOCK_TOKENS, shape)
@@ -81,7 +81,7 @@ def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPat
     assert all(page.outliers.index is outliers.index for page, outliers in before), "streams have moved: no room"
 
 
-def test_a_split_computes_what_one_device_computes(tmp_path: Path) -> None:
+def test_a_split_computes_what_one_device_computes(tmp_path) -> None:
     config = config_of("tiny")
     request = Request(Scheme.parse("nuq3-1%"), rounded_context(Scheme.parse("nuq3-1%"), 300), 6)
     for filled_with in ("synthetic", "prefill"):
@@ -134,7 +134,7 @@ def options(tmp_path: Path, *more: str) -> list[str]:
     return ["--shape", "tiny", "--layers", "2", "--new-tokens", "4", "--results", str(tmp_path / "rows"), *more]
 
 
-def test_the_command_compares_with_one_device_and_the_plan(tmp_path: Path) -> None:
+def test_the_command_compares_with_one_device_and_the_plan(tmp_path) -> None:
     split = ["--devices", "cpu", "disk", "--against-one", "--contexts", "200", "longest", "--device-memory", "5MiB"]
     result = main(options(tmp_path, *split, "--attempts", "2"))
     rows = read_rows(tmp_path / "rows")
@@ -150,7 +150,7 @@ def test_the_command_compares_with_one_device_and_the_plan(tmp_path: Path) -> No
     assert rows[2]["tokens_equal_one_device"] is False
 
 
-def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_a_row(tmp_path) -> None:
     main(options(tmp_path, "--devices", "cpu", "--contexts", "300", "--device-memory", "0.1MB"))
     (row,) = read_rows(tmp_path / "rows")
     assert row["fits"] is False and row["context"] == 1 + 320 and "tokens_per_second" not in row
@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    module: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str, arguments: list[str], said: str, monkeypatch, capsys
 ) -> None:
     given = {"sharded": ["--shape", "tiny"], "processes": ["--model", "none"]}.get(module, [])
     if "--devices" not in arguments and module == "sharded":
@@ -190,7 +190,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert stopped.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
-def test_a_random_model_can_be_loaded(tmp_path: Path) -> None:
+def test_a_random_model_can_be_loaded(tmp_path) -> None:
     result = random_model.main(["--shape", "tiny", "--layers", "1", "--device", "cpu", "--output", str(tmp_path)])
     loaded = load_model(str(tmp_path))
     assert loaded.model.num_parameters() == result["parameters"]
@@ -211,7 +211,7 @@ def run_script(folder: Path, *arguments: str, code: int = 0, **variables: str) -
     return done, log.read_text().splitlines() if log.exists() else []
 
 
-def test_the_script_asks_for_every_part(tmp_path: Path) -> None:
+def test_the_script_asks_for_every_part(tmp_path) -> None:
     done, asked = run_script(tmp_path, str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     sharded = [line for line in asked if "--part sharded" in line]
@@ -234,7 +234,7 @@ def test_the_script_asks_for_every_part(tmp_path: Path) -> None:
     ],
 )
 def test_what_the_script_refuses(
-    arguments: list[str], variables: dict[str, str], exit_code: int, said: str, tmp_path: Path
+    arguments: list[str], variables: dict[str, str], exit_code: int, said: str, tmp_path
 ) -> None:
     done, asked = run_script(tmp_path, *[str(tmp_path / name) for name in arguments], **variables)
     assert done.returncode == exit_code and said in done.stdout + done.stderr
@@ -244,7 +244,7 @@ def test_what_the_script_refuses(
 
 
 @pytest.mark.slow
-def test_the_script_dry(tmp_path: Path) -> None:
+def test_the_script_dry(tmp_path) -> None:
     """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""
     environment = {**os.environ, "PYTHON": sys.executable, "DRY": "1", "BUDGET": "1500", "SCHEMES": "nuq3-1%"}
     command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), str(tmp_path)]

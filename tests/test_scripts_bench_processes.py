@@ -24,7 +24,7 @@ def test_several_processes_are_started_by_a_launcher() -> None:
     assert on_cpu[2:5] == ["torch.distributed.run", "--nproc_per_node", "3"] and on_cpu[-2:] == ["--device", "cpu"]
 
 
-def test_files_are_compared_byte_by_byte_and_by_norm(tmp_path: Path) -> None:
+def test_files_are_compared_byte_by_byte_and_by_norm(tmp_path) -> None:
     for folder, scale in (("one", 1.0), ("same", 1.0), ("near", 1.25)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "manifest.json").write_text("{}")
@@ -48,7 +48,7 @@ def test_figures_are_compared_without_speeds() -> None:
     assert compare_figures(figures, figures | {"tokens": 4}) == (False, 0.0)
 
 
-def test_rows_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_processes(tmp_path, monkeypatch) -> None:
     """With commands that only write down what they would do."""
     asked: list[list[str]] = []
 

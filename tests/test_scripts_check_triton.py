@@ -12,7 +12,7 @@ def test_every_kernel_test_runs_once() -> None:
     assert all((triton_versions.REPOSITORY / path).exists() for path in listed)
 
 
-def test_failures_and_empty_runs_do_not_pass(tmp_path: Path) -> None:
+def test_failures_and_empty_runs_do_not_pass(tmp_path) -> None:
     files = {
         "good": "def test_a(): pass",
         "bad": "def test_a(): pass\ndef test_b(): assert 0",

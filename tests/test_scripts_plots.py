@@ -26,7 +26,7 @@ Draw = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Draw:
+def draw(monkeypatch, tmp_path) -> Draw:
     """`draw(command, *arguments)` runs a command and returns (its figure, its JSON summary); the PNG was looked at."""
     pytest.importorskip("matplotlib")
     drawn = []
@@ -96,7 +96,7 @@ ROWS = [
 
 
 @pytest.fixture
-def rows_file(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], Path]:
+def rows_file(tmp_path) -> Callable[[Sequence[dict[str, Any]]], Path]:
     def write(rows: Sequence[dict[str, Any]]) -> Path:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -120,7 +120,7 @@ def test_a_method_is_a_scheme_without_its_bits(scheme: str, method: str) -> None
     assert plot_methods.method_of(scheme) == method
 
 
-def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None:
+def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
     figure, summary = draw(plot_methods, "--results", str(rows_file(ROWS)))
     (place,) = figure.axes
     lines = {line.get_label(): line for line in place.lines}
@@ -138,7 +138,7 @@ def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None
     assert len(set(looks)) == len(looks)
 
 
-def test_axes_and_labels_of_methods(draw: Draw, rows_file: Any) -> None:
+def test_axes_and_labels_of_methods(draw, rows_file) -> None:
     figure, _ = draw(plot_methods, "--results", str(rows_file(ROWS)))
     (place,) = figure.axes
     assert place.get_yscale() == "log" and "bits" in place.get_xlabel() and "NLL" in place.get_ylabel()
@@ -166,7 +166,7 @@ def test_axes_and_labels_of_methods(draw: Draw, rows_file: Any) -> None:
         ([row("two bits", 2.0, 0.1)], "two bits"),
     ],
 )
-def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file: Any, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
         plot_methods.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
@@ -193,7 +193,7 @@ def keys_after_rope(records: Records, layer: int) -> torch.Tensor:
     return torch.cat(turned)
 
 
-def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> None:
+def test_key_ranges_are_those_of_the_channels(draw, records) -> None:
     figure, summary = draw(plot_key_ranges, "--records", str(records.folder), "--layer", "1")
     before, after = figure.axes
     assert before.get_ylim() == after.get_ylim()
@@ -210,7 +210,7 @@ def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> N
     assert labels == ["minimum to maximum", "0.5 % to 99.5 % of the tokens, centre in white"]
 
 
-def test_fisher_is_drawn_by_layer(draw: Draw, records: Records) -> None:
+def test_fisher_is_drawn_by_layer(draw, records) -> None:
     figure, summary = draw(plot_fisher, "--records", str(records.folder), "--sink-tokens", "2")
     (place,) = figure.axes
     assert place.get_yscale() == "log"
@@ -233,7 +233,7 @@ def tick_rows(place: Any) -> dict[str, list[float]]:
     return rows
 
 
-def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
+def test_levels_are_the_fitted_ones(draw, records) -> None:
     figure, summary = draw(
         plot_levels, "--records", str(records.folder), "--layer", "1", "--schemes", "nuq3-1%", "rdnuq3.4"
     )
@@ -254,7 +254,7 @@ def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
         assert [line.get_xdata()[0] for line in place.lines] == [-1, 1]
 
 
-def test_densities_of_values_are_those_of_the_records(draw: Draw, records: Records) -> None:
+def test_densities_of_values_are_those_of_the_records(draw, records) -> None:
     figure, summary = draw(plot_levels, "--records", str(records.folder), "--layer", "0", "--schemes", "nuq2-1%")
     plain, weighted = (patch.get_data().values for patch in figure.axes[1].patches)
     x, fisher = (part.float() for part in records.read_layer(0, "value", skip_tokens=1))
@@ -281,7 +281,7 @@ def test_densities_of_values_are_those_of_the_records(draw: Draw, records: Recor
     ],
 )
 def test_bad_arguments_are_refused_and_write_nothing(
-    command: Any, arguments: list[str], message: str, records: Records, tmp_path: Path
+    command: Any, arguments: list[str], message: str, records, tmp_path
 ) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
@@ -293,7 +293,7 @@ def test_bad_arguments_are_refused_and_write_nothing(
 
 
 @pytest.mark.parametrize("command", [plot_methods, plot_key_ranges, plot_levels, plot_fisher])
-def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     name = command.__name__.split("plot_")[1]
     needed = {"methods": [], "fisher": ["--records", "."], "key_ranges": ["--records", ".", "--layer", "0"]}
@@ -303,7 +303,7 @@ def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
+def test_the_same_picture_is_the_same_file(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("one.png", "two.png"):
         with figures.style():

@@ -1,11 +1,9 @@
 """The paper's tables as data and as rows: every cell can be run, is run once, and stands beside the paper's figure."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from gradients.records import Records
 from quant.results import read_rows
 from scripts.bench.overhead import main as overhead_main
 from scripts.experiments.paper_tables import MODELS, TABLES, Table, corpus_table
@@ -53,7 +51,7 @@ def test_the_papers_models_are_recognised(name: str, expected: str | None) -> No
 
 
 @pytest.fixture
-def command(llama_folder: Path, text_file: Path, records: Records, tmp_path: Path) -> Command:
+def command(llama_folder, text_file, records, tmp_path) -> Command:
     """The command line for some tables on the tiny Llama."""
 
     def build(*options: str) -> list[str]:
