@@ -184,11 +184,6 @@ def test_every_axis_can_be_packed(llama, make_tokens, fit_model, axes: tuple[str
     assert error.median() < 2e-4
 
 
-def test_quantizers_of_another_model_are_refused(make_model, exact) -> None:
-    with pytest.raises(UserError, match="another model: architecture"):
-        PackedCache(exact, make_model("qwen2").config)
-
-
 def test_a_cache_grows_out_of_a_first_page_of_any_size(llama, make_tokens, exact) -> None:
     """A page of 10 blocks is dequantized in parts of 8 and 2, also when a further page follows."""
     tokens = make_tokens(1, 700)

@@ -155,14 +155,6 @@ def test_bad_requests_are_refused_by_name(arguments, options: list[str], message
         generate_main([*arguments, *options])
 
 
-def test_quantizers_of_another_model(arguments, make_model, save_model, text_file, tmp_path) -> None:
-    other = save_model(make_model("qwen2"), tmp_path / "other")
-    swapped = ["--model", str(other), *arguments[2:]]
-    for main, rest in ((generate_main, ["--prompt", "key"]), (evaluate_main, window_arguments(text_file))):
-        with pytest.raises(UserError, match="another model"):
-            main([*swapped, *rest])
-
-
 def test_nan_weights_are_named(make_model, quantizers, make_tokens) -> None:
     model = make_model("llama")
     with torch.no_grad():

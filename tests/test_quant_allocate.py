@@ -11,7 +11,6 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.cli import UserError
 from quant.allocate import SHARES, WIDTHS, ChannelHistograms, Options, allocate, bind, price
-from quant.artefact import load_quantizers
 from quant.codebook import Codebook
 from quant.fit import fit
 from quant.mixed import MixedQuantizer
@@ -121,17 +120,6 @@ def allocated(records) -> MixedQuantizer:
     return fit(records, Scheme.parse("rdnuq2.5-4%"))  # type: ignore[return-value]
 
 
-def test_saved_and_loaded_is_the_same(allocated, records, tmp_path) -> None:
-    allocated.save(tmp_path / "q.safetensors")
-    loaded = load_quantizers(tmp_path / "q.safetensors")
-    x = records.read_layer(1, "value")[0].float()
-    for kind in ("key", "value"):
-        first, second = allocated.layers[1][kind], loaded.layers[1][kind]
-        assert first.tables.keys() == second.tables.keys()
-        assert torch.equal(first.decode(first.encode(x)), second.decode(second.encode(x)))
-    assert loaded.scheme == allocated.scheme
-
-
 def test_the_budget_is_kept_on_the_calibration_text(allocated, records) -> None:
     bits = elements = 0
     for layer, sides in allocated.layers.items():
@@ -142,14 +130,6 @@ def test_the_budget_is_kept_on_the_calibration_text(allocated, records) -> None:
             elements += x.numel()
     # ends of lists: 32 bits for 64 tokens of a head of 12 channels; quantiles are those of bins, not of elements
     assert bits / elements + 32 / (64 * 12) == pytest.approx(2.5, abs=0.08)
-
-
-def test_jobs_change_nothing(allocated, records) -> None:
-    parallel = fit(records, Scheme.parse("rdnuq2.5-4%"), jobs=2)
-    for layer, sides in allocated.layers.items():
-        for kind, quantizer in sides.items():
-            for name, table in quantizer.tables.items():
-                assert torch.equal(table, parallel.layers[layer][kind].tables[name])
 
 
 @pytest.mark.parametrize("chunk", [1, 40, 150])

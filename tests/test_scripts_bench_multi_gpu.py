@@ -24,7 +24,7 @@ from quant.results import read_rows
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.bench import random_model
-from scripts.bench.random_model import config_of, device_map_of, spread
+from scripts.bench.random_model import config_of
 from scripts.bench.sharded import add_equality, largest, main
 from scripts.bench.sharded_decoding import Request, Sharded, rounded_context
 
@@ -116,18 +116,6 @@ def test_the_search_comes_close(first: int, fits: int) -> None:
     found = largest(holds, first, 16)
     assert found <= fits and fits - found <= max(1, first // 256) and asked[0] == first
     assert found in asked and len(asked) <= 16 and len(set(asked)) == len(asked)
-
-
-def test_a_search_may_find_nothing() -> None:
-    assert largest(lambda _: False, 1000, 20) == 0 and largest(lambda _: False, 1000, 2) == 0
-
-
-def test_layers_are_spread_evenly() -> None:
-    config = config_of("llama-7b")
-    assert [spread(config, list("abcdefgh")).count(place) for place in range(8)] == [4] * 8
-    assert sorted(spread(config, list("abc")).count(place) for place in range(3)) == [10, 11, 11]
-    places = device_map_of(config_of("tiny"), ["cpu", "disk"])
-    assert places["model.layers.1"] == "cpu" and places["model.layers.2"] == places["lm_head"] == "disk"
 
 
 def options(tmp_path: Path, *more: str) -> list[str]:

@@ -10,7 +10,6 @@ from gradients.cli import UserError
 from quant.passkey import DESCRIPTION, INFORMATION, LEAD, QUESTION, PasskeyTask, passkey_tasks
 from quant.prompts import Prompter
 from quant.results import read_rows
-from quant.scheme import Scheme
 from scripts.retrieval.passkey import main as passkey_main
 
 
@@ -103,17 +102,6 @@ def test_only_missing_rows_are_measured(arguments, tmp_path, capsys) -> None:
     assert all(name in printed for name in ("unquantized", "int4", "nuq3"))
 
 
-def test_modes_agree_through_the_command(arguments, tmp_path) -> None:
-    for mode in (["--simulated"], ["--packed", "--no-exact-chunk", "--prefill-chunk", "100"]):
-        passkey_main([*arguments, "--schemes", "nuq3-1%", *mode])
-    simulated_rows, packed_rows = (
-        [row for row in read_rows(tmp_path / "rows.jsonl") if row["mode"] == mode] for mode in ("simulated", "packed")
-    )
-    for expected, row in zip(simulated_rows, packed_rows, strict=True):
-        assert row["answer_nll"] == pytest.approx(expected["answer_nll"], rel=1e-3)
-        assert row["bits_per_element"] == pytest.approx(expected["bits_per_element"], rel=1e-3)
-
-
 def test_bad_requests_are_refused_and_write_nothing(arguments, tmp_path) -> None:
     with pytest.raises(UserError, match="give --records"):
         passkey_main([*arguments[:4], "--schemes", "int4"])
@@ -122,9 +110,3 @@ def test_bad_requests_are_refused_and_write_nothing(arguments, tmp_path) -> None
     with pytest.raises(UserError, match="more than the 100 asked for"):
         passkey_main([*arguments, "--lengths", "100"])
     assert not (tmp_path / "rows.jsonl").exists()
-
-
-def test_quantizers_of_another_model(arguments, tmp_path, make_model, fit_model) -> None:
-    fit_model(make_model("qwen2"), Scheme.parse("nuq3")).save(tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="another model"):
-        passkey_main([*arguments, "--quantizers", str(tmp_path / "other.safetensors")])

@@ -4,7 +4,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from gradients.models import KINDS
 from gradients.records import Records
 from gradients.rope import rotate
 from quant.fit import fit
-from quant.quantizer import token_range
 from quant.scheme import Scheme
 from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
 
@@ -138,25 +137,6 @@ def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
     assert len(set(looks)) == len(looks)
 
 
-def test_axes_and_labels_of_methods(draw, rows_file) -> None:
-    figure, _ = draw(plot_methods, "--results", str(rows_file(ROWS)))
-    (place,) = figure.axes
-    assert place.get_yscale() == "log" and "bits" in place.get_xlabel() and "NLL" in place.get_ylabel()
-    assert place.get_xlim()[1] == 9 and place.get_xticks().tolist() == list(range(2, 10))
-    assert "tiny, words.txt, windows of 65 tokens" in place.get_title(loc="left")
-    assert {line.get_label() for line in place.lines} <= set(texts(place))
-    from matplotlib.text import Text
-
-    boxes = [Text.get_window_extent(text) for text in place.texts]  # an annotation's own includes its arrow
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    assert all(place.bbox.x0 <= box.x0 and box.x1 <= place.bbox.x1 for box in boxes)
-    lines = {line.get_label(): line.get_ydata()[0] for line in place.lines}
-    column = [text for text in place.texts if text.get_ha() == "right"]
-    assert len(column) == 8
-    by_height = sorted(column, key=lambda text: Text.get_window_extent(text).y0)
-    assert sorted(column, key=lambda text: lines[text.get_text()]) == by_height
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -254,22 +234,6 @@ def test_levels_are_the_fitted_ones(draw, records) -> None:
         assert [line.get_xdata()[0] for line in place.lines] == [-1, 1]
 
 
-def test_densities_of_values_are_those_of_the_records(draw, records) -> None:
-    figure, summary = draw(plot_levels, "--records", str(records.folder), "--layer", "0", "--schemes", "nuq2-1%")
-    plain, weighted = (patch.get_data().values for patch in figure.axes[1].patches)
-    x, fisher = (part.float() for part in records.read_layer(0, "value", skip_tokens=1))
-    outliers, scale, _ = token_range(x, 0.01)
-    inside = (plot_levels.EDGES[:-1] >= -1) & (plot_levels.EDGES[1:] <= 1)
-    widths = np.diff(plot_levels.EDGES)[inside]
-    kept = outliers.float().mean().item()
-    assert summary["rows"][1]["outliers"] == pytest.approx(kept)
-    assert (plain[inside] * widths).sum() == pytest.approx(1 - kept)
-    weights = (fisher * scale.float().square()).double()
-    inliers = (weights * ~outliers).sum() / weights.sum()
-    assert (weighted[inside] * widths).sum() == pytest.approx(inliers.item())
-    assert not np.allclose(plain, weighted)
-
-
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -301,16 +265,6 @@ def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch, tmp_path)
     with pytest.raises(UserError, match=r"plots need matplotlib.*\[plots\]"):
         command.main([*needed[name], "--output", str(tmp_path / "none.png")])
     assert not list(tmp_path.iterdir())
-
-
-def test_the_same_picture_is_the_same_file(tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    for name in ("one.png", "two.png"):
-        with figures.style():
-            figure, [[place]] = figures.panels(1, 1, (2, 2))
-            place.plot([1, 2], [3, 4])
-            figures.save(figure, tmp_path / name)
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 @pytest.mark.parametrize(

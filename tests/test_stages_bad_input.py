@@ -1,11 +1,9 @@
-"""Every line of the issue's "Bad input" that concerns recording, fitting and simulated evaluation.
+"""Bad input to recording, fitting and simulated evaluation; files that were damaged are test_stages_mutations.py's.
 
 Each command is called as `python -m` calls it, must refuse with a message that names the thing, the value and the
 remedy, and must leave every earlier file as it was.
 """
 
-import json
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import GPT2Config
 
 import gradients.__main__
 import quant.evaluate
 import quant.fit
-from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
-from gradients.records import Records
 
 
 @dataclass(frozen=True)
@@ -220,15 +213,6 @@ def test_missing_records(workspace, refuses) -> None:
     refuses(workspace.fit, "--records", missing, fragments=[missing, "no manifest.json", "run `python -m gradients"])
 
 
-def test_records_of_another_corpus_or_model(workspace, refuses, make_model, save_model) -> None:
-    into = ["--output", str(workspace.records)]
-    part = ["--text", f"{workspace.text}:0-50"]
-    fragments = [str(workspace.records), "belongs to another run", "give another --output or delete the folder"]
-    refuses(workspace.record, *into, *part, fragments=[*fragments, "words.txt:0-50"])
-    other = save_model(make_model("llama-yarn-mha"), workspace.root / "mha")
-    refuses(workspace.record, *into, "--model", str(other), fragments=[*fragments, "heads 2 against 4"])
-
-
 def test_damaged_windows(workspace, refuses) -> None:
     path = workspace.records / "window-00002.safetensors"
     whole = path.read_bytes()
@@ -239,76 +223,6 @@ def test_damaged_windows(workspace, refuses) -> None:
     refuses(workspace.fit, fragments=[str(path), "was altered after it was written", remedy])
     path.unlink()
     refuses(workspace.fit, fragments=[str(path), "is missing", "run `python -m gradients` again"])
-
-
-def test_quantizers_of_another_model(workspace, refuses, make_model, save_model) -> None:
-    other = save_model(make_model("qwen2"), workspace.root / "qwen2")
-    fragments = [
-        "another model",
-        "architecture 'llama' against 'qwen2'",
-        "record and fit for this model, or give --model",
-    ]
-    refuses(workspace.evaluate, "--model", str(other), fragments=fragments)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
-    """Change an artefact's tensors or metadata in place."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        content = json.loads(file.metadata()["kvquant"])
-    change(tensors, content)
-    content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
-    content["digest"] = digest_of(content)
-    save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
-
-
-def test_quantizers_of_another_schema_or_without_a_layer(workspace, refuses) -> None:
-    path = str(workspace.quantizers)
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=7))
-    refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 2", "fit them again"])
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=2))
-    rewrite(workspace.quantizers, lambda tensors, _content: tensors.pop("layers.1.value.levels"))
-    refuses(workspace.evaluate, fragments=[path, "layers.1.value.levels", "fit them again"])
-
-
-def test_missing_quantizers(workspace, refuses) -> None:
-    missing = str(workspace.root / "none.safetensors")
-    refuses(
-        workspace.evaluate, "--quantizers", missing, fragments=[missing, "fit them again with `python -m quant.fit`"]
-    )
-
-
-class Payload:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
-
-
-def test_pickled_quantizers(workspace, refuses, tmp_path_factory) -> None:
-    witness = tmp_path_factory.mktemp("witness") / "unpickled"
-    path = workspace.root / "quantizers.pickle"
-    path.write_bytes(pickle.dumps({"model.layers.0.self_attn.k_proj": Payload(witness)}))
-    fragments = [str(path), "pickles are never loaded", "fit them again with `python -m quant.fit`"]
-    refuses(workspace.evaluate, "--quantizers", str(path), fragments=fragments)
-    assert not witness.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "fragments"),
-    [
-        ("kvquant", ["'kvquant'", "{int|nf|nuq}BITS[-P%]", "nuq3-1%"]),
-        ("nuq3-1", ["'nuq3-1'", "nuq3-1%"]),
-        ("fp3", ["'fp'", "int, nf, nuq"]),
-        ("nuq16", ["bits 16", "1-8"]),
-        ("nuq3-60%", ["60.00%", "0-10%"]),
-    ],
-)
-def test_unknown_scheme(name: str, fragments: list[str], workspace, refuses) -> None:
-    refuses(workspace.fit, "--scheme", name, fragments=["scheme", *fragments])
 
 
 def test_options_out_of_range(workspace, refuses) -> None:
@@ -345,10 +259,6 @@ def test_output_that_cannot_be_a_folder(place: str, workspace, refuses) -> None:
     refuses(workspace.record, "--output", str(output), fragments=["cannot write", str(output)])
 
 
-def test_output_that_is_a_folder(workspace, refuses) -> None:
-    refuses(workspace.fit, "--output", str(workspace.records), fragments=["cannot write", str(workspace.records)])
-
-
 @pytest.fixture(params=[float("nan"), float("inf")], ids=str)
 def poisoned_model(request, workspace, make_model, save_model) -> str:
     """A folder of the tiny Llama with one bad weight in the second layer's value projection."""
@@ -369,18 +279,6 @@ def test_recording_activations_that_are_not_finite(poisoned_model, workspace, sn
 
 def test_evaluating_activations_that_are_not_finite(poisoned_model, refuses, workspace) -> None:
     refuses(workspace.evaluate, "--model", poisoned_model, fragments=["layer 1 value", "NaN or infinite"])
-
-
-def test_records_that_are_not_finite(workspace, quantizers, refuses) -> None:
-    opened = Records.open(workspace.records)
-    tensors = {}
-    for layer in quantizers.layers:
-        for kind in ("key", "value"):
-            activation, fisher = opened.read(3, layer, kind)
-            tensors |= {f"layers.{layer}.{kind}.activation": activation, f"layers.{layer}.{kind}.fisher": fisher}
-    tensors["layers.1.key.fisher"][40, 7] = torch.inf
-    opened.write(3, tensors)
-    refuses(workspace.fit, fragments=["layer 1 key", "NaN or infinite", "record again"])
 
 
 def test_a_model_with_sliding_windows_only(workspace, refuses, make_model, save_model) -> None:
