@@ -1,15 +1,11 @@
-"""`scripts/bench/multi_gpu.sh` and what it calls: caches filled with blocks, sharded decoding, processes compared."""
+"""`python -m scripts.bench.sharded`, and the caches of blocks and models of random weights it is run on."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
@@ -186,61 +182,3 @@ def test_a_random_model_can_be_loaded(tmp_path) -> None:
     again = random_model.random_model(config_of("tiny", 1), ["cpu"], torch.bfloat16)
     for mine, other in zip(loaded.model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, other.float())
-
-
-def run_script(folder: Path, *arguments: str, code: int = 0, **variables: str) -> tuple[Any, list[str]]:
-    """(the finished script, what its interpreter was asked for); the interpreter does nothing but write that down."""
-    stub, log = folder / "python", folder / "log"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
-    stub.chmod(0o755)
-    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), *arguments]
-    environment = {**os.environ, "PYTHON": str(stub), "GPUS": "8", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return done, log.read_text().splitlines() if log.exists() else []
-
-
-def test_the_script_asks_for_every_part(tmp_path) -> None:
-    done, asked = run_script(tmp_path, str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    sharded = [line for line in asked if "--part sharded" in line]
-    longest = [line for line in asked if "--part longest" in line]
-    assert all("--devices cuda:0 cuda:1 --against-one" in line for line in sharded)
-    assert any("--filled prefill" in line for line in sharded) and any("128K longest" in line for line in sharded)
-    assert all("cuda:7" in line for line in longest) and any("--contexts 10000000 longest" in line for line in longest)
-    assert any("--device-memory" in line for line in longest) and {"nuq2", "nuq3-1%"} <= set(" ".join(longest).split())
-    assert any("scripts.bench.random_model" in line for line in asked)
-    assert any("scripts.bench.processes" in line and "--processes 2" in line for line in asked)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "exit_code", "said"),
-    [
-        ([], {}, 2, "SCHEMES"),
-        (["out"], {"GPUS": "1"}, 2, "error: GPUS 1: several are needed; DRY=1 goes without"),
-        (["out"], {"PARTS": "shraded"}, 2, "error: PARTS shraded: there are sharded, longest and processes"),
-        (["out"], {"BUDGET": "0", "PARTS": "sharded"}, 0, "left out"),
-    ],
-)
-def test_what_the_script_refuses(
-    arguments: list[str], variables: dict[str, str], exit_code: int, said: str, tmp_path
-) -> None:
-    done, asked = run_script(tmp_path, *[str(tmp_path / name) for name in arguments], **variables)
-    assert done.returncode == exit_code and said in done.stdout + done.stderr
-    assert exit_code == 0 or not asked
-    if variables and exit_code:
-        assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_script_dry(tmp_path) -> None:
-    """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""
-    environment = {**os.environ, "PYTHON": sys.executable, "DRY": "1", "BUDGET": "1500", "SCHEMES": "nuq3-1%"}
-    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    sharded, processes, longest = (
-        read_rows(tmp_path / f"gpu-multi-{part}.jsonl") for part in ("sharded", "processes", "longest")
-    )
-    assert all(row["tokens_equal_one_device"] for row in sharded if row["world_size"] > 1 and row["asked"] != "longest")
-    assert all(row["identical"] for row in processes) and {row["processes"] for row in processes} == {1, 2}
-    assert all(row["fits"] and row["filled"] == "synthetic" for row in longest)
