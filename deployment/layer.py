@@ -7,46 +7,31 @@ their own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from deployment.checked import Checked
-from deployment.devices import is_capturing
-from deployment.format import layout
-from deployment.format.layout import PackedTensor, Rows
-from deployment.format.room import LOST
+from deployment.format.layout import PackedTensor
 from deployment.format.streams import sent
+from deployment.format.stretches import Stretch, dequantized, stretches
 from deployment.handles import Numbered
 from deployment.kept import ungraphed, writable
 from deployment.window import Window
 from gradients.cli import UserError
-from gradients.models import KINDS, Kind
-from quant.quantizer import Encoded, Quantizer, as_stored
-from quant.storage import BLOCK_TOKENS
+from gradients.models import Kind
+from quant.quantizer import Encoded, Quantizer
 
 OUTSIDE = "a PackedCache needs the model to run within `with packed_attention(model):`"
 _NEVER_STORED = "tokens of this cache were announced and never stored: a forward was interrupted, or ran outside of packed_attention"
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Stored tokens `start`, ..., `end - 1` of every sequence, dequantized: `[B, G, end - start, D]` float32."""
-
-    start: int
-    end: int
-    key: Tensor
-    value: Tensor
-
-
 class PackedLayer(Numbered, CacheLayerMixin):
     """The packed cache of one layer.
 
-    `update` only hands the new tokens on, with itself attached to the keys: the attention function reads the past,
-    and then calls `append`, since it alone knows about padding.
+    `update` only announces the new tokens: the attention function, which is given the layer (entered.py), reads the past and
+    then stores them, since it alone knows about padding.
     """
 
     is_compileable = False
@@ -76,7 +61,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
         self.packed: dict[Kind, PackedTensor] = {}
         self.window: Window | None = None  # as soon as there are tokens, if `residual_tokens` says so
-        self._handed_on = False
+        self.announced = False  # whether a chunk has come that is not stored yet
         self.checked = Checked()  # shared with the other layers of a cache
         self.leads = True  # whether this is their first
         self._read_only = True  # whether a tensor may be one of inference mode, which cannot be written outside of it
@@ -100,10 +85,9 @@ class PackedLayer(Numbered, CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
+        """Announce pre-RoPE keys and values, and give them back as they are: the attention function stores them."""
         if not torch.compiler.is_compiling():  # else the operator does it: a compiler would, after all steps
             self.expect(key_states, value_states)
-        key_states.packed_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     def expect(self, key: Tensor, value: Tensor) -> None:
@@ -111,7 +95,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         Raises RuntimeError if nobody stored the one before, `UserError` for a batch of another size.
         """
-        if self._handed_on:
+        if self.announced:
             raise RuntimeError(_NEVER_STORED)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
@@ -126,11 +110,11 @@ class PackedLayer(Numbered, CacheLayerMixin):
             self._read_only = True
         elif self._read_only:
             self._leave_inference_mode()
-        self._handed_on = True
+        self.announced = True
 
     def withdraw(self) -> None:
         """Nothing of the chunk that was announced will be stored."""
-        self._handed_on = False
+        self.announced = False
 
     def _leave_inference_mode(self) -> None:
         """Let what was made in `torch.inference_mode()` be written outside of it."""
@@ -173,6 +157,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         """`padding` as a tensor on the device; where there is none, nothing is copied."""
         return torch.tensor(padding, device=self.device) if any(padding) else self.no_padding
 
+<<<<<<< HEAD
     @ungraphed
     def joined(
         self, key: Tensor, value: Tensor, padding: Sequence[int], with_kernels: bool = False
@@ -270,11 +255,15 @@ class PackedLayer(Numbered, CacheLayerMixin):
             self.window = window
 
     def _stretch(self, new: int) -> tuple[int, int]:
+=======
+    def reach(self, new: int) -> tuple[int, int]:
+>>>>>>> main
         """(first, number) of the packed tokens among which the next `new` of every row are, be they sinks or not."""
         first = max(0, min(self.coded) - self.sink_tokens)
         last = max(self._coded_behind([length + new for length in self.lengths]))
         return first, max(1, last - self.sink_tokens - first)
 
+<<<<<<< HEAD
     def _count(self, new: int, padding: Sequence[int]) -> None:
         self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
         self.slots += new
@@ -328,28 +317,15 @@ class PackedLayer(Numbered, CacheLayerMixin):
             start = length + sinks - self.sink_tokens
             self.packed[kind].write(rows, start, self.encode(kind, tokens[:, sinks:]))
 
+=======
+>>>>>>> main
     def encode(self, kind: Kind, tokens: Tensor) -> Encoded:
         """What is stored of tokens `[R, n, C]`: the same as the simulation's."""
         return self.packed[kind].quantizer.encode(tokens)
 
-    def stretches(self, begin: int = 0, end: int | None = None) -> Iterator[Stretch]:
-        """Sinks and codes, dequantized some blocks at a time: what holds tokens `begin`, ..., `end` - 1, or all before the windows.
-
-        They go up to the longest sequence; shorter ones show zeros or waste.
-        """
-        longest = max(self.past, default=0) if end is None else end
-        if begin < (sinks := min(self.sink_tokens, longest)):
-            key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
-            yield Stretch(0, sinks, key, value)
-        for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
-            needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
-            unneeded = max(0, begin - self.sink_tokens - pages[0].start) // BLOCK_TOKENS
-            for first in range(unneeded, needed, layout.STRETCH_BLOCKS):
-                blocks = min(layout.STRETCH_BLOCKS, needed - first)
-                start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
-                key = self.packed["key"].read(pages[0], first, blocks)
-                value = self.packed["value"].read(pages[1], first, blocks)
-                yield Stretch(start, start + blocks * BLOCK_TOKENS, key, value)
+    def stretches(self) -> Iterator[Stretch]:
+        """Sinks and codes before the windows, dequantized up to the longest sequence; shorter ones show zeros or waste."""
+        return stretches(self.sinks, self.packed, 0, max(self.past, default=0))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens of the past and the chunk, offset 0)."""
@@ -368,7 +344,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.slots, self.lengths = 0, []
         self.stored = self.stored[:0]
         self.sinks, self.packed, self.window = {}, {}, None
-        self.is_initialized = self._handed_on = False
+        self.is_initialized = self.announced = False
         self._read_only = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -390,7 +366,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         `window` is the one they had, if somebody has kept it; otherwise it is filled up with what codes say.
         """
-        if lengths is self.lengths and not self._handed_on:
+        if lengths is self.lengths and not self.announced:
             return  # nothing has come since
         if not lengths:
             self.reset()
@@ -398,7 +374,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         if self.window is not None:
             replaced = window is not None and window.recent["key"] is not self.window.recent["key"]
             self.window = window if replaced else self._refilled(lengths)
-        self.slots, self.lengths, self._handed_on, self._read_only = slots, lengths, False, True
+        self.slots, self.lengths, self.announced, self._read_only = slots, lengths, False, True
         stored = sent(torch.tensor(self.lengths, dtype=torch.int64), self.device)
         if torch.is_inference_mode_enabled() or not self.stored.is_inference():
             self.stored.copy_(stored)  # where it was, since a graph may count there
@@ -415,25 +391,13 @@ class PackedLayer(Numbered, CacheLayerMixin):
         for row, (before, after) in enumerate(zip(self.lengths, lengths, strict=True)):
             back = min(before - after, self.residual_tokens)  # tokens that come back
             first = after - self.residual_tokens
-            for kind, states in self._dequantized(row, first, back).items():
+            for kind, states in dequantized(self.sinks, self.packed, row, first, back).items():
                 window = recent[kind][row]
                 window[:, 1:] = torch.cat(
                     [states.to(window.dtype), window[:, 1 : 1 + self.residual_tokens - back]], dim=1
                 )
         floors = [min(held, length) for held, length in zip(self.coded, lengths, strict=True)]
         return self.window.of_recent(recent, floors)
-
-    def _dequantized(self, row: int, first: int, tokens: int) -> dict[Kind, Tensor]:
-        """What sinks and codes say of a row's tokens `first`, ..., keys and values `[G, tokens, D]`; zeros before token 0."""
-        heads, _, dim = self.sinks["key"].shape[1:]
-        begin, end = max(0, first), max(0, first + tokens)
-        empty = torch.zeros(heads, tokens - (end - begin), dim, device=self.device)
-        parts: dict[Kind, list[Tensor]] = {"key": [empty], "value": [empty]}
-        for stretch in self.stretches(begin, end) if begin < end else ():
-            inside = slice(max(0, begin - stretch.start), max(0, end - stretch.start))
-            parts["key"].append(stretch.key[row, :, inside])
-            parts["value"].append(stretch.value[row, :, inside])
-        return {kind: torch.cat(states, dim=1) for kind, states in parts.items()}
 
     def select(self, sequences: Tensor) -> None:
         """Keep the given rows, in this order, repeats allowed."""
@@ -484,19 +448,3 @@ class PackedLayer(Numbered, CacheLayerMixin):
         recent = () if self.window is None else self.window.recent.values()
         packed = (tensor for packed in self.packed.values() for tensor in packed.tensors())
         return [*self.sinks.values(), *recent, *packed]
-
-
-def recount(layers: Sequence[PackedLayer]) -> None:
-    """Take over what one device has counted of layers; waits for it once.
-
-    Raises RuntimeError if tokens or outliers found no room.
-    """
-    counted = [
-        [layer.stored, layer.overflow.long(), *chain.from_iterable(packed.counts() for packed in layer.packed.values())]
-        for layer in layers
-    ]
-    numbers = list(chain.from_iterable(counted))
-    on_host = iter(torch.cat(numbers).cpu().split([len(number) for number in numbers]))
-    for layer in layers:
-        lengths, overflow = next(on_host).tolist(), int(next(on_host))
-        layer._take_over(lengths, overflow, on_host)
