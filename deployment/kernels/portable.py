@@ -115,10 +115,11 @@ def attend_kernel(
     """ROWS rows of a KV head over a part of a segment."""
     G: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
+    CHANNELS: tl.constexpr = SHAPE[4]
     ELEMENT: tl.constexpr = query.dtype.element_ty
     stream = tl.program_id(1).to(tl.int64)
     b, g = stream // G, (stream % G).to(tl.int32)
-    row, channel = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, SHAPE[4])
+    row, channel = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, CHANNELS)
     first, second, pair_ok = pairs_of(SHAPE)
     row_ok, channel_ok = row < new * GROUP, channel < D
     at = query + ((b * new + row // GROUP) * (G * GROUP) + g * GROUP + row % GROUP)[:, None] * PITCH
@@ -135,7 +136,7 @@ def attend_kernel(
     own = scratch + (number * tl.num_programs(2) + tl.program_id(2)) * (64 * D)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    output = tl.zeros([ROWS, SHAPE[4]], tl.float32)
+    output = tl.zeros([ROWS, CHANNELS], tl.float32)
     for block in range(tl.program_id(0) * each, tl.minimum((tl.program_id(0) + 1) * each, (stored + 63) // 64)):
         token = tl.arange(0, 64)
         held = tl.minimum(stored - block * 64, 64).to(tl.int32)
@@ -143,7 +144,7 @@ def attend_kernel(
         if len(KEY) > 0:
             a, c = key_halves(key, own, b, g, block, blocks, key_words, held, KEY, SHAPE, D)
             tile = decoded(
-                value, b, g, block, blocks, value_words, channel, channel_ok, 0, held, VALUE, SHAPE, SHAPE[4]
+                value, b, g, block, blocks, value_words, channel, channel_ok, 0, held, VALUE, SHAPE, CHANNELS
             )
             if VALUE[5]:
                 to = own + token[:, None] * D + channel[None, :]

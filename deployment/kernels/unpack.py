@@ -58,12 +58,13 @@ def unpack_kernel(
     """Block `first_block + i` of every sequence and head, i the program's number; finite numbers where no token is."""
     G: tl.constexpr = SHAPE[0]
     D: tl.constexpr = SHAPE[1]
+    CHANNELS: tl.constexpr = SHAPE[4]
     row, part = tl.program_id(1) // (G // HEADS), tl.program_id(1) % (G // HEADS)
     b = (row0 + row).to(tl.int64)
     block = first_block + tl.program_id(0)
     base = tl.load(origins + b) + shift + block * 64
     held = tl.minimum(tl.maximum(tl.load(limits + b) - base, 0), 64).to(tl.int32)
-    channel = tl.arange(0, SHAPE[4])
+    channel = tl.arange(0, CHANNELS)
     first, second, pair_ok = pairs_of(SHAPE)
     result += (row.to(tl.int64) * room + at + tl.program_id(0) * 64) * (G * PITCH)
     ELEMENT: tl.constexpr = result.dtype.element_ty
@@ -77,7 +78,7 @@ def unpack_kernel(
             tl.store(own + to_token + first[None, :], (a * cos - c * sin).to(ELEMENT), mask=pair_ok[None, :])
             tl.store(own + to_token + second[None, :], (c * cos + a * sin).to(ELEMENT), mask=pair_ok[None, :])
         else:
-            tile = decoded(page, b, g, block, blocks, block_words, channel, channel < D, 0, held, KIND, SHAPE, SHAPE[4])
+            tile = decoded(page, b, g, block, blocks, block_words, channel, channel < D, 0, held, KIND, SHAPE, CHANNELS)
             tl.store(own + to_token + channel[None, :], tile.to(ELEMENT), mask=(channel < D)[None, :])
             if KIND[5]:
                 put_outliers(page, own, b * G + g, block, blocks, held, G * PITCH, D)
@@ -88,7 +89,8 @@ def pairs_of(SHAPE: tl.constexpr):
     """(first channels, second channels, which there are) of rotary pairs."""
     D: tl.constexpr = SHAPE[1]
     ROTARY_HALF: tl.constexpr = SHAPE[2]
-    pair = tl.arange(0, SHAPE[3])
+    PAIRS: tl.constexpr = SHAPE[3]
+    pair = tl.arange(0, PAIRS)
     return first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2), pair < D // 2
 
 
@@ -96,7 +98,8 @@ def pairs_of(SHAPE: tl.constexpr):
 def block_angles(base, steps, turn, SHAPE: tl.constexpr):
     """(cos, sin) `[64, pairs]` fp32 of the positions from `base` on."""
     D: tl.constexpr = SHAPE[1]
-    token, pair = tl.arange(0, 64), tl.arange(0, SHAPE[3])
+    PAIRS: tl.constexpr = SHAPE[3]
+    token, pair = tl.arange(0, 64), tl.arange(0, PAIRS)
     ok = pair < D // 2
     high, low = steps_of(steps, pair, ok)
     base_cos, base_sin = cos_sin(base, high, low)
@@ -110,14 +113,17 @@ def key_halves(
     page, own, b, g, block, blocks, block_words, held, KIND: tl.constexpr, SHAPE: tl.constexpr, TOKEN: tl.constexpr
 ):
     """First and second halves of a head's pairs, `[64, pairs]` fp32, not rotated; through `own`, TOKEN apart from token to token, if there are outliers."""
+    G: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    PAIRS: tl.constexpr = SHAPE[3]
     first, second, ok = pairs_of(SHAPE)
-    a = decoded(page, b, g, block, blocks, block_words, first, ok, 0, held, KIND, SHAPE, SHAPE[3])
-    c = decoded(page, b, g, block, blocks, block_words, second, ok, 1, held, KIND, SHAPE, SHAPE[3])
+    a = decoded(page, b, g, block, blocks, block_words, first, ok, 0, held, KIND, SHAPE, PAIRS)
+    c = decoded(page, b, g, block, blocks, block_words, second, ok, 1, held, KIND, SHAPE, PAIRS)
     if KIND[5]:
         to = own + tl.arange(0, 64)[:, None] * TOKEN
         tl.store(to + first[None, :], a.to(own.dtype.element_ty), mask=ok[None, :])
         tl.store(to + second[None, :], c.to(own.dtype.element_ty), mask=ok[None, :])
-        put_outliers(page, own, b * SHAPE[0] + g, block, blocks, held, TOKEN, SHAPE[1])
+        put_outliers(page, own, b * G + g, block, blocks, held, TOKEN, D)
         tl.debug_barrier()
         a = tl.load(to + first[None, :], mask=ok[None, :], other=0).to(tl.float32)
         c = tl.load(to + second[None, :], mask=ok[None, :], other=0).to(tl.float32)
@@ -144,6 +150,8 @@ def decoded(
     """What the codes of some channels of a head stand for, `[64, N]` fp32; some finite numbers where no token is."""
     SOURCE: tl.constexpr = KIND[0]
     D: tl.constexpr = SHAPE[1]
+    PLANES: tl.constexpr = KIND[2]
+    WIDTH: tl.constexpr = KIND[3]
     number = b * blocks + block
     words, scales, levels = page[0] + number * block_words, page[1] + number * 128, page[2]
     scale, zero, width, offset, first_level = (
@@ -155,12 +163,12 @@ def decoded(
     )
     if SOURCE == CHANNEL_ORDER:
         bits, start = tl.load(width + channel, mask=ok, other=0), tl.load(offset + channel, mask=ok, other=0)
-        codes = channel_codes(words, start, bits, ok, KIND[2], N)
+        codes = channel_codes(words, start, bits, ok, PLANES, N)
         tile = tl.trans(tl.load(levels + tl.load(first_level + channel, mask=ok, other=0)[:, None] + codes))
     else:
         KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
         tables = (levels, width, offset, first_level, page[9] + g * D)
-        tile = group_levels(words, tables, g, second, KIND[2], KIND[3], KEYS, D, N)
+        tile = group_levels(words, tables, g, second, PLANES, WIDTH, KEYS, D, N)
         if KIND[1]:
             place = tl.load(page[8] + g * D + channel, mask=ok, other=0)
             if KEYS:
