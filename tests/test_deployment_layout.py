@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PAGE_BLOCKS, PackedTensor
-from deployment.format.order import ChannelOrder, GroupOrder, order_of, rotary_groups, uniform_order
+from deployment.format.order import ChannelOrder, order_of, rotary_groups, uniform_order
 from deployment.format.streams import OutlierStreams, index_span
 from gradients.cli import UserError
 from quant.codebook import int_codebook, nf_codebook

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployment.format.order import half_words, uniform_order
+from deployment.format.groups import half_words
+from deployment.format.order import uniform_order
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.format.order import ChannelOrder, GroupOrder, uniform_order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import ChannelOrder, uniform_order
 from deployment.layer import PackedLayer
 from deployment.text.pages import one_page
 from deployment.text.saved import load_cache, quantizers_digest, save_cache
