@@ -260,7 +260,7 @@ def test_truncated_then_continued_equals_never_written(kind: str) -> None:
 
 @pytest.mark.parametrize("order", [[1, 0], [0, 0, 1], [1]])
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_selecting_sequences(kind: str, order: list[int]) -> None:
+def test_selected_sequences_hold_what_they_held(kind: str, order: list[int]) -> None:
     quantizer = make_quantizer(kind, 3)
     x = torch.randn(2, 100, HEADS * HEAD_DIM)
     selected = write_in_pieces(quantizer, x, [100])

@@ -315,7 +315,7 @@ def test_a_window_longer_than_the_sequence_changes_nothing(residual: int, model,
 
 @pytest.mark.parametrize("name", ["kivi2", "atom2", "turbo2"])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_short_sequences(tokens: int, name: str, llama, fit_model, make_tokens) -> None:
+def test_one_to_three_tokens_stay_finite_and_exact(tokens: int, name: str, llama, fit_model, make_tokens) -> None:
     """One token is a sink, and two are a sink and an empty or very small group."""
     with simulated(llama, fit_model(llama, Scheme.parse(name))) as usage:
         got = logits_of(llama, make_tokens(2, tokens))

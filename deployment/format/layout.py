@@ -1,4 +1,4 @@
-"""Every byte of the packed cache.
+"""Page layout of the packed cache: words, scales and outliers of blocks of 64 tokens.
 
 One layer's keys, or its values, of B sequences are a `PackedTensor`: pages of blocks of 64 tokens. When the length is
 known there is one page; otherwise further ones are added as the sequences grow, which copies nothing.
