@@ -1,13 +1,11 @@
 """`python -m deployment.benchmark`, through its `main`."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import pytest
 import torch
 
 from deployment.benchmark import main
-from deployment.measure import timing
 from deployment.measure.fp16 import decode_calls, prefill_calls
 from deployment.measure.shapes import shape_config
 from deployment.measure.synthetic import Shape, make_case, synthetic_quantizers
@@ -103,29 +101,3 @@ def test_the_fastest_way_is_measured(monkeypatch, capsys) -> None:
     assert "broken is left out: no such backend" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="none of broken, broken too"):
         fastest({"broken": ["broken"], "broken too": ["broken"]}, torch.device("cpu"))  # type: ignore[dict-item]
-
-
-def test_a_graph_s_first_calls_wait_for_those_before(monkeypatch) -> None:
-    """They run on a stream of their own; beside an unfinished call, two tokens were appended to one place."""
-    events: list[str] = []
-
-    class Stream:
-        def wait_stream(self, other: str) -> None:
-            events.append(f"wait for {other}")
-
-    class Graph:
-        def replay(self) -> None:
-            events.append("replay")
-
-    replaced = {
-        "Stream": Stream,
-        "current_stream": lambda: "the current one",
-        "stream": lambda _: nullcontext(),
-        "synchronize": lambda: events.append("synchronize"),
-        "CUDAGraph": Graph,
-        "graph": lambda _: nullcontext(),
-    }
-    for name, stand_in in replaced.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    timing._graph([lambda: events.append("call")])()
-    assert events == ["wait for the current one", "call", "synchronize", "call", "replay"]
