@@ -130,6 +130,16 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Of a whole text, read at once without a cache."""
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[[str], PreTrainedModel]:
     """Build a fresh tiny model by its name in `CONFIGS`, for tests that change it."""
