@@ -167,7 +167,7 @@ def test_sliding_windows_are_saved_as_they_are(make_model, make_tokens, fit_mode
     assert torch.equal(got.logits, expected.logits)
 
 
-@pytest.mark.parametrize("capacity", [None, 140], ids=["grows", "reserved"])
+@pytest.mark.parametrize("capacity", [None, pytest.param(140, marks=pytest.mark.slow)])
 def test_kernels_go_on_with_a_loaded_cache(capacity: int | None, wide, make_tokens, fit_model, tmp_path) -> None:
     quantizers, tokens = fit_model(wide, Scheme.parse("nuq3-5%")), make_tokens(1, 128)
     cache, more = PackedCache(quantizers, wide.config), make_tokens(1, 4, seed=2)

@@ -331,7 +331,9 @@ def test_two_commands_at_once_say_so(folder, record_arguments, snapshot) -> None
             text=True,
             check=False,
         )
-    assert run.returncode == 2 and "is being recorded by another process; wait for it" in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 2 and last.startswith("error: ") and run.stdout == ""
+    assert "is being recorded by another process; wait for it" in last and "Traceback" not in run.stderr
     assert snapshot(folder) == before
     assert main(arguments)["recorded_now"] == 1
 
