@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from interpreter import quicken
 from recorders import Recording
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +54,7 @@ from gradients.rope import rope_tables
 from quant.artefact import Quantizers
 from quant.fit import fit
 from quant.scheme import Scheme
+from scripts.bench.random_model import byte_tokenizer
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     quicken(pytest.MonkeyPatch())  # never undone
@@ -171,14 +171,9 @@ def make_tokens() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte."""
-    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
-    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[character] = len(vocabulary)
-    assert len(vocabulary) == VOCABULARY
-    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made = byte_tokenizer()
+    assert len(made) == VOCABULARY
+    return made
 
 
 @pytest.fixture(scope="session")
