@@ -58,10 +58,7 @@ def weighted_normalised_error(quantizer: Quantizer, side: Side, weighting: str) 
     """The objective of a weighting, over the inliers: the sum of w * (x^ - Q(x^))^2 in float64."""
     x, fisher = side.activation.float(), side.fisher.double()
     encoded = quantizer.encode(x)
-    if isinstance(quantizer, ChannelQuantizer):
-        scale, zero = quantizer.scale.expand_as(x), quantizer.zero
-    else:
-        scale, zero = encoded.scale.float().expand_as(x), encoded.zero.float()
+    scale, zero = quantizer.ranges(encoded)
     weights = {"fisher*s^2": fisher * scale.double() ** 2, "fisher": fisher, "none": torch.ones_like(fisher)}[weighting]
     error = normalise(x, scale, zero).double() - quantizer.codebook.decode(encoded.codes).double()
     inliers = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
@@ -164,10 +161,7 @@ def test_q_norm_matches_the_calibration_moments(name: str, kind: Kind, records) 
     plain = fit_side(side, Scheme.parse(name), kind == "key")
     x = side.activation.float()
     encoded = quantizer.encode(x)
-    if isinstance(quantizer, ChannelQuantizer):
-        normalised = normalise(x, quantizer.scale, quantizer.zero)
-    else:
-        normalised = normalise(x, encoded.scale.float(), encoded.zero.float()).clamp(-1, 1)
+    normalised = normalise(x, *quantizer.ranges(encoded)).clamp(-1, 1)
     inliers = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
     dequantized = quantizer.codebook.decode(encoded.codes)[inliers].double().numpy()
     wanted = normalised[inliers].double().numpy()
