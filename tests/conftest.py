@@ -159,6 +159,12 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def wide() -> PreTrainedModel:
+    """A tiny Llama whose heads have 64 channels, as groups and tensor cores want them; leave it as it is."""
+    return build_model(LlamaConfig(**_SIZES | {"initializer_range": 0.1}, head_dim=64))
+
+
+@pytest.fixture(scope="session")
 def make_tokens() -> Callable[..., Tensor]:
     """Random token ids of any shape, without special tokens: `make_tokens(2, 33, seed=1)`."""
 
