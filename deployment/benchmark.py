@@ -4,10 +4,11 @@
     python -m deployment.benchmark --shape llama-3-8b --scheme rdnuq2.4 --contexts 128K --batch 4 --ops decode
     python -m deployment.benchmark --shape ./smollm2 --scheme nuq4-1% --contexts 2048
 
-`append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill` attends a chunk of
-1024 over the context and itself, launches included. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to
-attend that is known (measure/fp16.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
-the same device. Several copies of the layer are visited in turn, so that no cache of the device holds the data.
+`append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill`
+attends a chunk of 1024 over the context and itself, launches included. Bytes are those stored: of the packed cache, and
+of K and V in fp16 for the stock attention, the fastest way to attend that is known (measure/fp16.py; `fp16_way` says
+which). Their rate is compared with that of large copies measured on the same device. Several copies of the layer are
+visited in turn, so that no cache of the device holds the data.
 Numbers are random: what is timed does not depend on them, apart from the share of outliers, which is as the scheme
 says.
 """

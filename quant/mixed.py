@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quant.arithmetic import denormalise, normalise
+from quant.arithmetic import normalise
 from quant.codebook import Codebook
 from quant.feedback import ChannelBooks, Feedback
 from quant.quantizer import Encoded, FedBack, feedback_tables, kept_exactly
@@ -76,12 +76,12 @@ class MixedQuantizer(FedBack):
             which[channels] = number
         return ChannelBooks.of(self._codebooks, which)
 
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
+        return self.scale, self.zero
 
     def levels(self, codes: Tensor) -> Tensor:
-        """What codes `[..., C]` stand for on the normalised axis, float32."""
+        """See `FedBack`."""
         sides = codes.index_select(-1, self._by_width).split(self._counts, dim=-1)
         levels = [codebook.decode(side) for codebook, side in zip(self._codebooks, sides, strict=True)]
         return torch.cat(levels, dim=-1).index_select(-1, self._back)

@@ -94,9 +94,21 @@ class FedBack(Quantizer):
     def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
         """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
 
+    @abstractmethod
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes `[..., C]` stand for on the normalised axis, float32."""
+
+    @abstractmethod
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """(scale, zero) float32 of that axis: the channels' `[C]`, or the tokens' `[..., T, 1]` as stored."""
+
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
         return self.coded(x)[0]
+
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+        return denormalise(self.levels(encoded.codes), *self.ranges(encoded))
 
 
 @dataclass(frozen=True)
@@ -132,13 +144,13 @@ class ChannelQuantizer(FedBack):
     def _books(self) -> ChannelBooks:
         return ChannelBooks.shared(self.codebook, len(self.scale))
 
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
-
     def levels(self, codes: Tensor) -> Tensor:
-        """What codes stand for on the normalised axis, float32."""
+        """See `FedBack`."""
         return self.codebook.decode(codes)
+
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
+        return self.scale, self.zero
 
     @property
     def tables(self) -> dict[str, Tensor]:
@@ -180,11 +192,14 @@ class TokenQuantizer(FedBack):
         assert self.feedback is not None
         return ChannelBooks.shared(self.codebook, self.feedback.order.numel())
 
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+    def levels(self, codes: Tensor) -> Tensor:
+        """See `FedBack`."""
+        return self.codebook.decode(codes)
+
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
         assert encoded.scale is not None and encoded.zero is not None
-        scale, zero = encoded.scale.float(), encoded.zero.float()
-        return denormalise(self.codebook.decode(encoded.codes), scale, zero)
+        return encoded.scale.float(), encoded.zero.float()
 
     @property
     def tables(self) -> dict[str, Tensor]:

@@ -24,8 +24,7 @@ from quant.scheme import Scheme
 
 def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, Any]) -> list[Scheme]:
     """The schemes without a row of this identity in the results file."""
-    rows = read_rows(results) if results else []
-    done = {row["scheme"] for row in rows if is_of(row, identity)}
+    done = {row["scheme"] for row in read_rows(results) if is_of(row, identity)}
     return [scheme for scheme in schemes if scheme.describe() not in done]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CONFIGS, build_model
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
@@ -228,19 +228,16 @@ def test_a_plan_is_what_is_held(dtype: torch.dtype, fit_model, llama, make_token
     assert plan.largest_context() % 64 == 44 and plan.largest_context() > 44
 
 
-def test_native_attention_sees_the_window(fit_model, make_tokens, monkeypatch) -> None:
-    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 259}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    model = build_model(LlamaConfig(**sizes, **heads, initializer_range=0.1))
-    quantizers = fit_model(model, Scheme.parse("nuq3-1%", sink_tokens=3, residual_tokens=10))
+def test_native_attention_sees_the_window(wide, fit_model, make_tokens, monkeypatch) -> None:
+    quantizers = fit_model(wide, Scheme.parse("nuq3-1%", sink_tokens=3, residual_tokens=10))
     tokens, mask = make_tokens(2, 100), torch.ones(2, 100, dtype=torch.int64)
     mask[0, :60] = 0
     for exact_chunk in (True, False):
         logits = []
         for switch in ("1", "0"):
             monkeypatch.setenv(native.VARIABLE, switch)
-            cache = PackedCache(quantizers, model.config, exact_chunk=exact_chunk)
-            logits.append(read(model, cache, tokens, [90, 4, 1, 1, 4], mask)[:, 90:])
+            cache = PackedCache(quantizers, wide.config, exact_chunk=exact_chunk)
+            logits.append(read(wide, cache, tokens, [90, 4, 1, 1, 4], mask)[:, 90:])
             assert native.takes(cache.layers[0], torch.zeros(2, 4, 1, 64)) == (switch == "1")
         assert torch.allclose(*logits, atol=1e-3)
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import gaussian
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,10 +12,6 @@ from gradients.models import cached_layers, decoder, kv_shape
 from gradients.rope import rope_tables, rotate, rotate_squares
 
 TOKENS = 33
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_heads(x: Tensor, model: PreTrainedModel) -> Tensor:
@@ -91,29 +88,3 @@ def test_rotated_squares_are_the_expectation(name: str, make_model) -> None:
     assert torch.allclose(turned, expected, rtol=1e-4, atol=1e-5)
     assert (turned >= 0).all()
     assert not torch.allclose(turned, squares[0], atol=0.1)  # a single draw is not its mean
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-partial", "gemma3"])
-def test_gradients_turn_as_keys_do(name: str, make_model, rewriting_rotated_keys, make_tokens) -> None:
-    """Why Fisher information may be rotated: a rotation is its own inverse transpose (without attention scaling)."""
-    model = make_model(name)
-    before: dict[int, Tensor] = {}
-    after: dict[int, Tensor] = {}
-    cos, sin = (table[None] for table in rope_tables(model, TOKENS))
-
-    def again(layer: int, key: Tensor) -> Tensor:
-        if layer not in cached_layers(model.config):
-            return key
-        # undo the rotation, and do it again where autograd can see it
-        before[layer] = rotate(key.detach(), cos, -sin).requires_grad_()
-        after[layer] = rotate(before[layer], cos, sin)
-        after[layer].retain_grad()
-        return after[layer]
-
-    with rewriting_rotated_keys(model, again), torch.enable_grad():
-        model(input_ids=make_tokens(1, TOKENS), use_cache=False).logits.logsumexp(-1).sum().backward()
-    assert list(after) == cached_layers(model.config)
-    for layer, key in after.items():
-        gradient = before[layer].grad
-        assert gradient is not None and key.grad is not None and key.grad.abs().max() > 1e-3
-        assert torch.allclose(rotate(gradient, cos, sin), key.grad, rtol=1e-3, atol=1e-4 * float(key.grad.abs().max()))

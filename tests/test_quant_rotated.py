@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import gaussian
 from torch import Tensor
 
 from quant.codebook import Codebook
@@ -20,10 +21,6 @@ LLOYD_MAX = {
     16: [0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733],
 }
 DISTORTION = {2: 0.3634, 4: 0.1175, 8: 0.03454, 16: 0.009497}
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def rotated(bits: int, dim: int) -> RotatedQuantizer:

@@ -190,16 +190,6 @@ def test_unreachable_corpus_is_refused(corpus: str, workspace, refuses, monkeypa
     )
 
 
-def test_text_shorter_than_a_window_is_refused(workspace, refuses) -> None:
-    path = workspace.root / "short.txt"
-    path.write_text("x" * 65)
-    fragments = ["short.txt", "has 65 tokens", "(66)", "lower --seqlen (now 65)"]
-    refuses(workspace.record, "--text", str(path), fragments=fragments)
-    path.write_text("x" * 64)
-    refuses(workspace.evaluate, "--text", str(path), fragments=["short.txt", "has 64 tokens", "(65)", "lower --seqlen"])
-    refuses(workspace.evaluate, "--windows", "99", fragments=["holds 92 windows", "99", "lower --windows to 92"])
-
-
 def test_seqlen_beyond_the_models_positions_is_refused(workspace, refuses) -> None:
     for command in commands_with_a_model(workspace):
         refuses(
@@ -236,23 +226,6 @@ def test_options_out_of_range_are_refused(workspace, refuses) -> None:
         quant.fit.main(["--records", str(workspace.records), "--output", "q"])
 
 
-@pytest.mark.parametrize("stage", ["record", "fit"])
-def test_a_full_disk_is_said_and_loses_nothing(stage: str, workspace, refuses, monkeypatch) -> None:
-    def full(_tensors: object, path: Path, **_options: object) -> None:
-        Path(path).write_bytes(b"as much as fits")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("gradients.checked.save_file", full)
-    if stage == "record":
-        (workspace.records / "window-00001.safetensors").unlink()
-        command, options = workspace.record, ["--output", str(workspace.records), "--windows", "4"]
-    else:
-        command, options = workspace.fit, []
-    refuses(
-        command, *options, fragments=["cannot write", "No space left on device", "free", "earlier files are untouched"]
-    )
-
-
 @pytest.mark.parametrize("place", ["a file", "below a file"])
 def test_output_that_cannot_be_a_folder_is_refused(place: str, workspace, refuses) -> None:
     output = workspace.quantizers if place == "a file" else workspace.quantizers / "records"
@@ -267,23 +240,5 @@ def poisoned_model(request, workspace, make_model, save_model) -> str:
     return str(save_model(model, workspace.root / "poisoned"))
 
 
-def test_recording_names_the_layer_where_activations_are_not_finite(poisoned_model, workspace, snapshot) -> None:
-    before = snapshot(workspace.root)
-    with pytest.raises(UserError, match="layer 1 value .*NaN or infinite"):
-        workspace.record("--model", poisoned_model)
-    # what was complete stays; of the new run there is a manifest, but no window
-    after = snapshot(workspace.root)
-    assert before.items() <= after.items()
-    assert after.keys() - before.keys() <= {"new/manifest.json", "new/rope.safetensors"}
-
-
 def test_evaluation_names_the_layer_where_activations_are_not_finite(poisoned_model, refuses, workspace) -> None:
     refuses(workspace.evaluate, "--model", poisoned_model, fragments=["layer 1 value", "NaN or infinite"])
-
-
-def test_a_model_with_sliding_windows_only_is_refused(workspace, refuses, make_model, save_model) -> None:
-    model = make_model("mistral")
-    model.config.sliding_window = 32
-    folder = str(save_model(model, workspace.root / "sliding"))
-    for command in commands_with_a_model(workspace):
-        refuses(command, "--model", folder, fragments=["sliding window of 32 tokens", "--full-attention"])

@@ -1,21 +1,22 @@
 """Groups of 16 channels that share a width, in the order in which a tensor core wants their codes.
 
-A tensor core's `m16n8k16` takes from each lane l of a warp, r = l div 4 and c = l mod 4, the elements of rows r and r + 8 and of
-columns 2 c + {0, 1, 8, 9} of its first operand. That operand is 16 tokens x 16 channels of keys for the scores, 16 channels x 16
-tokens of values for the output. So a lane has 32 codes of every group and block:
+A tensor core's `m16n8k16` takes from each lane l of a warp, r = l div 4 and c = l mod 4, the elements of rows r and r +
+8 and of columns 2 c + {0, 1, 8, 9} of its first operand. That operand is 16 tokens x 16 channels of keys for the
+scores, 16 channels x 16 tokens of values for the output. So a lane has 32 codes of every group and block:
 
     keys     code 4 v + i      token 8 v + r              channel 2 c + (0, 1, 8, 9)[i] of the group     v = 0 ... 7
     values   code 16 h + t     token 16 c + t             channel 8 h + r of the group                   (any order of tokens does)
 
-The 32 codes are eight nibbles of four words, code 8 n + j in nibble j of word n, if they have 4 bits. Other widths are made of planes of
-4, 2 and 1 bits, widest first, as in packing.py (3 = 2 + 1): a plane of p bits of a group takes p words a lane, which lie side by side, and
+The 32 codes are eight nibbles of four words, code 8 n + j in nibble j of word n, if they have 4 bits. Other widths are
+made of planes of 4, 2 and 1 bits, widest first, as in packing.py (3 = 2 + 1): a plane of p bits of a group takes p
+words a lane, which lie side by side, and
 
     plane of 4 bits    word n                nibble j                    has all of code 8 n + j
     plane of 2 bits    word n div 2          nibble j, upper half if n is odd
     plane of 1 bit     the only word         nibble j, bit n
 
-so that a shift and a mask make a word of eight nibbles of any of them. A group of w bits takes 32 w words. Groups of keys come in pairs, the
-first halves of 16 rotary pairs and their second halves, so that a rotation needs no other lane.
+so that a shift and a mask make a word of eight nibbles of any of them. A group of w bits takes 32 w words. Groups of
+keys come in pairs, the first halves of 16 rotary pairs and their second halves, so that a rotation needs no other lane.
 """
 
 from dataclasses import dataclass
@@ -39,8 +40,9 @@ _EVERY_NIBBLE = 0x11111111
 class GroupOrder:
     """Groups of 16 channels one after another, head by head.
 
-    `widths` `[G, D / 16]` int64, at most 6. `channels` `[G, D]` int64: which channel of its head comes where, 16 to a group. Groups of keys
-    hold the first halves of rotary pairs, and every second one the others of the group before. Raises ValueError for something else.
+    `widths` `[G, D / 16]` int64, at most 6. `channels` `[G, D]` int64: which channel of its head comes where, 16 to a
+    group. Groups of keys hold the first halves of rotary pairs, and every second one the others of the group before.
+    Raises ValueError for something else.
     """
 
     widths: Tensor
@@ -185,8 +187,9 @@ def place_of_code(lane: Tensor, code: Tensor, kind: Kind) -> tuple[Tensor, Tenso
 def half_words(order: GroupOrder) -> tuple[Tensor, Tensor]:
     """For a reader that takes a head's codes row by row, where a row is a token of keys or a channel of values.
 
-    Of the 16-bit halves of the words of nibbles, [D / 16, 32 lanes, 4 words, 2], returns (`which` `[M, R]`: half m of row r, `columns`
-    `[M, 4]`: which channel or token its nibbles are), both int32, the same for all rows, and of head 0.
+    Of the 16-bit halves of the words of nibbles, [D / 16, 32 lanes, 4 words, 2], returns (`which` `[M, R]`: half m of
+    row r, `columns` `[M, 4]`: which channel or token its nibbles are), both int32, the same for all rows, and of head
+    0.
     """
     head_codes = order._codes.view(order.heads, -1, 4)[0].cpu()  # of every half
     token, channel = head_codes // (order.heads * order.head_dim), head_codes % order.head_dim

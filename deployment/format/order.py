@@ -3,8 +3,8 @@
 A block is 64 tokens of all KV heads, and its words `[W]` are the heads' words one after another. Two orders exist:
 
 - `ChannelOrder`: channel after channel, each with its own number of bits. Any head dimension, any widths.
-- `GroupOrder`: groups of 16 channels with a width each, 0 to 6 bits, lane by lane as a tensor core wants them, so that the
-  decode kernel unpacks operands in registers (groups.py). Which channels share a group is part of the order.
+- `GroupOrder`: groups of 16 channels with a width each, 0 to 6 bits, lane by lane as a tensor core wants them, so that
+  the decode kernel unpacks operands in registers (groups.py). Which channels share a group is part of the order.
 """
 
 from collections.abc import Sequence
@@ -81,7 +81,8 @@ class ChannelOrder:
 def rotary_groups(pairs: Sequence[int], rotary_half: int) -> Tensor:
     """Channels of a head of keys, `[D]` int64: pairs, in the order given, 16 to two groups.
 
-    Of D/2 pairs the first `rotary_half` are channels (p, p + rotary_half), the others, which do not rotate, are alike: see phase.py.
+    Of D/2 pairs the first `rotary_half` are channels (p, p + rotary_half), the others, which do not rotate, are alike:
+    see phase.py.
     """
     channels = torch.from_numpy(rotary_pairs(2 * len(pairs), rotary_half))[torch.as_tensor(pairs)]
     return channels.view(-1, GROUP_CHANNELS, 2).transpose(1, 2).flatten()
@@ -114,8 +115,8 @@ def order_of(
 ) -> Order:
     """The order in which a quantizer's codes are stored: in groups if their channels have one width and keys lie in pairs, else by channel.
 
-    `rotary_half` is half of the channels that rotate, None for all. `channels` `[G, D]` int64 are as of `GroupOrder`; None for those that the
-    quantizer has formed groups of, if it has.
+    `rotary_half` is half of the channels that rotate, None for all. `channels` `[G, D]` int64 are as of `GroupOrder`;
+    None for those that the quantizer has formed groups of, if it has.
     """
     device = quantizer_device(quantizer)
     half = head_dim // 2 if rotary_half is None else rotary_half

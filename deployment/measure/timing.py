@@ -1,6 +1,7 @@
 """Timing on a device: mean and error of a call, and copy bandwidth.
 
-Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing; but for what no graph is made of in use.
+Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing; but for what no graph
+is made of in use.
 """
 
 import math
