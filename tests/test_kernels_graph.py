@@ -136,6 +136,9 @@ class TestOnAGPU:
         with torch.cuda.stream(torch.cuda.Stream()):  # what a recording must not compile
             warm.step(inputs, grown(past + 1))
         torch.cuda.synchronize()
+        for decoder in (recorded, direct):  # makes tables of the layer
+            decoder.step(Decoder.tokens(1, seed=99), grown(past + 1))
+        past += 1
         recorded.layer.reserve(steps)
         graph, mask = torch.cuda.CUDAGraph(), grown(past + 1)
         with torch.cuda.graph(graph):

@@ -31,6 +31,7 @@ from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
 from deployment.step.interrupted import Forwards
 from deployment.step.same_attention import refuse_other_attention
+from deployment.step.unrotated import unrotated
 from gradients.attention import PREFIX, attending_through
 from gradients.cli import UserError
 from gradients.models import decoder, kv_sites
@@ -156,8 +157,7 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
 
 
 def _no_rotation(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = output
-    return torch.ones_like(cos), torch.zeros_like(sin)
+    return unrotated(*output)
 
 
 @contextmanager
