@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_artefact import rewrite
+from test_quant_artefact import rewrite
 from torch import Tensor
 from transformers import PreTrainedModel
 
