@@ -183,6 +183,17 @@ def test_allocated_bits_are_the_budget(llama: PreTrainedModel, make_records: Any
     assert predicted == pytest.approx(cache.nbytes(), rel=0.01)
 
 
+def test_room_for_outliers_to_come_is_told_and_has_to_fit(shapes: dict[str, ModelShape]) -> None:
+    shape, tokens = shapes["llama-7b"], 1 << 17
+    sizes = plan_of(shape, "nuq3-1%").sizes(tokens)
+    all_of_64_tokens = 64 * 4096 + 64 * 32 * 42  # keys; values have 21 at either end of a token's range
+    assert sizes["outlier_room"] == pytest.approx(32 * 4 * all_of_64_tokens + sizes["outliers"] / 32, rel=1e-4)
+    assert plan_of(shape, "nuq3").sizes(tokens)["outlier_room"] == 0
+    needed = sum(sizes[name] for name in ("weights", "cache", "outlier_room", "prefill_activations"))
+    assert plan_of(shape, "nuq3-1%", gpu_memory=needed + 64).fits(tokens)
+    assert not plan_of(shape, "nuq3-1%", gpu_memory=needed - 1000).fits(tokens)
+
+
 def test_capped_outliers() -> None:
     shape = ModelShape.of(CONFIGS["llama"]())
     sizes = [shape.cache_bytes(Scheme.parse("nuq3-10%", outlier_cap=cap), 101)["outliers"] for cap in (None, 1, 0)]

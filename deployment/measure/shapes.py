@@ -14,8 +14,9 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
 
-Stock attention (fp16) keeps no scores: 4 n H D. Not counted: the CUDA context (half a GiB), fragmentation, the copies
-of an fp16 cache that grows, sorting a chunk's outliers in.
+Stock attention (fp16) keeps no scores: 4 n H D. Where a scheme has outliers, kernels keep room for more of them in every layer
+(format/room.py): a 32nd of those held, and all that 64 tokens may have, which a CUDA graph of decode steps relies on. Not
+counted: the CUDA context (half a GiB), fragmentation, the copies of an fp16 cache that grows, sorting a chunk's outliers in.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from deployment.format.layout import STRETCH_BLOCKS
+from deployment.format.room import GRAPH_TOKENS, ROOM_SHARE
 from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
@@ -31,7 +33,7 @@ from gradients.parallel import Part, distribution, own_parameters, part_of_confi
 from quant.artefact import axis_of
 from quant.outliers import outliers_per_end
 from quant.scheme import Scheme
-from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS, exact_size, packed_size
+from quant.storage import BLOCK_TOKENS, OUTLIER_BITS, OUTLIER_LIST_BITS, exact_size, packed_size
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -143,9 +145,15 @@ class ModelShape:
         heads, head_dim = kv_shape(self.config)
         return len(KINDS) * exact_size(min(tokens, self.window), heads * head_dim).bits // 8
 
-    def pieces(self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1) -> list[int]:
-        """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head."""
+    def pieces(
+        self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1, room: bool = False
+    ) -> list[int]:
+        """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head.
+
+        With `room` what kernels keep free for outliers is counted, too.
+        """
         cached = sum(self.cache_bytes(scheme, tokens).values()) // len(self.cached)
+        cached += self.room_bytes(scheme, tokens) if room else 0
         window = self.window_bytes(tokens)
         past = [0, *(cached if layer in self.cached else window for layer in range(len(self.layers))), 0]
         parameters = [self.embedding, *self.layers, self.head]
@@ -169,6 +177,20 @@ class ModelShape:
             recent = scheme.residual_tokens + 1 if scheme.residual_tokens else 0  # one that leaves (window.py)
             bits["recent_window"] = len(KINDS) * exact_size(recent, heads * head_dim).bits
         return {part: size * len(self.cached) // 8 for part, size in bits.items()}
+
+    def room_bytes(self, scheme: Scheme | None, tokens: int) -> int:
+        """What kernels keep free for outliers of one sequence in one layer."""
+        if scheme is None or not scheme.outliers:
+            return 0
+        (heads, dim), entries = kv_shape(self.config), 0.0
+        for kind in KINDS:
+            if scheme.form(axis_of(scheme, kind)) == "token":
+                most = min(dim, 2 * outliers_per_end(self.parts * heads * dim, scheme.outliers))
+                held = 2 * outliers_per_end(self.parts * heads * dim, scheme.outliers) / self.parts
+            else:
+                most, held = dim, heads * dim * scheme.outliers
+            entries += GRAPH_TOKENS * heads * most + tokens * held / ROOM_SHARE
+        return OUTLIER_BITS * round(entries) // 8
 
     def bytes_per_token(self, scheme: Scheme | None) -> dict[str, float]:
         """What one more token adds to `cache_bytes`, averaged over a million."""
