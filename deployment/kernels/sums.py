@@ -1,0 +1,128 @@
+"""Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what is summed there."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from deployment.kernels.decode.host import Run, structure
+
+MOST_WORDS = 1 << 16  # of 4 bytes in one sum: beyond it the library's takes no longer
+MOST_PARTS = 8
+_THREADS = 256
+_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sums.cu is compiled for."""
+
+    parts: int
+
+    @property
+    def source(self) -> Path:
+        """sums.cu."""
+        return Path(__file__).with_name("sums.cu")
+
+    def defines(self) -> dict[str, int]:
+        """As macros."""
+        return {"PARTS": self.parts}
+
+
+def params_of(parts: int) -> type[ctypes.Structure]:
+    """`Params` of sums.cu."""
+    pointer = ctypes.c_void_p
+    return structure(
+        "Params",
+        ("inboxes", pointer * parts),
+        ("own sum rounds", pointer),
+        ("capacity", ctypes.c_int64),
+        ("words number element", ctypes.c_int),
+    )
+
+
+class Sums:
+    """Sums over the processes of one group, of which this is number `number`; all of them ask for the same ones in the same order.
+
+    Args:
+        inboxes: addresses of everybody's inbox, as this process sees them, each of `2 * len(inboxes) * capacity` int64, zero at first.
+        capacity: words of 4 bytes that one sum has at most.
+    """
+
+    def __init__(self, run: Run, inboxes: Sequence[int], number: int, capacity: int, device: torch.device) -> None:
+        self._run, self._shape, self._params = run, Shape(len(inboxes)), params_of(len(inboxes))
+        self._inboxes, self._number, self._capacity = list(inboxes), number, capacity
+        self._rounds = torch.zeros(-(-capacity // _THREADS), dtype=torch.int32, device=device)
+
+    def takes(self, numbers: int, dtype: torch.dtype) -> bool:
+        """Whether so many numbers can be added up here."""
+        size = numbers * dtype.itemsize
+        return dtype in _ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """The sum of all processes' `part`, contiguous; the device is not waited for."""
+        total, words = torch.empty_like(part), part.nbytes // 4
+        params = self._params(
+            own=part.data_ptr(),
+            sum=total.data_ptr(),
+            rounds=self._rounds.data_ptr(),
+            capacity=self._capacity,
+            words=words,
+            number=self._number,
+            element=_ELEMENTS[part.dtype],
+        )
+        params.inboxes[:] = self._inboxes
+        self._run("sum_parts", self._shape, -(-words // _THREADS), _THREADS, 0, params)
+        return total
+
+
+_opened: dict[str, tuple[Sums | None, Tensor | None]] = {}  # by group; the inbox is kept as long as the process lives
+
+
+def opened(group: ProcessGroup, device: torch.device) -> Sums | None:
+    """The sums of a group's processes, each with a GPU of its own; None where these cannot write to each other's memory.
+
+    All of them call it at once.
+    """
+    if group.group_name not in _opened:
+        _opened[group.group_name] = _open(group, device)
+    return _opened[group.group_name][0]
+
+
+def _open(group: ProcessGroup, device: torch.device) -> tuple[Sums | None, Tensor | None]:
+    from deployment.kernels.decode.compile import available, runner
+
+    parts, inbox, pointers = group.size(), None, []
+    able = parts <= MOST_PARTS and available(device) and _is_linked(device, parts)
+    if _all(able, group, device):
+        import torch.distributed._symmetric_memory as symmetric
+
+        try:
+            inbox = symmetric.empty(2 * parts * MOST_WORDS, dtype=torch.int64, device=device)
+            pointers = list(symmetric.rendezvous(inbox, group.group_name).buffer_ptrs)
+            inbox.zero_()
+        except RuntimeError:
+            inbox = None
+        torch.cuda.synchronize(device)
+        if _all(inbox is not None, group, device):  # and all inboxes are empty by now
+            return Sums(runner(device), pointers, group.rank(), MOST_WORDS, device), inbox
+    return None, None
+
+
+def _is_linked(device: torch.device, parts: int) -> bool:
+    """Whether a GPU can write to the memory of all others of the host, as far as they are visible."""
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    return parts <= torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(device, other) for other in others
+    )
+
+
+def _all(able: bool, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether everybody is."""
+    said = torch.tensor(int(able), device=device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group)
+    return bool(said.item())
