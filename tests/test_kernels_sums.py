@@ -13,8 +13,8 @@ from deployment.kernels.sums import Shape, Sums, params_of
 
 _WRAPPER = """
 #include "sums.cu"
-extern "C" void run_sum_parts(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
-    lanes::launch(seed, blocks, threads, bytes, [=] { sum_parts(*p); });
+extern "C" void run_exchange(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
+    lanes::launch(seed, blocks, threads, bytes, [=] { exchange(*p); });
 }
 extern "C" void run_sizes(int* out) { sizes(out); }
 """
@@ -62,6 +62,15 @@ def test_all_processes_have_the_sum_of_all_parts(processes: Any, parts: int, dty
         expected = torch.stack(states).float().sum(0).to(dtype)
         torch.testing.assert_close(totals[0], expected)
         assert all(torch.equal(total, totals[0]) for total in totals)
+
+
+def test_all_processes_have_the_parts_of_all_in_their_order(processes: Any) -> None:
+    sums, inboxes = processes(2)
+    for size in (64, 1200):
+        states = [torch.randn(size // 4, 1, 4).half() for _ in range(2)]
+        _deliver(states[1], 1, inboxes[0], sums[1]._rounds)
+        for own in sums:
+            assert torch.equal(own.gathered(states[own.number]), torch.stack(states))
 
 
 def test_what_is_taken(processes: Any) -> None:

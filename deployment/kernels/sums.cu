@@ -1,5 +1,5 @@
-// What the processes of a tensor-parallel model have of a few tokens, added up in all of them. Each stores its part in the inboxes of the others, over
-// NVLink, and waits for theirs in its own. A word travels with the number of its round, in one store of 8 bytes: who finds the number has the word, so
+// What the processes of a tensor-parallel model have of a few tokens, added up, or side by side, in all of them. Each stores its part in the inboxes of the
+// others, over NVLink, and waits for theirs in its own. A word travels with the number of its round, in one store of 8 bytes: who finds the number has the word, so
 // no flag is set or reset, and nothing else is waited for. All add in the order of the processes, and have the same bits.
 //
 // An inbox has places for two rounds. That is enough: who begins round n + 2 has got all of round n + 1, and who sent that had read round n before.
@@ -22,9 +22,9 @@ DEVICE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 struct Params {
     uint64_t* inboxes[PARTS];  // as this process sees them: [2, PARTS, capacity]
     const uint32_t* own;
-    uint32_t *sum, *rounds;  // rounds of each block
+    uint32_t *result, *rounds;  // a sum, or the parts one after another; rounds of each block
     int64_t capacity;
-    int words, number, element;
+    int words, number, element, gathers;
 };
 
 enum { HALF, BFLOAT, FLOAT };
@@ -41,7 +41,7 @@ DEVICE uint32_t word_of(const float* sum, int element) {
     return to_bfloat(sum[0]) | (uint32_t)to_bfloat(sum[1]) << 16;
 }
 
-KERNEL(THREADS) sum_parts(const GRID_CONSTANT Params p) {
+KERNEL(THREADS) exchange(const GRID_CONSTANT Params p) {
     const uint32_t round = p.rounds[block_number()] + 1;
     const int word = block_number() * THREADS + thread_number();
     const int64_t first = (round & 1) * PARTS * p.capacity;
@@ -58,9 +58,10 @@ KERNEL(THREADS) sum_parts(const GRID_CONSTANT Params p) {
                 while ((uint32_t)(found >> 32) != round);
                 part = (uint32_t)found;
             }
-            add(sum, part, p.element);
+            if (p.gathers) p.result[(int64_t)i * p.words + word] = part;
+            else add(sum, part, p.element);
         }
-        p.sum[word] = word_of(sum, p.element);
+        if (!p.gathers) p.result[word] = word_of(sum, p.element);
     }
     barrier_of_block();  // all have read the number of the round
     if (thread_number() == 0) p.rounds[block_number()] = round;

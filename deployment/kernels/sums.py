@@ -1,4 +1,4 @@
-"""Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what is summed there."""
+"""Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what they exchange there."""
 
 import ctypes
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deployment.kernels.decode.host import Run, structure
+from gradients.parallel import Part
 
 MOST_WORDS = 1 << 16  # of 4 bytes in one sum: beyond it the library's takes no longer
 MOST_PARTS = 8
@@ -39,45 +40,54 @@ def params_of(parts: int) -> type[ctypes.Structure]:
     return structure(
         "Params",
         ("inboxes", pointer * parts),
-        ("own sum rounds", pointer),
+        ("own result rounds", pointer),
         ("capacity", ctypes.c_int64),
-        ("words number element", ctypes.c_int),
+        ("words number element gathers", ctypes.c_int),
     )
 
 
 class Sums:
-    """Sums over the processes of one group, of which this is number `number`; all of them ask for the same ones in the same order.
+    """What the processes of one group have, added up or side by side, for number `number` of them; all ask for the same in the same order.
 
     Args:
         inboxes: addresses of everybody's inbox, as this process sees them, each of `2 * len(inboxes) * capacity` int64, zero at first.
-        capacity: words of 4 bytes that one sum has at most.
+        capacity: words of 4 bytes that each has at most.
     """
 
     def __init__(self, run: Run, inboxes: Sequence[int], number: int, capacity: int, device: torch.device) -> None:
         self._run, self._shape, self._params = run, Shape(len(inboxes)), params_of(len(inboxes))
-        self._inboxes, self._number, self._capacity = list(inboxes), number, capacity
+        self.parts, self.number = len(inboxes), number
+        self._inboxes, self._capacity = list(inboxes), capacity
         self._rounds = torch.zeros(-(-capacity // _THREADS), dtype=torch.int32, device=device)
 
     def takes(self, numbers: int, dtype: torch.dtype) -> bool:
-        """Whether so many numbers can be added up here."""
+        """Whether so many numbers of each process can be exchanged here."""
         size = numbers * dtype.itemsize
         return dtype in _ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
 
     def __call__(self, part: Tensor) -> Tensor:
         """The sum of all processes' `part`, contiguous; the device is not waited for."""
-        total, words = torch.empty_like(part), part.nbytes // 4
+        return self._exchange(part, torch.empty_like(part), gathers=False)
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """All processes' `part` `[...]`, contiguous, one after another: `[N, ...]`."""
+        return self._exchange(part, part.new_empty(self.parts, *part.shape), gathers=True)
+
+    def _exchange(self, part: Tensor, result: Tensor, gathers: bool) -> Tensor:
+        words = part.nbytes // 4
         params = self._params(
             own=part.data_ptr(),
-            sum=total.data_ptr(),
+            result=result.data_ptr(),
             rounds=self._rounds.data_ptr(),
             capacity=self._capacity,
             words=words,
-            number=self._number,
+            number=self.number,
             element=_ELEMENTS[part.dtype],
+            gathers=gathers,
         )
         params.inboxes[:] = self._inboxes
-        self._run("sum_parts", self._shape, -(-words // _THREADS), _THREADS, 0, params)
-        return total
+        self._run("exchange", self._shape, -(-words // _THREADS), _THREADS, 0, params)
+        return result
 
 
 _opened: dict[str, tuple[Sums | None, Tensor | None]] = {}  # by group; the inbox is kept as long as the process lives
@@ -91,6 +101,12 @@ def opened(group: ProcessGroup, device: torch.device) -> Sums | None:
     if group.group_name not in _opened:
         _opened[group.group_name] = _open(group, device)
     return _opened[group.group_name][0]
+
+
+def already_opened(part: Part) -> Sums | None:
+    """Those in which this process is that part, if there are any."""
+    found = (sums for sums, _ in _opened.values() if sums is not None)
+    return next((sums for sums in found if (sums.number, sums.parts) == (part.number, part.count)), None)
 
 
 def _open(group: ProcessGroup, device: torch.device) -> tuple[Sums | None, Tensor | None]:
