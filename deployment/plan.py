@@ -55,7 +55,7 @@ class Plan:
             "outlier_room": len(shape.cached) * shape.room_bytes(self.scheme, tokens),
             "sliding_windows": (len(shape.layers) - len(shape.cached)) * shape.window_bytes(tokens),
             "weights": shape.weight_bytes(self.weight_bits),
-            "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk)),
+            "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), 1, tokens),
             "decode_activations": shape.activation_bytes(self.scheme, 1),
         }
 
@@ -64,7 +64,8 @@ class Plan:
 
         Of a tensor-parallel model all of its parts' GPUs, or None.
         """
-        room = self.gpu_memory - self.shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), batch)
+        new = min(tokens, self.prefill_chunk)
+        room = self.gpu_memory - self.shape.activation_bytes(self.scheme, new, batch, tokens)
         if self.shape.parts > 1:
             held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=True))
             return self.shape.parts if held <= room else None

@@ -10,7 +10,7 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
                  + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
                  + 8 D 32768                rotary tables that are remembered
                  or, if that is more and S H / G > 16, what kernels need that keep no scores:
-                 4 B C t + 20 n H D         t tokens of keys and values, 2^14 or those of 256 MiB; queries, parts, sums
+                 4 B C t + 20 n H D         t tokens of keys and values, all, 2^16 or those of 256 MiB; queries, parts, sums
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
 
@@ -120,8 +120,8 @@ class ModelShape:
         """Tokens that the other layers keep, 0 if there are none."""
         return 0 if len(self.cached) == len(self.layers) else self.config.sliding_window
 
-    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1) -> int:
-        """Upper estimate for a forward of `new` tokens of each of `batch` sequences, see above."""
+    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = SCRATCH_TOKENS) -> int:
+        """Upper estimate for a forward of `new` tokens of each of `batch` sequences, behind at most `context`, see above."""
         config, (heads, head_dim), rows = self.config, kv_shape(self.config), batch * new
         channels, query_heads = heads * head_dim, config.num_attention_heads
         stream = 2 * rows * (2 * config.hidden_size + query_heads * head_dim + 2 * channels)
@@ -132,7 +132,7 @@ class ModelShape:
             attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
             attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
             if new * query_heads // heads > 16:
-                scratch = min(SCRATCH_BYTES, 4 * batch * channels * SCRATCH_TOKENS)
+                scratch = min(SCRATCH_BYTES, 4 * batch * channels * min(context, SCRATCH_TOKENS))
                 attention = max(attention, scratch + 20 * rows * query_heads * head_dim)
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 

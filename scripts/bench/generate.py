@@ -255,7 +255,7 @@ class Benchmark:
                 if self.late:
                     break
                 held = cache.nbytes() if isinstance(cache, PackedCache) else stored_bytes(cache)
-                planned = self.weights + held + self.shape.activation_bytes(scheme, chunk)
+                planned = self.weights + held + self.shape.activation_bytes(scheme, chunk, 1, cache.get_seq_length())
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)
