@@ -24,7 +24,7 @@ from deployment.step.asked import Backend
 from deployment.text.saved import quantizers_digest
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
 from quant.options import add_exact_arguments, exact_from
 from quant.results import append_row, is_of, read_rows

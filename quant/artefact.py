@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 from gradients.checked import Artefact, CheckedFile, Expected, open_checked, write_checked
 from gradients.cli import UserError, note
 from gradients.fingerprint import Fingerprint
-from gradients.models import KINDS, Kind, LoadedModel
+from gradients.loading import LoadedModel
+from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
 from quant.feedback import Feedback
 from quant.grouped import GroupQuantizer

@@ -48,8 +48,9 @@ from deployment.cache import PackedCache
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
+from gradients.manifest import Manifest
 from gradients.models import KINDS, Kind, KVSite, decoder, kv_sites
-from gradients.records import Manifest, Records
+from gradients.records import Records
 from gradients.rope import rope_tables
 from quant.artefact import Quantizers
 from quant.fit import fit

@@ -11,7 +11,7 @@ from deployment.evaluate import evaluate_packed, packed_nll
 from deployment.evaluate import main as evaluate_main
 from deployment.generate import main as generate_main
 from gradients.cli import UserError
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from quant.evaluate import evaluate
 from quant.evaluate import main as simulate_main
 from quant.scheme import Scheme

@@ -24,7 +24,8 @@ from deployment.step.asked import Step
 from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.fisher import record_window
-from gradients.models import LoadedModel, decoder, load_model
+from gradients.loading import LoadedModel, load_model
+from gradients.models import decoder
 from gradients.placement import Placement, read_device_map
 from gradients.rope import rope_tables
 from quant.artefact import Quantizers

@@ -15,7 +15,7 @@ from deployment.step.graphed import _STEPS, graphed
 from deployment.step.steps import Steps
 from deployment.text.session import Session
 from gradients.cli import UserError
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA graph where there is none")

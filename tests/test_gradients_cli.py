@@ -115,7 +115,7 @@ def test_gguf_weights_point_at_the_conversion(llama_folder, text_file, tmp_path,
     def stop(*_: object, **__: object) -> None:
         raise UserError("loaded enough")
 
-    monkeypatch.setattr("gradients.models._load_or_explain", stop)
+    monkeypatch.setattr("gradients.loading._load_or_explain", stop)
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     for folder in (llama_folder, tmp_path):
         with pytest.raises(UserError, match="loaded enough"):

@@ -11,7 +11,8 @@ from transformers import MistralConfig
 from deployment.measure.shapes import load_config
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
-from gradients.models import KINDS, SITES, kv_shape, kv_sites, load_model
+from gradients.loading import load_model
+from gradients.models import KINDS, SITES, kv_shape, kv_sites
 
 
 def rms_normalised(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:

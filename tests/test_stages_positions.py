@@ -9,7 +9,7 @@ from deployment.generate import main as generate_main
 from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
-from gradients.models import load_model
+from gradients.loading import load_model
 from gradients.positions import extend_positions, usable_positions
 from gradients.rope import rope_tables
 from quant.artefact import load_quantizers

@@ -37,7 +37,7 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import load_quantizers
 from quant.evaluate import append_result

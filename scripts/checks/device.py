@@ -37,7 +37,7 @@ from deployment.evaluate import evaluate_packed
 from deployment.layer import PackedLayer
 from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import load_model
+from gradients.loading import load_model
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import evaluate

@@ -25,7 +25,8 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_bos_argument, add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int
-from gradients.models import LoadedModel, decoder_config
+from gradients.loading import LoadedModel
+from gradients.models import decoder_config
 from gradients.positions import usable_positions
 from gradients.processes import require_one_process
 from gradients.progress import progress
