@@ -1,6 +1,7 @@
 """Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what they exchange there."""
 
 import ctypes
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,9 +131,10 @@ def _open(group: ProcessGroup, device: torch.device) -> tuple[Sums | None, Tenso
 
 
 def _is_linked(device: torch.device, parts: int) -> bool:
-    """Whether a GPU can write to the memory of all others of the host, as far as they are visible."""
+    """Whether all processes are on this host, where a GPU can write to the memory of all others that are visible."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", parts))  # as torchrun says
     others = set(range(torch.cuda.device_count())) - {device.index}
-    return parts <= torch.cuda.device_count() and all(
+    return parts == here <= torch.cuda.device_count() and all(
         torch.cuda.can_device_access_peer(device, other) for other in others
     )
 

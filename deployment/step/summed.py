@@ -48,7 +48,7 @@ def _replace_forward(module: nn.Linear, sums: Any, undo: ExitStack) -> None:
 
     def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        small = sums.takes(rows * module.out_features, x.dtype) and x.is_cuda and not hasattr(x, "to_local")
+        small = sums.takes(rows * module.out_features, x.dtype) and not hasattr(x, "to_local")
         if not small or arguments or options or torch.is_grad_enabled():
             return before(x, *arguments, **options)
         weight: Any = module.weight
