@@ -21,7 +21,8 @@ from torch import Tensor
 
 from deployment.devices import current
 from deployment.measure.fp16 import decode_calls, prefill_calls
-from deployment.measure.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
+from deployment.measure.shapes import SHAPES, shape_config
+from deployment.measure.synthetic import SPARE_TOKENS, Case, Shape, make_case, stored_bytes
 from deployment.measure.timing import copy_rate, fastest, microseconds
 from deployment.plan import parse_tokens
 from deployment.step.append import append, append_with_kernels, join_window
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all contexts, printed and appended to the results one by one."""
     device = torch.device(arguments.device)
-    scheme, shape = scheme_from(arguments.scheme, arguments), Shape.named(arguments.shape)
+    scheme, shape = scheme_from(arguments.scheme, arguments), Shape.of(shape_config(arguments.shape))
     rate, rows = copy_rate(device), []
     for context in arguments.contexts:
         row = {"shape": arguments.shape, "scheme": scheme.describe(), "batch": arguments.batch, "context": context}

@@ -102,7 +102,7 @@ def test_cropping_into_the_sinks(llama, make_tokens, fit_model) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-def test_batch_operations(llama, make_tokens, exact, padded: bool) -> None:
+def test_repeated_selected_and_reordered_rows_go_on_as_themselves(llama, make_tokens, exact, padded: bool) -> None:
     tokens = make_tokens(2, 80)
     mask = torch.ones_like(tokens)
     mask[0, : 70 * padded] = 0

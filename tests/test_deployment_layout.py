@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PAGE_BLOCKS, PackedTensor
-from deployment.format.order import ChannelOrder, GroupOrder, order_of, rotary_groups, uniform_order
+from deployment.format.order import ChannelOrder, order_of, rotary_groups, uniform_order
 from deployment.format.streams import OutlierStreams, index_span
 from gradients.cli import UserError
 from quant.codebook import int_codebook, nf_codebook
@@ -259,7 +260,7 @@ def test_truncated_then_continued_equals_never_written(kind: str) -> None:
 
 @pytest.mark.parametrize("order", [[1, 0], [0, 0, 1], [1]])
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_selecting_sequences(kind: str, order: list[int]) -> None:
+def test_selected_sequences_hold_what_they_held(kind: str, order: list[int]) -> None:
     quantizer = make_quantizer(kind, 3)
     x = torch.randn(2, 100, HEADS * HEAD_DIM)
     selected = write_in_pieces(quantizer, x, [100])

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.format.order import ChannelOrder, GroupOrder, uniform_order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import ChannelOrder, uniform_order
 from deployment.layer import PackedLayer
 from deployment.text.pages import one_page
 from deployment.text.saved import load_cache, quantizers_digest, save_cache
@@ -135,7 +136,9 @@ def test_many_pages_and_kernels_room_become_one_page_without_room(llama, make_to
 
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("tokens", [2, 6, 7], ids=["within the sinks", "one packed", "all packed"])
-def test_few_tokens(tokens: int, capacity: int | None, llama, make_tokens, fit_model, tmp_path) -> None:
+def test_texts_shorter_than_a_block_are_restored(
+    tokens: int, capacity: int | None, llama, make_tokens, fit_model, tmp_path
+) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
     cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
     fill(llama, cache, text)

@@ -189,7 +189,7 @@ def test_an_interrupted_forward_gives_the_window_back(double, fit_model, make_to
 
 
 @pytest.mark.parametrize("removed", [0, 7])
-def test_saved_and_restored(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
+def test_a_saved_window_is_restored_bit_for_bit(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-1%", sink_tokens=3))
     tokens, mask = make_tokens(2, 90), torch.ones(2, 90, dtype=torch.int64)
     mask[0, :75] = 0  # that row is shorter than the window
@@ -245,7 +245,7 @@ def test_native_attention_sees_the_window(fit_model, make_tokens, monkeypatch) -
         assert torch.allclose(*logits, atol=1e-3)
 
 
-def test_commands(llama_folder, quantizers_file, text_file) -> None:
+def test_commands_take_a_window_and_report_its_bytes(llama_folder, quantizers_file, text_file) -> None:
     common = ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
     windows = [*common, "--text", str(text_file), "--seqlen", "60", "--windows", "1", "--residual-tokens", "10"]
     simulated_row = simulate_main(windows)
@@ -289,7 +289,7 @@ def test_benchmarks_fill_layers_with_windows(window: int) -> None:
     assert (row["bits_per_element"] > 4.5) == (window > 0)
 
 
-def test_every_architecture(model, fit_model, make_tokens) -> None:
+def test_packed_is_simulated_in_every_architecture(model, fit_model, make_tokens) -> None:
     """Sliding-window layers beside it, partial and scaled rotary embeddings, norms of keys."""
     quantizers = fit_model(model, Scheme.parse("nuq4-5%", sink_tokens=2, residual_tokens=11))
     tokens = make_tokens(1, 60)
@@ -300,7 +300,7 @@ def test_every_architecture(model, fit_model, make_tokens) -> None:
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "prompt lookup"])
-def test_what_transformers_generates(options: dict[str, int], llama, fit_model, make_tokens) -> None:
+def test_generation_equals_the_unquantized_cache(options: dict[str, int], llama, fit_model, make_tokens) -> None:
     """With 8 bits the text is the unquantized cache's, as rows are reordered and guesses taken back."""
     quantizers = fit_model(llama, Scheme.parse("int8-5%", sink_tokens=2, residual_tokens=8))
     tokens = make_tokens(1, 6).repeat(1, 4)

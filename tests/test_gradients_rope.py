@@ -46,28 +46,6 @@ def test_rotating_is_what_the_model_does(model, keys) -> None:
         assert not torch.allclose(key, after[layer], atol=0.1)
 
 
-def test_tables_have_the_rotary_dimension(model) -> None:
-    cos, sin = rope_tables(model, TOKENS)
-    partial = decoder(model).config.rope_parameters.get("partial_rotary_factor", 1.0)
-    rotary = int(kv_shape(model.config)[1] * partial)
-    assert cos.shape == sin.shape == (TOKENS, rotary)
-    assert cos.dtype == sin.dtype == torch.float32
-    assert not cos.requires_grad and cos.device.type == "cpu"
-    # position 0 turns nothing; yarn only lengthens
-    assert (sin[0] == 0).all() and torch.equal(cos[0], cos[0, :1].expand(rotary))
-
-
-def test_tables_grow_from_the_front(model) -> None:
-    for few, many in zip(rope_tables(model, 7), rope_tables(model, TOKENS), strict=True):
-        assert torch.equal(few, many[:7])
-
-
-@pytest.mark.parametrize(("name", "scale"), [("llama", 1.0), ("llama-yarn-mha", 1.1386294)])
-def test_tables_include_the_attention_scaling(name: str, scale: float, make_model) -> None:
-    cos, sin = rope_tables(make_model(name), TOKENS)  # yarn: 0.1 ln(4) + 1
-    assert torch.allclose(cos.square() + sin.square(), torch.full_like(cos, scale**2), rtol=1e-5)
-
-
 def test_gemmas_tables_are_those_of_the_layers_that_are_cached(make_model) -> None:
     """Its sliding layers turn with another base frequency."""
     model = make_model("gemma3")
@@ -89,20 +67,6 @@ def test_pairs_turn_by_hand() -> None:
     turned = rotate(x[None, None, None], cos, sin)[0, 0, 0]
     whirl = torch.polar(torch.ones(2), angle) * torch.complex(x[:2], x[2:4])
     assert torch.allclose(turned, torch.cat([whirl.real, whirl.imag, x[4:]]), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3-partial"])
-def test_rotating_keeps_the_length_of_pairs(name: str, make_model) -> None:
-    cos, sin = (table[None] for table in rope_tables(make_model(name), TOKENS))
-    rotary = cos.shape[-1]
-    x = gaussian(2, 3, TOKENS, 16)
-    turned = rotate(x, cos, sin)
-
-    def lengths(y: Tensor) -> Tensor:
-        return y[..., : rotary // 2].square() + y[..., rotary // 2 : rotary].square()
-
-    assert torch.allclose(lengths(turned), lengths(x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(turned[..., rotary:], x[..., rotary:])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-yarn-mha", "phi3-partial", "gemma3"])

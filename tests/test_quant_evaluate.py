@@ -87,15 +87,6 @@ def test_logits_that_are_nan_are_refused(side: str) -> None:
         compare_logits(**tensors, targets=torch.zeros(300, dtype=torch.long))
 
 
-def test_totals_add_up(make_tokens) -> None:
-    logits, baseline, targets = random_logits(300, 0), random_logits(300, 1), torch.arange(300) % 31
-    whole = compare_logits(logits, baseline, targets)
-    parts = compare_logits(logits[:33], baseline[:33], targets[:33]) + compare_logits(
-        logits[33:], baseline[33:], targets[33:]
-    )
-    assert vars(parts) == pytest.approx(vars(whole), rel=1e-6)
-
-
 def test_the_command_reports_and_appends(
     llama, llama_folder, text_file, quantizers_file, tokenizer, tmp_path, capsys
 ) -> None:

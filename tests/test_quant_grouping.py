@@ -17,8 +17,9 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
-from deployment.format.order import ChannelOrder, GroupOrder
+from deployment.format.order import ChannelOrder
 from deployment.kernels.decode import host
 from deployment.measure.shapes import ModelShape
 from gradients.checked import open_checked, write_checked

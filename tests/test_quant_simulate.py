@@ -72,16 +72,6 @@ def test_sliding_layers_are_left_alone(model, fit_model, hook_count) -> None:
     assert hook_count(model) == hooks
 
 
-def test_batch_rows_are_independent(model, fit_model, make_tokens) -> None:
-    quantizers, ids = fit_model(model, Scheme.parse("nuq4-1%")), make_tokens(3, 33)
-    changed = ids.clone()
-    changed[1] = make_tokens(33, seed=9)
-    with simulated(model, quantizers):
-        one, other = logits_of(model, ids), logits_of(model, changed)
-    assert torch.equal(one[[0, 2]], other[[0, 2]])
-    assert not torch.allclose(one[1], other[1], atol=1e-2)
-
-
 def test_the_model_is_itself_again_afterwards(model, fit_model, make_tokens, hook_count) -> None:
     quantizers, ids, hooks = fit_model(model, Scheme.parse("nuq2")), make_tokens(1, 33), hook_count(model)
     plain = logits_of(model, ids)

@@ -59,6 +59,11 @@ def named_config(name: str) -> PreTrainedConfig:
     return MistralConfig(**sizes, sliding_window=None) if name.startswith("mistral") else LlamaConfig(**sizes)
 
 
+def shape_config(name: str) -> PreTrainedConfig:
+    """The config of one of `SHAPES`, or of a model. Raises what `load_config` does."""
+    return named_config(name) if name in SHAPES else load_config(name)
+
+
 def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
     """The config of a hub id or a local folder; `full_attention` treats sliding-window layers as fully attending.
 
@@ -70,7 +75,7 @@ def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load the config of model {name!r}: {reason}; give a hub id that is reachable, a local folder, "
-            "or one of --shape"
+            f"or a shape: {', '.join(SHAPES)}"
         ) from error
     text_config = decoder_config(config)
     if text_config.model_type not in SITES:

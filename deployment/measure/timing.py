@@ -22,7 +22,7 @@ _COPIES = 4
 def microseconds(
     calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = _SECONDS, recorded: bool = True
 ) -> tuple[float, float]:
-    """(mean, standard error) of one call, all of them made in turn, for about so many `seconds`; on CUDA `recorded` in a graph."""
+    """(mean, standard error) of one call, all of them made in turn for about `seconds`; on CUDA `recorded` in a graph."""
     for call in calls[:2]:
         call()
     run = _graph(calls) if recorded and device.type == "cuda" else lambda: [call() for call in calls]

@@ -52,7 +52,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step of so many tokens: what repeats it, its input `[B, S]` and output `[B, S, V]`, and the slots held when recorded."""
+    """A step of a number of tokens: what repeats it, its input `[B, S]` and output `[B, S, V]`, and the slots held when recorded."""
 
     replay: Callable[[], object]
     ids: Tensor
