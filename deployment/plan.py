@@ -52,7 +52,7 @@ class Plan:
         shape, cache = self.shape, self.shape.cache_bytes(self.scheme, tokens)
         return cache | {
             "cache": sum(cache.values()),
-            "outlier_room": len(shape.cached) * shape.room_bytes(self.scheme, tokens),
+            "outlier_room": len(shape.cached) * shape.room_bytes(self.scheme, tokens, self.prefill_chunk),
             "sliding_windows": (len(shape.layers) - len(shape.cached)) * shape.window_bytes(tokens),
             "weights": shape.weight_bytes(self.weight_bits),
             "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), 1, tokens),
@@ -67,10 +67,10 @@ class Plan:
         new = min(tokens, self.prefill_chunk)
         room = self.gpu_memory - self.shape.activation_bytes(self.scheme, new, batch, tokens)
         if self.shape.parts > 1:
-            held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=True))
+            held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=new))
             return self.shape.parts if held <= room else None
         needed, free = 1, room
-        for size in self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=True):
+        for size in self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=new):
             if size > room:
                 return None
             if size > free:

@@ -177,8 +177,10 @@ def test_allocated_bits_are_the_budget(llama, make_records, tmp_path) -> None:
 def test_room_for_outliers_to_come_is_told_and_has_to_fit(shapes) -> None:
     shape, tokens = shapes["llama-7b"], 1 << 17
     sizes = plan_of(shape, "nuq3-1%").sizes(tokens)
-    all_of_64_tokens = 64 * 4096 + 64 * 32 * 42  # keys; values have 21 at either end of a token's range
-    assert sizes["outlier_room"] == pytest.approx(32 * 4 * all_of_64_tokens + sizes["outliers"] / 32, rel=1e-4)
+    of_a_token = 4096 + 32 * 42  # keys; values have 21 at either end of a token's range
+    of_64 = plan_of(shape, "nuq3-1%", prefill_chunk=1).sizes(tokens)
+    assert sizes["outlier_room"] == pytest.approx(32 * 4 * 1024 * of_a_token + sizes["outliers"] / 32, rel=1e-4)
+    assert of_64["outlier_room"] == pytest.approx(32 * 4 * 64 * of_a_token + sizes["outliers"] / 32, rel=1e-4)
     assert plan_of(shape, "nuq3").sizes(tokens)["outlier_room"] == 0
     needed = sum(sizes[name] for name in ("weights", "cache", "outlier_room", "prefill_activations"))
     assert plan_of(shape, "nuq3-1%", gpu_memory=needed + 64).fits(tokens)

@@ -15,7 +15,7 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
     together     max(MLP, stream + attention, logits)
 
 Stock attention (fp16) keeps no scores: 4 n H D. Where a scheme has outliers, kernels keep room for more of them in every layer
-(format/room.py): a 32nd of those held, and all that 64 tokens may have, which a CUDA graph of decode steps relies on. Not
+(format/room.py): a 32nd of those held, and all that a chunk may have, or 64 tokens, which a CUDA graph of decode steps relies on. Not
 counted: the CUDA context (half a GiB), fragmentation, the copies of an fp16 cache that grows, sorting a chunk's outliers in.
 """
 
@@ -151,14 +151,14 @@ class ModelShape:
         return len(KINDS) * exact_size(min(tokens, self.window), heads * head_dim).bits // 8
 
     def pieces(
-        self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1, room: bool = False
+        self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1, room: int | None = None
     ) -> list[int]:
         """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head.
 
-        With `room` what kernels keep free for outliers is counted, too.
+        With `room`, tokens of a chunk, what kernels keep free for outliers is counted, too.
         """
         cached = sum(self.cache_bytes(scheme, tokens).values()) // len(self.cached)
-        cached += self.room_bytes(scheme, tokens) if room else 0
+        cached += 0 if room is None else self.room_bytes(scheme, tokens, room)
         window = self.window_bytes(tokens)
         past = [0, *(cached if layer in self.cached else window for layer in range(len(self.layers))), 0]
         parameters = [self.embedding, *self.layers, self.head]
@@ -183,8 +183,8 @@ class ModelShape:
             bits["recent_window"] = len(KINDS) * exact_size(recent, heads * head_dim).bits
         return {part: size * len(self.cached) // 8 for part, size in bits.items()}
 
-    def room_bytes(self, scheme: Scheme | None, tokens: int) -> int:
-        """What kernels keep free for outliers of one sequence in one layer."""
+    def room_bytes(self, scheme: Scheme | None, tokens: int, new: int) -> int:
+        """What kernels keep free for outliers of one sequence in one layer that is read in chunks of `new` tokens."""
         if scheme is None or not scheme.outliers:
             return 0
         (heads, dim), entries = kv_shape(self.config), 0.0
@@ -194,7 +194,7 @@ class ModelShape:
                 held = 2 * outliers_per_end(self.parts * heads * dim, scheme.outliers) / self.parts
             else:
                 most, held = dim, heads * dim * scheme.outliers
-            entries += GRAPH_TOKENS * heads * most + tokens * held / ROOM_SHARE
+            entries += max(GRAPH_TOKENS, new) * heads * most + tokens * held / ROOM_SHARE
         return OUTLIER_BITS * round(entries) // 8
 
     def bytes_per_token(self, scheme: Scheme | None) -> dict[str, float]:

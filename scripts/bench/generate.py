@@ -255,7 +255,7 @@ class Benchmark:
                 if self.late:
                     break
                 held = cache.nbytes() if isinstance(cache, PackedCache) else stored_bytes(cache)
-                planned = self.weights + held + self.shape.activation_bytes(scheme, chunk, 1, cache.get_seq_length())
+                planned = self.weights + held + self._planned(scheme, cache.get_seq_length(), chunk)
                 if self.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)
@@ -270,6 +270,11 @@ class Benchmark:
                 peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
                 measured = {"chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
                 self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
+
+    def _planned(self, scheme: Scheme | None, tokens: int, chunk: int) -> int:
+        """Bytes that reading a chunk behind so many tokens takes beside weights and cache, as `deployment.plan` counts them."""
+        room = self.config.num_hidden_layers * self.shape.room_bytes(scheme, tokens, chunk)
+        return room + self.shape.activation_bytes(scheme, chunk, 1, tokens)
 
 
 def _first_line(error: Exception) -> str:
