@@ -303,3 +303,9 @@ class PackedTensor:
             held += [page.words, *([] if page.scales is None else [page.scales])]
             held += [] if page.outliers is None else page.outliers.tensors()
         return held
+
+    def copied_bytes(self) -> int:
+        """Of these what another process of a tensor-parallel model holds, too: the ranges of tokens, but for the first process."""
+        if not isinstance(self.quantizer, TokenQuantizer) or self.quantizer.part.number == 0:
+            return 0
+        return sum(page.scales.nbytes for page in self.pages if page.scales is not None)

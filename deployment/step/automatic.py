@@ -21,13 +21,13 @@ import torch
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
+from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
 from deployment.step.recording import record
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
 
-_STEPS = 64  # tokens that a recording has room for: it was not asked for, so it takes little memory
 _PATIENCE = 2
 
 
@@ -60,7 +60,7 @@ class Automatic:
                 self._model,
                 cache,
                 self.eager,
-                _STEPS,
+                GRAPH_TOKENS,
                 self._backend,
                 record,
                 patience=_PATIENCE,
