@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if quantizers is not None:
         quantizers.check_run(loaded)
     identities = {name: _identity(arguments, loaded, quantizers, name) for name in names}
-    rows = read_rows(arguments.results) if arguments.results else []
+    rows = read_rows(arguments.results)
     missing = [name for name in names if not any(is_of(row, identities[name]) for row in rows)]
     lm = PackedLM(
         loaded.model,

@@ -200,7 +200,7 @@ class Records:
     def read_layer(self, layer: int, kind: Kind, skip_tokens: int = 0) -> tuple[Tensor, Tensor]:
         """(activation fp16, Fisher bf16), each `[N, C]`: all windows without their first `skip_tokens` tokens."""
         for window in range(self.manifest.windows):
-            self._require_window(window)  # before room is made for so many
+            self._require_window(window)  # before memory is allocated for all
         first = [part[skip_tokens:] for part in self.read(0, layer, kind)]
         # filled window by window: a list of them and its concatenation would take twice the memory
         both = [part.new_empty(self.manifest.windows, *part.shape) for part in first]

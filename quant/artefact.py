@@ -88,7 +88,7 @@ class Quantizers:
             return self
         layers: dict[int, dict[Kind, Quantizer]] = {
             layer: {
-                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))  # type: ignore[type-var]
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))
                 for kind, quantizer in sides.items()
             }
             for layer, sides in self.layers.items()

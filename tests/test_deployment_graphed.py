@@ -84,7 +84,7 @@ def test_several_tokens_at_once_and_recorded_steps_take_turns(llama, quantizers,
 @on_cpu
 def test_a_conversation_with_recorded_steps_says_the_same(llama, tokenizer, quantizers, automatic, monkeypatch) -> None:
     """Turn after turn on one cache, recorded anew in each; more tokens than there is room for at once; a text that departs."""
-    monkeypatch.setattr("deployment.step.automatic._STEPS", 7)
+    monkeypatch.setattr("deployment.step.automatic.GRAPH_TOKENS", 7)
     loaded = LoadedModel("tiny", llama, tokenizer)
     said = []
     for graphs in (False, True):

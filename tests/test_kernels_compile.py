@@ -16,7 +16,7 @@ from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_ro
 
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks, without outliers and with 1 %, by bits and queries: the larger number of both targets, plus 0.15
-LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.1, (2, 1): 2.7, (2, 4): 3.3, (0, 1): 4.1, (0, 4): 4.6}
+LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.05, (2, 1): 2.7, (2, 4): 3.15, (0, 1): 4.0, (0, 4): 4.6}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_decode_fits_and_stays_as_short_as_it_is(decode_kernels: list[dict[str, 
         assert kernel["shared"] <= SHARED_LIMIT[int(kernel["target"].removeprefix("sm_"))], name
         assert kernel["registers"] * kernel["teams"] * 128 <= REGISTERS, name
         assert kernel["loop"] <= LOOPS[kernel["bits"], kernel["queries"]], (name, kernel["loop"])
-        assert kernel["usual_spills"] <= 5, (name, kernel["usual_spills"])
+        assert kernel["usual_spills"] <= 10, (name, kernel["usual_spills"])
 
 
 _LISTING = """

@@ -50,7 +50,7 @@ def test_positions_that_cannot_be_extended_are_refused(name: str, positions: int
 @pytest.mark.parametrize(
     ("original", "held", "usable"), [(128, 128, 512), (128, 600, 600), (None, 128, 512), (32, 128, 128)]
 )
-def test_positions_of_yarn(original: int | None, held: int, usable: int) -> None:
+def test_yarn_gives_the_positions_its_factor_says(original: int | None, held: int, usable: int) -> None:
     """Qwen's model cards add it to a config and leave `max_position_embeddings` as it is."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
     named = {} if original is None else {"original_max_position_embeddings": original}

@@ -43,7 +43,7 @@ from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import evaluate
 from quant.results import append_row
 
-_OWN, _ROUNDING = 2.0, 0.1  # a tie: so many times the CPU's own distance, which counts as this at least
+_OWN, _ROUNDING = 2.0, 0.1  # a tie: at most this multiple of the CPU's own distance, which counts as 0.1 at least
 
 Row = dict[str, Any]
 
