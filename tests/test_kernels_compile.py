@@ -146,7 +146,9 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("shape", [(128, 32, 16, 0, 1), (96, 2, 64, 2, 1), (256, 1, 8, 1, 1), (256, 8, 16, 1, 0)])
+@pytest.mark.parametrize(
+    "shape", [(128, 32, 32, 16, 0, 1), (96, 2, 2, 64, 2, 1), (256, 1, 1, 8, 1, 1), (256, 8, 16, 16, 1, 0)]
+)
 def test_append_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
     from deployment.kernels.append_host import Shape

@@ -106,5 +106,5 @@ def test_ties_and_extremes(levels: list[float]) -> None:
 
 
 def test_structures_are_as_large_as_in_the_source() -> None:
-    for shape in (host.Shape(64, 2, 16, 2, 1), host.Shape(96, 2, 4, 2, 1), host.Shape(256, 2, 16, 0, 0)):
+    for shape in (host.Shape(64, 2, 2, 16, 2, 1), host.Shape(96, 2, 4, 4, 2, 1), host.Shape(256, 2, 2, 16, 0, 0)):
         assert append_on_cpu.sizes(shape) == [shape.token_bytes, shape.tile_bytes, ctypes.sizeof(host.Params)]

@@ -9,7 +9,7 @@
 // `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
 // its warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
-// Compiled for HEAD_DIM, HEADS, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
+// Compiled for HEAD_DIM, HEADS, X_HEADS, the largest number of heads of x, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
 // Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
@@ -63,6 +63,7 @@ struct Side {  // keys, or values; tensors as in chunk.py; no matrix and no orde
     const int *width, *first_level, *first_boundary, *offset, *slot, *order;
     int64_t stride_b, stride_g, stride_s, block_words, places;
     int dynamic, outliers, per_end, source, span, all_levels, all_boundaries;
+    int channels, first_head;  // of x, which may have heads that are stored elsewhere, and its first that is stored here
 };
 struct Params {
     Side side[2];
@@ -71,7 +72,7 @@ struct Params {
     int64_t page_start, blocks, streams, sinks, tokens;
 };
 
-constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
+constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, MOST_CHANNELS = X_HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
 constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
 
@@ -118,14 +119,14 @@ DEVICE uint32_t rising(uint32_t raw) {
 }
 DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
 
-constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
+constexpr int SHARE = (MOST_CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
 // f(key from above, key from below, channel) of all channels, added up.
-template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, int turn, F f) {
+template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const uint32_t* up, int turn, F f) {
     uint32_t total = 0;
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread_number();
-        if (channel < CHANNELS) total += f(up[k], ONES - up[k], channel);
+        if (channel < side.channels) total += f(up[k], ONES - up[k], channel);
     }
     return sum_of_block(sh, total, turn);
 }
@@ -138,22 +139,22 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& sca
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread;
         up[k] = 0;
-        if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
+        if (channel < side.channels) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
     }
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
     if (count) {
         for (uint32_t bit = SIGN; bit; bit >>= 1, turn++) {
-            const uint32_t both = sum_over(sh, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
+            const uint32_t both = sum_over(sh, side, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
             if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
             if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
         }
-        const uint32_t beyond = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
-        const uint32_t before = sum_over(sh, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t beyond = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
+        const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
-        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own)), z = ONES - a;
+        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
         const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
         if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
         barrier_of_block();
@@ -168,7 +169,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& sca
     uint32_t most = 0, least = 0;
 #pragma unroll
     for (int k = 0; k < SHARE; k++)
-        if (k * THREADS + thread < CHANNELS) {
+        if (k * THREADS + thread < side.channels) {
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
             if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
         }
@@ -313,7 +314,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
     const int g = (int)(stream % HEADS), channel = g * D + thread;
     // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
-    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + g * side.stride_g;
+    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + (side.first_head + g) * side.stride_g;
     const bool fed = FED && side.matrix;
     for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
     float x = 0, scale = 0, zero = 0;

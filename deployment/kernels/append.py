@@ -26,58 +26,13 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else contiguous(side) for side in sides]
-    token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
-    if token and not fed:
-        sides = [with_all_heads(side) if side.is_partial else side for side in sides]
-    if partial := [side for side in sides if side.is_partial]:
-        _append_chunk(partial, stored, padding, overflow)
-        sides = [side for side in sides if not side.is_partial]
-        if not sides:
-            return
-<<<<<<< HEAD
     if sides[0].x.shape[2] == 1 and append_host.takes(sides):
-        append_host.append_token(sides, stored, padding, overflow)
-=======
-        fed = [side for side in sides if side.packed.feedback is not None]
-    if token and not fed:
-        _append_token(sides, stored, padding, overflow)
-    elif token and len(fed) == len(sides) and feedback_host.takes(sides):
-        feedback_host.append_token(sides, stored, padding, overflow)
->>>>>>> main
+        whole = [with_all_heads(side) if side.is_partial else side for side in sides]
+        append_host.append_token(whole, stored, padding, overflow)
     else:
         _append_chunk(sides, stored, padding, overflow)
 
 
-<<<<<<< HEAD
-=======
-def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
-    key, value = sides[0], sides[-1]
-    batch, heads, dim = len(key.x), key.packed.heads, key.packed.head_dim
-    channels = max(side.constants()[-1] for side in sides)
-    for key_page, value_page in zip(key.pages, value.pages, strict=True):
-        step_kernel[(len(sides) * batch * heads,)](
-            key.pointers(key_page),
-            value.pointers(value_page),
-            *key.x.stride()[:2],
-            *value.x.stride()[:2],
-            key.packed.order.words,
-            value.packed.order.words,
-            places(key_page),
-            places(value_page),
-            stored,
-            padding,
-            overflow,
-            key_page.start,
-            key_page.blocks,
-            batch * heads,
-            KEY=key.constants(),
-            VALUE=value.constants(),
-            SIZES=(heads, dim, max(16, triton.next_power_of_2(dim)), key.sinks.shape[2]),
-            num_warps=4 if channels < 2048 else 8,
-        )
-
-
->>>>>>> main
 def _append_chunk(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
     fed = [side for side in sides if side.packed.feedback is not None]
     found = {id(side): _encode(side, stored, padding) for side in sides}

@@ -12,6 +12,7 @@ from torch import Tensor
 from deployment.format.layout import Page
 from deployment.kernels.decode.host import Run, structure
 from deployment.kernels.side import Codes, Side, places
+from quant.quantizer import TokenQuantizer
 
 _MOST_DIM = 256
 _MOST_BITS = 6
@@ -26,7 +27,7 @@ CSide = structure(
     ("x sinks scales index value codes targets words ranges matrix starts ends", ctypes.c_void_p),
     ("scale zero levels boundaries width first_level first_boundary offset slot order", ctypes.c_void_p),
     ("stride_b stride_g stride_s block_words places", _LONG),
-    ("dynamic outliers per_end source span all_levels all_boundaries", _INT),
+    ("dynamic outliers per_end source span all_levels all_boundaries channels first_head", _INT),
 )
 Params = structure(
     "Params",
@@ -42,6 +43,7 @@ class Shape:
 
     head_dim: int
     heads: int
+    x_heads: int
     levels: int
     element: int
     fed: int
@@ -85,12 +87,11 @@ def takes(sides: Sequence[Side]) -> bool:
 
 def fits(sides: Sequence[Side]) -> bool:
     """Whether append.cu has words for it."""
-    _, heads, _, dim = sides[0].x.shape
-    widest = max(side.packed.tables.widest for side in sides)
+    dim, widest = sides[0].packed.head_dim, max(side.packed.tables.widest for side in sides)
     return (
         dim % 32 == 0
         and dim <= _MOST_DIM
-        and heads * dim <= _MOST_CHANNELS
+        and max(_heads_of(side) for side in sides) * dim <= _MOST_CHANNELS
         and widest <= _MOST_BITS
         and all(side.x.dtype in _ELEMENTS and side.x.dtype == sides[0].x.dtype for side in sides)
     )
@@ -141,9 +142,15 @@ def feed_back_by(run: Run, sides: Sequence[Side], found: Sequence[Codes]) -> lis
 
 
 def _shape(sides: Sequence[Side]) -> Shape:
-    _, heads, _, dim = sides[0].x.shape
-    widest = max(side.packed.tables.widest for side in sides)
-    return Shape(dim, heads, 1 << widest, _ELEMENTS[sides[0].x.dtype], int(_is_fed(sides)))
+    packed, widest = sides[0].packed, max(side.packed.tables.widest for side in sides)
+    heads, element = max(side.x.shape[1] for side in sides), _ELEMENTS[sides[0].x.dtype]
+    return Shape(packed.head_dim, packed.heads, heads, 1 << widest, element, int(_is_fed(sides)))
+
+
+def _heads_of(side: Side) -> int:
+    """Of a token, those that are elsewhere among them where its range takes these."""
+    quantizer = side.packed.quantizer
+    return side.x.shape[1] * (quantizer.part.count if side.is_partial and isinstance(quantizer, TokenQuantizer) else 1)
 
 
 def _is_fed(sides: Sequence[Side]) -> bool:
@@ -151,7 +158,7 @@ def _is_fed(sides: Sequence[Side]) -> bool:
 
 
 def _params(sides: Sequence[Side]) -> ctypes.Structure:
-    batch, heads, tokens, _ = sides[0].x.shape
+    batch, tokens, heads = len(sides[0].x), sides[0].x.shape[2], sides[0].packed.heads
     params = Params(streams=batch * heads, sinks=sides[0].sinks.shape[2], tokens=tokens)
     for number, side in enumerate(sides):
         tables, fed = side.packed.tables, side.packed.feedback
@@ -165,6 +172,7 @@ def _params(sides: Sequence[Side]) -> ctypes.Structure:
             stride_s=stride_s, block_words=side.packed.order.words, dynamic=side.dynamic,
             outliers=side.packed.keeps_outliers, per_end=side.per_end, source=side.placing[0], span=side.packed.span,
             all_levels=tables.levels.numel(), all_boundaries=tables.boundaries.numel(),
+            channels=side.x.shape[1] * side.packed.head_dim, first_head=side.first_head,
         )  # fmt: skip
     return params
 

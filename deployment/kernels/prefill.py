@@ -18,13 +18,9 @@ from deployment.kernels.library import PLANNED, Part, attend_all, attend_causall
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
-<<<<<<< HEAD
 from deployment.kernels.portable import Asked
 from deployment.kernels.portable import attend as attend_portably
-from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
-=======
 from deployment.kernels.schedule import EVEN_TOKENS, SCRATCH_BYTES, SCRATCH_TOKENS
->>>>>>> main
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
