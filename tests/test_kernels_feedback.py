@@ -1,15 +1,22 @@
 """append.cu against `Quantizer.encode`, bit for bit, as host C++ with lanes in random order; test_kernels_append.py does it on a GPU."""
 
 import ctypes
+from dataclasses import replace
 
 import append_on_cpu
 import decode_on_cpu
 import pytest
 import torch
-from test_kernels_append import append_both, make_chunks
+from test_kernels_append import HEADS, append_both, make_chunks
+from test_kernels_attention import make_quantizer
 from torch import Tensor
 
+from deployment.format.layout import PackedTensor
 from deployment.kernels import append_host as host
+from deployment.kernels.append import Side, append
+from gradients.parallel import Part
+from quant.arithmetic import as_stored
+from quant.quantizer import Encoded, TokenQuantizer
 
 pytestmark = [
     pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
@@ -87,6 +94,35 @@ def test_single_tokens_without_feedback(kind: str, bits: int, share: float, dim:
 def test_chunks(kind: str, bits: int, share: float, dim: int, sizes: list[int], launches: list[str]) -> None:
     store(kind, bits, make_chunks(dim, sizes), share=share)
     assert launches == ["append_token" if size == 1 else "feed_back" for size in sizes]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_stores_its_own_heads_of_whole_tokens(number: int) -> None:
+    """The range and the outliers are those of all heads."""
+    dim, part = 64, Part(number, 2)
+    whole = make_quantizer(2 * HEADS * dim, "token", 3, 0.05)
+    assert isinstance(whole, TokenQuantizer)
+    ours, expected = (
+        PackedTensor(replace(whole, part=part), 1, HEADS, dim, torch.device("cpu"), "value") for _ in "ab"
+    )
+    for tensor in (ours, expected):
+        tensor.reserve(64, exactly=True)
+    page = ours.pages[0]
+    page.outliers = page.outliers.with_room(64 * dim)
+    x = torch.randn(1, 2 * HEADS, 3, dim, generator=torch.Generator().manual_seed(7))
+    own = part.of(2 * HEADS * dim)
+    for token in range(3):
+        stored, overflow = torch.tensor([token]), torch.zeros(1, dtype=torch.int32)
+        side = Side(ours, x[:, :, token : token + 1], x.new_zeros(1, HEADS, 0, dim).half(), [page], number * HEADS)
+        append([side], stored, torch.zeros(1, dtype=torch.int64), overflow)
+        one = x[:, :, token].reshape(1, 1, -1)
+        encoded = whole.encode(one)
+        mask = encoded.outliers[..., own]
+        mine = Encoded(encoded.codes[..., own], mask, as_stored(one[..., own][mask]), encoded.scale, encoded.zero)
+        expected.write(slice(None), token, mine)
+    assert torch.equal(page.words, expected.pages[0].words) and torch.equal(page.scales, expected.pages[0].scales)
+    for got, wanted in zip(page.outliers.entries(), expected.pages[0].outliers.entries(), strict=True):
+        assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("token", torch.float16), ("channel", torch.bfloat16)])
