@@ -86,8 +86,8 @@ struct alignas(16) Team {
     float raised[WARPS][QUERIES], shrink[QUERIES];
     int end[QUERIES];  // tokens of the page that a query sees
 #if KEY_OUTLIERS
-    alignas(16) uint32_t query[PAIRS][QUERIES];  // two fp16: rotated back to the part's first token
-    int key_sums[2][QUERIES][CHUNK];
+    alignas(16) float query[PAIRS][QUERIES][2];  // rotated back to the part's first token
+    int key_sums[2][CHUNK][QUERIES];
     float key_floor[D];
 #endif
 #if VALUE_OUTLIERS
@@ -402,7 +402,7 @@ struct Worker {
                 float s = T.scores[chunk & 1][0][place][q];
                 UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][place][q];
 #if KEY_OUTLIERS
-                s += T.key_sums[chunk & 1][q][t] * (1 / KEY_UNIT), T.key_sums[chunk & 1][q][t] = 0;
+                s += T.key_sums[chunk & 1][t][q] * (1 / KEY_UNIT), T.key_sums[chunk & 1][t][q] = 0;
 #endif
                 if (chunk >= whole && chunk * CHUNK + t >= T.end[q]) s = -infinity();
                 score[i][q] = s;
@@ -487,9 +487,8 @@ struct Worker {
         begin_list(P.key, keys, tid);
         for (int i = tid; i < PAIRS * QUERIES; i += THREADS) {
             const int number = tile * QUERIES + i % QUERIES;
-            float x, y;
-            rotated(number, i / QUERIES, place_of(number) - first * CHUNK, x, y);
-            T.query[i / QUERIES][i % QUERIES] = halves(x, y);
+            float* to = T.query[i / QUERIES][i % QUERIES];
+            rotated(number, i / QUERIES, place_of(number) - first * CHUNK, to[0], to[1]);
         }
         uint32_t key_slot[4];
         read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
@@ -515,13 +514,7 @@ struct Worker {
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
         quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
-        uint32_t query[QUERIES];
-        if (QUERIES % 4 == 0)
-            UNROLL for (int q = 0; q < QUERIES; q += 4) read4(query + q, &T.query[p][q]);
-        else
-            UNROLL for (int q = 0; q < QUERIES; q++) query[q] = T.query[p][q];
-        UNROLL for (int q = 0; q < QUERIES; q++)
-            add_shared(&T.key_sums[chunk & 1][q][t], round_int(from_half(query[q] & 0xFFFF) * co + from_half(query[q] >> 16) * si));
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
     }
 #endif
 #if VALUE_OUTLIERS

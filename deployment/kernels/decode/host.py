@@ -97,7 +97,7 @@ class Shape:
         )
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
-        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 4 * dim)
+        team += keys * _padded(8 * dim // 2 * queries + 8 * CHUNK * queries + 4 * dim)
         team += values * _padded(8 * queries * dim + 4 * CHUNK * queries + 4 * dim + 8 * CHUNK)
         return team
 
