@@ -92,8 +92,8 @@ for source in (0, 1, 2):
     for mixed in (False, True):
         kind = (source, mixed, 7, 0 if mixed else 3, source == 1, mixed)
         compiled(unpack_kernel, {**lists, "page": page}, KIND=kind, SHAPE=shape, PITCH=128, HEADS=4, ROTATED=source != 1)
-    for key, value, sides in ((page, page, (kind, kind)), (("*fp16",), ("*fp16",), ((), ()))):
-        compiled(attend_kernel, {**lists, "key": key, "value": value}, **asked, LIMITED=mixed, KEY=sides[0], VALUE=sides[1], SHAPE=shape)
+    for key, packed in ((page, True), (("*fp16",), False)):
+        compiled(attend_kernel, {**lists, "key": key, "value": key}, **asked, PACKED=packed, LIMITED=mixed, KEY=kind, VALUE=kind, SHAPE=shape)
     compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployment.kernels.packed import DenseSegment, Segment
+from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import multiprocessors, parts_of
 from deployment.kernels.unpack import block_angles, decoded, key_halves, pairs_of, put_outliers
@@ -56,15 +56,15 @@ def attend(asked: Asked) -> Tensor:
     first = 0
     for segment, count in zip(segments, parts, strict=True):
         programs = (count, batch * heads, tiles)
-        key, value, kinds, block_words = _tensors(segment, query.dtype)
-        exact = any(kind[5] for kind in kinds if kind)  # elements that outliers are written over
+        key, value, kinds, block_words = _tensors(segment)
+        exact = any(kind[5] for kind in kinds)  # elements that outliers are written over
         scratch = query.new_empty((count * batch * heads * tiles if exact else 1) * BLOCK_TOKENS * dim)
         limited = segment.limits is not None
         attend_kernel[programs](
             query, asked.positions, outputs[first:], weights[first:], key, value, segment.origins, segment.start,
             segment.limits if limited else segment.origins, asked.rotary.steps, asked.rotary.by_token, scratch, new,
-            segment.tokens, *block_words, LIMITED=limited, KEY=kinds[0], VALUE=kinds[1],
-            SHAPE=(heads, dim, asked.rotary.half, pairs, channels), PITCH=query.shape[-1], GROUP=group, ROWS=rows, num_warps=4 if rows < 64 else 8,
+            segment.tokens, *block_words, PACKED=isinstance(segment, PackedSegment), LIMITED=limited, KEY=kinds[0], VALUE=kinds[1],
+            SHAPE=(heads, dim, asked.rotary.half, pairs, channels), PITCH=query.shape[-1], GROUP=group, ROWS=rows, num_warps=4 if rows < 64 else 8, num_stages=1,
         )  # fmt: skip
         first += count
     if not segments:
@@ -75,11 +75,11 @@ def attend(asked: Asked) -> Tensor:
 
 
 def _tensors(
-    segment: Segment, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple, tuple[int, int]]:
-    """(those of keys, of values, their kinds, words of a block); plain tokens have no kind."""
+    segment: Segment,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[tuple[int, ...], ...], tuple[int, int]]:
+    """(those of keys, of values, their kinds, words of a block); of plain tokens the last two say nothing."""
     if isinstance(segment, DenseSegment):
-        return (segment.key.contiguous(),), (segment.value.contiguous(),), ((), ()), (0, 0)
+        return (segment.key.contiguous(),), (segment.value.contiguous(),), ((0,) * 6,) * 2, (0, 0)
     sides = (segment.key, segment.key_page), (segment.value, segment.value_page)
     key, value = (page_tensors(*side) for side in sides)
     kinds = tuple(page_kind(*side) for side in sides)
@@ -104,8 +104,9 @@ def attend_kernel(
     tokens,  # of the segment, n
     key_words,  # of a block
     value_words,
+    PACKED: tl.constexpr,
     LIMITED: tl.constexpr,
-    KEY: tl.constexpr,  # of the page (unpacking.py); () for plain tokens
+    KEY: tl.constexpr,  # of the page (unpacking.py), if PACKED
     VALUE: tl.constexpr,
     SHAPE: tl.constexpr,  # G, D, half of the channels that rotate, D / 2 and D rounded up
     PITCH: tl.constexpr,
@@ -141,7 +142,7 @@ def attend_kernel(
         token = tl.arange(0, 64)
         held = tl.minimum(stored - block * 64, 64).to(tl.int32)
         there, place = token < held, begin + block * 64 + token
-        if len(KEY) > 0:
+        if PACKED:
             a, c = key_halves(key, own, b, g, block, blocks, key_words, held, KEY, SHAPE, D)
             tile = decoded(
                 value, b, g, block, blocks, value_words, channel, channel_ok, 0, held, VALUE, SHAPE, CHANNELS
