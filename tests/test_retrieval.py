@@ -55,6 +55,19 @@ def test_every_way_to_run_gets_its_rows(
     assert "nuq3-1%" in printed
 
 
+def test_fitted_quantizers_keep_as_many_tokens_exact_as_asked(
+    common: list[str], quantizers_file: Path, tmp_path: Path
+) -> None:
+    arguments = [*common, "--depths", "1", "--quantizers", str(quantizers_file)]
+    exact = ["--sink-tokens", "4", "--residual-tokens", "40"]
+    needle.main([*arguments, *exact])
+    needle.main([*arguments, *exact, "--packed", "--no-exact-chunk"])
+    _, simulated, packed = read_rows(tmp_path / "rows.jsonl")
+    assert simulated["scheme"] == packed["scheme"] == "nuq3-1% sink_tokens=4 residual_tokens=40"
+    assert packed["answer_nll"] == pytest.approx(simulated["answer_nll"], rel=1e-3)
+    assert simulated["bits_per_element"] > 4
+
+
 @COMMANDS
 def test_an_interrupted_run_goes_on_where_it_stopped(
     command: Any, common: list[str], quantizers_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
