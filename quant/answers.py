@@ -79,7 +79,9 @@ def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantize
 
 def _token_by_token(quantizers: Quantizers) -> bool:
     """Whether what is stored of a token depends on no other, and never changes, so that a draft cannot be wrong."""
-    return not quantizers.scheme.residual_tokens and not any(one.scheme.simulated_only for sides in quantizers.layers.values() for one in sides.values())
+    return not quantizers.scheme.residual_tokens and not any(
+        one.scheme.simulated_only for sides in quantizers.layers.values() for one in sides.values()
+    )
 
 
 def _checked(model: PreTrainedModel, quantizers: Quantizers, prompt: Tensor, drafted: Tensor) -> Tensor:

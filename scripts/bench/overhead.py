@@ -109,6 +109,7 @@ def manifest_of(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespa
         token_digest=corpus.digest,
         seqlen=arguments.seqlen,
         windows=arguments.windows + 1,
+        moment_windows=arguments.windows + 1,
         seed=arguments.seed,
     )
 
