@@ -68,6 +68,7 @@ def attention(
     position_ids: Tensor | None = None,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
+    packed_layer: PackedLayer | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function given to transformers.
@@ -77,6 +78,7 @@ def attention(
         key, value: what `Cache.update` returned, pre-RoPE: the chunk `[B, G, S, D]`, or past and chunk if native.
         attention_mask: as `padding_mask` made it.
         sliding_window: how far back native layers look, which their mask says too.
+        packed_layer: that of the cache the forward was given (entered.py); None without one.
 
     Returns `[B, S, H, D]` in the query's dtype, and no weights. Raises NotImplementedError for what is not done here.
     """
@@ -87,13 +89,12 @@ def attention(
     if is_causal is False:
         refuse_unknown({"is_causal=False": True})
     rope = context.rope
-    layer: PackedLayer | None = getattr(key, "packed_layer", None)
-    if layer is None:
+    if packed_layer is None:
         return _native(module, rope, query, key, value, attention_mask, scaling, dropout, position_ids)
     if sliding_window is not None or dropout:
         refuse_unknown({"sliding_window": sliding_window, "dropout": dropout or None})
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asked = Step(layer, rope, query, key, value, scaling, attention_mask, position_ids, context.backend)
+    asked = Step(packed_layer, rope, query, key, value, scaling, attention_mask, position_ids, context.backend)
     return attend(asked), None
 
 

@@ -45,8 +45,8 @@ class Stretch:
 class PackedLayer(Numbered, CacheLayerMixin):
     """The packed cache of one layer.
 
-    `update` only hands the new tokens on, with itself attached to the keys: the attention function reads the past,
-    and then calls `append`, since it alone knows about padding.
+    `update` only announces the new tokens: the attention function, which is given the layer (entered.py), reads the past and
+    then stores them, since it alone knows about padding.
     """
 
     is_compileable = False
@@ -76,7 +76,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.sinks: dict[Kind, Tensor] = {}  # [B, G, sink_tokens, D] fp16
         self.packed: dict[Kind, PackedTensor] = {}
         self.window: Window | None = None  # as soon as there are tokens, if `residual_tokens` says so
-        self._handed_on = False
+        self.announced = False  # whether a chunk has come that is not stored yet
         self.checked = Checked()  # shared with the other layers of a cache
         self.leads = True  # whether this is their first
         self._read_only = True  # whether a tensor may be one of inference mode, which cannot be written outside of it
@@ -100,10 +100,9 @@ class PackedLayer(Numbered, CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Hand the pre-RoPE keys and the values on to the attention function, which stores them."""
+        """Announce pre-RoPE keys and values, and give them back as they are: the attention function stores them."""
         if not torch.compiler.is_compiling():  # else the operator does it: a compiler would, after all steps
             self.expect(key_states, value_states)
-        key_states.packed_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     def expect(self, key: Tensor, value: Tensor) -> None:
@@ -111,7 +110,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         Raises RuntimeError if nobody stored the one before, `UserError` for a batch of another size.
         """
-        if self._handed_on:
+        if self.announced:
             raise RuntimeError(_NEVER_STORED)
         if not self.is_initialized:
             self.lazy_initialization(key, value)
@@ -126,11 +125,11 @@ class PackedLayer(Numbered, CacheLayerMixin):
             self._read_only = True
         elif self._read_only:
             self._leave_inference_mode()
-        self._handed_on = True
+        self.announced = True
 
     def withdraw(self) -> None:
         """Nothing of the chunk that was announced will be stored."""
-        self._handed_on = False
+        self.announced = False
 
     def _leave_inference_mode(self) -> None:
         """Let what was made in `torch.inference_mode()` be written outside of it."""
@@ -205,7 +204,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         `joined` is what `joined` has returned for it, if it was asked.
         """
-        self._handed_on = False
+        self.announced = False
         new, joined = key.shape[2], self.joined(key, value, padding) if joined is None else joined
         for kind, states in zip(KINDS, joined, strict=True):
             tokens = states[:, :, :new].transpose(1, 2).flatten(2)  # [B, S, C]: all that leave the window
@@ -229,7 +228,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         """
         from deployment.kernels.append import Side, append
 
-        self._handed_on = False
+        self.announced = False
         new, capturing = key.shape[2], is_capturing(self.device)
         joined = self.joined(key, value, padding, with_kernels=True) if joined is None else joined
         where = self._stretch(new)
@@ -364,7 +363,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         self.slots, self.lengths = 0, []
         self.stored = self.stored[:0]
         self.sinks, self.packed, self.window = {}, {}, None
-        self.is_initialized = self._handed_on = False
+        self.is_initialized = self.announced = False
         self._read_only = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -386,7 +385,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
 
         `window` is the one they had, if somebody has kept it; otherwise it is filled up with what codes say.
         """
-        if lengths is self.lengths and not self._handed_on:
+        if lengths is self.lengths and not self.announced:
             return  # nothing has come since
         if not lengths:
             self.reset()
@@ -394,7 +393,7 @@ class PackedLayer(Numbered, CacheLayerMixin):
         if self.window is not None:
             replaced = window is not None and window.recent["key"] is not self.window.recent["key"]
             self.window = window if replaced else self._refilled(lengths)
-        self.slots, self.lengths, self._handed_on, self._read_only = slots, lengths, False, True
+        self.slots, self.lengths, self.announced, self._read_only = slots, lengths, False, True
         stored = sent(torch.tensor(self.lengths, dtype=torch.int64), self.device)
         if torch.is_inference_mode_enabled() or not self.stored.is_inference():
             self.stored.copy_(stored)  # where it was, since a graph may count there

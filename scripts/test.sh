@@ -3,7 +3,7 @@
 #
 #     scripts/test.sh                          # all but what takes minutes
 #     scripts/test.sh -m slow                  # that
-#     scripts/test.sh tests/test_kmeans.py     # arguments go to pytest
+#     scripts/test.sh tests/test_quant_fit.py  # arguments go to pytest
 #     VENV=~/.venvs/kvquant scripts/test.sh    # another virtual environment than .venv
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -3,7 +3,7 @@
 Every call of a device function replaces the whole language once more, every look at an element type builds a table of
 all of them, every value describes its shape anew, and a reduction by a function of one's own goes element by element.
 Results are the same to the last bit:
-`test_interpreter.py` compares them.
+`test_kernels_interpreter.py` compares them.
 """
 
 import functools

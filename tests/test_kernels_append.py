@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import SPANS, all_pairs
-from test_feedback import random_feedback
 from test_kernels_attention import DEVICE, make_quantizer
+from test_quant_feedback import random_feedback
 from torch import Tensor
 
 from deployment.format.layout import PackedTensor

@@ -2,7 +2,7 @@
 
 - a hook on the rotary module replaces its output by cos = 1, sin = 0, so that the model hands pre-RoPE keys to the cache and
   pre-RoPE queries to the attention function;
-- attention modules are told how to rotate; the decoder attends through our function, other parts of the model as before;
+- attention modules are told how to rotate, and by a hook which packed layer is theirs; the decoder attends through our function, other parts of the model as before;
 - a hook on every forward keeps the cache whole if it fails, and refuses caches that are not ours;
 - on CUDA, decode steps of its forward are recorded in a CUDA graph and replayed (automatic.py);
 - `prepare_inputs_for_generation` keeps the cache: Phi-3's drops it where its frequencies change, which keys that are
@@ -26,6 +26,7 @@ from transformers.utils import ModelOutput
 
 from deployment.cache import PackedCache
 from deployment.checked import settle_all
+from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
@@ -143,6 +144,7 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
     for number, module in enumerate(modules):
         setattr(module, CONTEXT, Context(ropes[number], entry.backend))
         undo.callback(delattr, module, CONTEXT)
+        undo.callback(module.register_forward_pre_hook(_with_layer, with_kwargs=True).remove)
     if possible(model):
         entry.automatic = Automatic(model, entry.backend, ready=_is_alone)
         undo.enter_context(replaying(model, entry.automatic))
@@ -158,6 +160,15 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
 def _no_rotation(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     cos, sin = output
     return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _with_layer(
+    module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Name the packed layer of an attention module among the arguments that it hands on to the attention function."""
+    cache = _cache_of(arguments, options)
+    layer = cache.layers[module.layer_idx] if isinstance(cache, PackedCache) else None
+    return (arguments, {**options, "packed_layer": layer}) if isinstance(layer, PackedLayer) else None
 
 
 @contextmanager

@@ -43,14 +43,24 @@ class Forwards:
         return True
 
     def end(self, cache: PackedCache, module: nn.Module, failed: bool) -> None:
-        """After a forward, unless it is a part of another module's."""
+        """After a forward, unless it is a part of another module's.
+
+        Raises RuntimeError if a layer took tokens that its attention did not store: it has not seen the past either.
+        """
         if cache not in self._begun or self._begun[cache][0] is not module:
             return
-        if failed:
+        layers = enumerate(cache.layers)
+        lost = [number for number, layer in layers if isinstance(layer, PackedLayer) and layer.announced]
+        if failed or lost:
             self.put_back(cache)
         else:
             del self._begun[cache]
             cache.in_forward = False
+        if lost and not failed:
+            raise RuntimeError(
+                f"attention of layers {lost} was not told of the packed cache, and saw nothing of the past: their modules must "
+                "hand arguments they do not know on to the attention function"
+            )
 
     def put_back(self, cache: PackedCache) -> None:
         """After a forward that did not come to its end."""

@@ -80,9 +80,15 @@ def _refuse_other_rotation(part: Any, layer: int, module: nn.Module, rope: Rope)
             attention_mask=None,
             past_key_values=None,
             position_ids=positions,
+            packed_layer=None,
         )
         *states, arguments = _seen.pop()
-        refuse_unknown(arguments)
+        refuse_unknown({name: given for name, given in arguments.items() if name not in OWN})
+        if "packed_layer" not in arguments:
+            raise NotImplementedError(
+                f"attention of model_type {part.config.model_type!r} keeps arguments from its attention function, which "
+                "would not be told of the packed cache; it is not supported"
+            )
         queries_and_keys.append(states)
     for theirs, plain in zip(*queries_and_keys, strict=True):
         ours = rotate(plain, cos.to(plain.device), sin.to(plain.device))
@@ -96,13 +102,12 @@ def _refuse_other_rotation(part: Any, layer: int, module: nn.Module, rope: Rope)
 def _look(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object, **arguments: Any
 ) -> tuple[Tensor, None]:
-    own = {name: given for name, given in arguments.items() if name not in OWN}
-    _seen.append((query, key, own))
+    _seen.append((query, key, arguments))
     return torch.zeros_like(query.transpose(1, 2)[..., : value.shape[-1]]).contiguous(), None
 
 
 # arguments that our attention function reads
-OWN = {"scaling", "dropout", "position_ids", "sliding_window", "is_causal"}
+OWN = {"scaling", "dropout", "position_ids", "sliding_window", "is_causal", "packed_layer"}
 
 AttentionInterface.register(NAME, _look)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -266,7 +266,7 @@ class Steps:
         except RuntimeError as error:
             failure = str(error).strip().splitlines()[0]
         for layer, (lengths, slots) in zip(self._layers, counts, strict=True):  # nothing was stored
-            layer.lengths, layer.slots, layer._handed_on = lengths, slots, False
+            layer.lengths, layer.slots, layer.announced = lengths, slots, False
         if recorded is None:
             self.settle()
             self._give_up(f"recording failed ({failure})", expected=False)

@@ -33,7 +33,7 @@ read -ra schemes <<<"${SCHEMES:-nuq4-1% nuq3-1% nuq2-1%}"
 read -ra caches <<<"${CACHES:-fp16 nuq4-1% nuq3-1% nuq2-1% nuq2 fp16-dynamic fp16-static hqq4 quanto4}"
 read -ra contexts <<<"${CONTEXTS:-32K 128K 512K 1M}"
 read -ra quantizers <<<"${QUANTIZERS:-}"
-device=cuda tests=(tests/test_kernels_*.py tests/test_graphed.py) many=8
+device=cuda tests=(tests/test_kernels_*.py tests/test_deployment_graphed.py) many=8
 short=(2K 16K 128K) long=(512K 1M)
 models=("${shapes[@]}") steps=() check=() whole=()
 sanitizer=${SANITIZER:-$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)}

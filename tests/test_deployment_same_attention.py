@@ -88,6 +88,19 @@ def test_a_layer_that_does_not_rotate_is_found(make_model: Callable[[str], PreTr
         pass
 
 
+def test_attention_that_keeps_arguments_to_itself_is_refused(make_model: Callable[[str], PreTrainedModel]) -> None:
+    model = make_model("llama")
+    module = model.model.layers[0].self_attn
+    original = module.forward
+
+    def forward(packed_layer: object = None, **options: Any) -> Any:
+        return original(**options)
+
+    module.forward = forward
+    with pytest.raises(NotImplementedError, match="keeps arguments from its attention"), packed_attention(model):
+        pass
+
+
 def test_a_model_is_asked_once(make_model: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make_model("gemma3"), []
     rotation = same_attention._refuse_other_rotation

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import CONFIGS, build_model
 from launched import launched
-from test_feedback import random_feedback
 from test_kernels_attention import DEVICE, make_quantizer
+from test_quant_feedback import random_feedback
 from transformers import PreTrainedModel
 
 from deployment.evaluate import main as evaluate_main

@@ -130,3 +130,36 @@ def test_layers_that_hold_different_tokens_are_refused(
         compiled = torch.compile(llama, backend="eager")  # which the hooks on forwards are no part of
         with pytest.raises(RuntimeError, match="hold different tokens"):
             compiled(ids[:, :1], past_key_values=cache)
+
+
+def test_a_layer_that_is_lost_on_the_way_is_said_by_the_same_forward(
+    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., Tensor]
+) -> None:
+    model, ids = make_model("llama"), make_tokens(1, TOKENS)
+    module, cache = model.model.layers[1].self_attn, PackedCache(quantizers, model.config)
+    original = module.forward
+
+    def forward(packed_layer: PackedLayer, **options: object) -> object:
+        return original(**options)
+
+    with torch.no_grad(), packed_attention(model):
+        model(ids[:, :30], past_key_values=cache)
+        module.forward = forward
+        with pytest.raises(RuntimeError, match=r"layers \[1\] was not told of the packed cache"):
+            model(ids[:, 30:], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [30, 30]
+
+
+def test_keys_may_be_made_anew_between_cache_and_attention(
+    make_model: Callable[[str], PreTrainedModel],
+    quantizers: Quantizers,
+    make_tokens: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids = make_model("llama"), make_tokens(1, TOKENS)
+    caches = [PackedCache(quantizers, model.config) for _ in range(2)]
+    update = caches[1].update
+    monkeypatch.setattr(caches[1], "update", lambda *given: tuple(states.clone() for states in update(*given)))
+    with torch.no_grad(), packed_attention(model):
+        read = [[model(part, past_key_values=cache).logits for part in ids.split(30, dim=1)] for cache in caches]
+    assert all(torch.equal(*logits) for logits in zip(*read, strict=True))

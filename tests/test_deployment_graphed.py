@@ -129,7 +129,7 @@ def test_a_failed_recording_leaves_everything_as_it_was(
 
         def fails(_run: Callable[[], Tensor]) -> Any:
             for layer in cache.layers:
-                layer.lengths, layer.slots, layer._handed_on = [layer.lengths[0] + 1], layer.slots + 1, True
+                layer.lengths, layer.slots, layer.announced = [layer.lengths[0] + 1], layer.slots + 1, True
             raise RuntimeError("not permitted\nwhile recording")
 
         with (

@@ -24,7 +24,7 @@ from quant.scheme import Scheme
 from quant.simulate import simulated
 
 NAMES = list(PRESETS)
-# those of a scheme without a preset are in tests/test_scheme.py
+# those of a scheme without a preset are in tests/test_quant_scheme.py
 FIELDS = {
     "atom": {"datatype": "int", "key_axis": "token", "value_axis": "token", "group": 128, "key_rope": "post"},
     "flexgen": {"datatype": "int", "key_axis": "token", "value_axis": "token", "group": 64, "key_rope": "post"},

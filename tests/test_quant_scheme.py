@@ -203,7 +203,7 @@ def test_requires_every_json_field(old: bool) -> None:
     content = Scheme.parse("nuq3-1%", sink_tokens=5).to_json()
     for name in content:
         rest = {field: value for field, value in content.items() if field != name}
-        if name == "groups":  # of which what lacks it has its own: test_grouping.py
+        if name == "groups":  # of which what lacks it has its own: test_quant_grouping.py
             continue
         if old and name in ("channel_range", "group", "thresholds", "residual_tokens", "feedback"):
             continue

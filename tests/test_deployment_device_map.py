@@ -172,6 +172,7 @@ def test_kernels_run_with_the_layers_device_current(
 
     def attend(step: Step, _padding: object) -> Tensor:
         attended.append(list(inside))
+        step.layer.withdraw()
         return step.query.transpose(1, 2)
 
     monkeypatch.setattr(deployment.step.attend, "current", watched)

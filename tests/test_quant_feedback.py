@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-from test_artefact import rewrite
+from test_quant_artefact import rewrite
 from torch import Tensor
 from transformers import PreTrainedModel
 
