@@ -17,6 +17,7 @@ from quant.results import read_rows
 from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.experiments.paper_tables import corpus_table
 from scripts.report import summary
+from scripts.report.default_tables import sparse_table, window_table
 from scripts.report.gpu_tables import (
     device_table,
     generate_table,
@@ -32,6 +33,7 @@ from scripts.report.retrieval_tables import needle_table, packed_table, passkey_
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "scripts/results/README.md", "quant/README.md", "deployment/kernels/README.md")
+_RETRIEVAL = ("passkey", "needle", "ruler")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Row = dict[str, Any]
@@ -233,6 +235,9 @@ TABLES: dict[str, Callable[[], str]] = {
         )
     ),
     "schemes": schemes,
+    "gemma": lambda: scheme_table(rows_of("gemma")),
+    "sparse": lambda: markdown(*sparse_table(rows_of("sparse"), rows_of("gpu-sparse"))),
+    "window": lambda: markdown(*window_table(rows_of("window"), {name: rows_of(name) for name in _RETRIEVAL})),
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
