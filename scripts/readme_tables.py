@@ -237,7 +237,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "schemes": schemes,
     "gemma": lambda: scheme_table(rows_of("gemma")),
     "sparse": lambda: markdown(*sparse_table(rows_of("sparse"), rows_of("gpu-sparse"))),
-    "window": lambda: markdown(*window_table(rows_of("window"), {name: rows_of(name) for name in _RETRIEVAL})),
+    "window": lambda: markdown(
+        *window_table(rows_of("window"), {name: rows_of(name) + rows_of(f"window-{name}") for name in _RETRIEVAL})
+    ),
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,
