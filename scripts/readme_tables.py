@@ -107,10 +107,13 @@ def cell_table(rows: Sequence[Row]) -> str:
 
 def packed() -> str:
     """NLL through the packed cache beside the simulated one, and the bytes held."""
-    simulated = {(row["scheme"], row["tokens"]): row for row in rows_of("simulated") + rows_of("schemes")}
+    simulated: dict[tuple[str, int, str | None], Row] = {}
+    for row in rows_of("sparse") + rows_of("simulated") + rows_of("schemes"):
+        simulated[row["scheme"], row["tokens"], row.get("records")] = row
+        simulated[row["scheme"], row["tokens"], None] = row  # packed rows of old do not say which records
     cells = []
     for row in rows_of("packed"):
-        expected = simulated[row["scheme"], row["tokens"]]
+        expected = simulated[row["scheme"], row["tokens"], row.get("records")]
         cells.append(
             [
                 row["scheme"],
