@@ -24,6 +24,7 @@ from deployment.measure.fp16 import decode_calls, prefill_calls
 from deployment.measure.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
 from deployment.measure.timing import copy_rate, fastest, microseconds
 from deployment.plan import parse_tokens
+from deployment.step.append import append, append_with_kernels, join_window
 from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend, runs_kernels
 from gradients.cli import command_parser, format_table, positive_int, run_command
@@ -47,9 +48,11 @@ def decode_call(case: Case, new: int, shape: Shape, kernels: bool) -> Callable[[
     scaling, padding = shape.head_dim**-0.5, [0] * batch
     layer, rope = case.layer, case.rope
     if kernels:
-        return lambda: attend(layer, rope, query, layer.joined(key, value, padding, True), padding, scaling)
+        return lambda: attend(layer, rope, query, join_window(layer, key, value, padding, True), padding, scaling)
     lengths = list(layer.lengths)
-    return lambda: attend_with_torch(layer, rope, query, layer.joined(key, value, padding), padding, scaling, lengths)
+    return lambda: attend_with_torch(
+        layer, rope, query, join_window(layer, key, value, padding), padding, scaling, lengths
+    )
 
 
 def append_call(case: Case, kernels: bool, tokens: int = 1) -> Callable[[], object]:
@@ -60,11 +63,11 @@ def append_call(case: Case, kernels: bool, tokens: int = 1) -> Callable[[], obje
 
     def store() -> None:
         if kernels:
-            layer.append_with_kernels(key, value, [0] * batch, layer.no_padding)
+            append_with_kernels(layer, key, value, [0] * batch)
             layer.stored.copy_(before)
             layer.lengths, layer.slots = [length - tokens for length in layer.lengths], layer.slots - tokens
         else:
-            layer.append(key, value, [0] * batch)
+            append(layer, key, value, [0] * batch)
             layer.crop(-tokens)
 
     return store

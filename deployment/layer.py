@@ -7,39 +7,24 @@ their own.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from deployment.checked import Checked
-from deployment.devices import is_capturing
-from deployment.format import layout
-from deployment.format.layout import PackedTensor, Rows
-from deployment.format.room import LOST
+from deployment.format.layout import PackedTensor
 from deployment.format.streams import sent
+from deployment.format.stretches import Stretch, dequantized, stretches
 from deployment.handles import Numbered
 from deployment.kept import ungraphed, writable
 from deployment.window import Window
 from gradients.cli import UserError
-from gradients.models import KINDS, Kind
-from quant.quantizer import Encoded, Quantizer, as_stored
-from quant.storage import BLOCK_TOKENS
+from gradients.models import Kind
+from quant.quantizer import Encoded, Quantizer
 
 OUTSIDE = "a PackedCache needs the model to run within `with packed_attention(model):`"
 _NEVER_STORED = "tokens of this cache were announced and never stored: a forward was interrupted, or ran outside of packed_attention"
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """Stored tokens `start`, ..., `end - 1` of every sequence, dequantized: `[B, G, end - start, D]` float32."""
-
-    start: int
-    end: int
-    key: Tensor
-    value: Tensor
 
 
 class PackedLayer(Numbered, CacheLayerMixin):
@@ -172,179 +157,19 @@ class PackedLayer(Numbered, CacheLayerMixin):
         """`padding` as a tensor on the device; where there is none, nothing is copied."""
         return torch.tensor(padding, device=self.device) if any(padding) else self.no_padding
 
-    @ungraphed
-    def joined(
-        self, key: Tensor, value: Tensor, padding: Sequence[int], with_kernels: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The window and a chunk of keys and values `[B, G, S, D]` behind it: `[B, G, N + S, D]`, the last of each row at the end.
-
-        While a CUDA graph is captured the window itself has moved on then: to be called once for every chunk.
-        """
-        if self.window is None:
-            return key, value
-        chunk: dict[Kind, Tensor] = {"key": key, "value": value}
-        if min(self.lengths) < self.sink_tokens:
-            token = (self.stored - self.pads_of(padding))[:, None] + torch.arange(key.shape[2], device=self.device)
-            sinks = (token < self.sink_tokens)[:, None, :, None]
-            chunk = {kind: as_stored(x).to(x.dtype).where(sinks, x) for kind, x in chunk.items()}
-        if not with_kernels or key.shape[2] > 1:
-            return self.window.joined("key", chunk["key"]), self.window.joined("value", chunk["value"])
-        from deployment.kernels.window import shift
-
-        recent = [self.window.recent[kind] for kind in KINDS]
-        moved = recent if is_capturing(self.device) else [torch.empty_like(x) for x in recent]
-        shift(recent, [chunk[kind].to(recent[0].dtype) for kind in KINDS], moved)
-        return moved[0], moved[1]
-
-    @ungraphed
-    def append(
-        self, key: Tensor, value: Tensor, padding: Sequence[int], joined: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """Store a chunk `[B, G, S, D]` of which row b's first `padding[b]` tokens are left padding.
-
-        `joined` is what `joined` has returned for it, if it was asked.
-        """
-        self.announced = False
-        new, joined = key.shape[2], self.joined(key, value, padding) if joined is None else joined
-        for kind, states in zip(KINDS, joined, strict=True):
-            tokens = states[:, :, :new].transpose(1, 2).flatten(2)  # [B, S, C]: all that leave the window
-            for rows, held, skipped in self._aligned_rows(padding, new):
-                self._append_rows(kind, rows, held, tokens[rows, skipped:])
-        self._keep(joined)
-        self._count(new, padding)
-        self.stored = torch.tensor(self.lengths, device=self.device)
-
-    def append_with_kernels(
-        self,
-        key: Tensor,
-        value: Tensor,
-        padding: Sequence[int],
-        pads: Tensor,
-        joined: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        """The same on the device, `pads` `[B]` int64 being `padding` there. The device is not waited for.
-
-        Raises RuntimeError if outliers of earlier tokens were lost, which takes a graph replayed too often.
-        """
-        from deployment.kernels.append import Side, append
-
-        self.announced = False
-        new, capturing = key.shape[2], is_capturing(self.device)
-        joined = self.joined(key, value, padding, with_kernels=True) if joined is None else joined
-        where = self._stretch(new)
-        sides = []
-        for kind, states in zip(KINDS, joined, strict=True):
-            packed = self.packed[kind]
-            pages = packed.pages_of(where[0]) if capturing else packed.make_room(*where, new, self.overflow)
-            sides.append(Side(packed, states[:, :, :new], self.sinks[kind], pages))
-        append(sides, *self._leaving(new, padding, pads), self.overflow)
-        if not capturing:
-            for packed in self.packed.values():
-                packed.used_room(*where, new, self.overflow)
-        self.stored += new - pads if any(padding) else new
-        self._keep(joined)
-        self._count(new, padding)
-
-    def _leaving(self, new: int, padding: Sequence[int], pads: Tensor) -> tuple[Tensor, Tensor]:
-        """`[B]` int64 twice: what sinks and codes hold, and how many of the next `new` tokens to leave are none or there already."""
-        if self.window is None:
-            return self.stored, pads
-        begins = self.window_begins()
-        if self.coded == [length - self.residual_tokens for length in self.lengths] and not any(padding):
-            return begins, self.no_padding  # and so it will be for as long as tokens are only added
-        held = torch.maximum(begins, self.window.floor)
-        return held, (held - begins + pads).clamp(max=new)
-
-    def _keep(self, joined: tuple[Tensor, Tensor]) -> None:
-        """Let the window be the last tokens of these."""
-        if self.window is None:
-            return
-        window = self.window.after(dict(zip(KINDS, joined, strict=True)))
-        if is_capturing(self.device):
-            for kind, recent in window.recent.items():
-                if recent.data_ptr() != self.window.recent[kind].data_ptr():
-                    self.window.recent[kind].copy_(recent)
-        else:
-            self.window = window
-
-    def _stretch(self, new: int) -> tuple[int, int]:
+    def reach(self, new: int) -> tuple[int, int]:
         """(first, number) of the packed tokens among which the next `new` of every row are, be they sinks or not."""
         first = max(0, min(self.coded) - self.sink_tokens)
         last = max(self._coded_behind([length + new for length in self.lengths]))
         return first, max(1, last - self.sink_tokens - first)
 
-    def _count(self, new: int, padding: Sequence[int]) -> None:
-        self.lengths = [length + new - pad for length, pad in zip(self.lengths, padding, strict=True)]
-        self.slots += new
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more per row, so that a captured graph of the kernels can store them, and no more.
-
-        Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
-        """
-        for packed in self.packed.values():
-            packed.make_room(*self._stretch(tokens), tokens, self.overflow)
-            packed.fix()
-
-    def recount(self) -> None:
-        """`recount` of this layer."""
-        recount([self])
-
-    def _take_over(self, lengths: list[int], overflow: int, counts: Iterator[Tensor]) -> None:
-        if overflow:
-            raise RuntimeError(LOST)
-        longest = max(lengths, default=0)
-        for packed in self.packed.values():
-            if longest > self.sink_tokens + self.residual_tokens + packed.tokens_reserved:
-                raise RuntimeError(f"a graph was replayed to {longest} tokens; reserve more before capturing it")
-            packed.recount(counts)
-        self.slots += longest - max(self.lengths, default=0)
-        self.lengths = lengths
-
-    def _aligned_rows(self, padding: Sequence[int], new: int) -> Iterator[tuple[Rows, int, int]]:
-        """Groups of rows, (rows, tokens that sinks and codes hold, how many of the next `new` to leave are none or there already).
-
-        All rows are one group, but for left-padded batches.
-        """
-        groups: dict[tuple[int, int], list[int]] = {}
-        for row, (length, held, pad) in enumerate(zip(self.lengths, self.coded, padding, strict=True)):
-            skipped = min(held - (length - self.residual_tokens) + pad, new)
-            groups.setdefault((held, skipped), []).append(row)
-        for (held, skipped), rows in groups.items():
-            yield (slice(None) if len(groups) == 1 else torch.tensor(rows, device=self.device)), held, skipped
-
-    def _append_rows(self, kind: Kind, rows: Rows, length: int, tokens: Tensor) -> None:
-        """Store tokens `[R, n, C]` of rows of whose tokens sinks and codes hold `length`."""
-        sinks = min(max(self.sink_tokens - length, 0), tokens.shape[1])
-        if sinks:
-            exact = as_stored(tokens[:, :sinks]).unflatten(-1, (-1, self.sinks[kind].shape[-1])).transpose(1, 2)
-            self.sinks[kind][rows, :, length : length + sinks] = exact
-        if tokens.shape[1] > sinks:
-            start = length + sinks - self.sink_tokens
-            self.packed[kind].write(rows, start, self.encode(kind, tokens[:, sinks:]))
-
     def encode(self, kind: Kind, tokens: Tensor) -> Encoded:
         """What is stored of tokens `[R, n, C]`: the same as the simulation's."""
         return self.packed[kind].quantizer.encode(tokens)
 
-    def stretches(self, begin: int = 0, end: int | None = None) -> Iterator[Stretch]:
-        """Sinks and codes, dequantized some blocks at a time: what holds tokens `begin`, ..., `end` - 1, or all before the windows.
-
-        They go up to the longest sequence; shorter ones show zeros or waste.
-        """
-        longest = max(self.past, default=0) if end is None else end
-        if begin < (sinks := min(self.sink_tokens, longest)):
-            key, value = (self.sinks[kind][:, :, :sinks].float() for kind in KINDS)
-            yield Stretch(0, sinks, key, value)
-        for pages in zip(self.packed["key"].pages, self.packed["value"].pages, strict=True):
-            needed = min(-(-(longest - self.sink_tokens - pages[0].start) // BLOCK_TOKENS), pages[0].blocks)
-            unneeded = max(0, begin - self.sink_tokens - pages[0].start) // BLOCK_TOKENS
-            for first in range(unneeded, needed, layout.STRETCH_BLOCKS):
-                blocks = min(layout.STRETCH_BLOCKS, needed - first)
-                start = self.sink_tokens + pages[0].start + first * BLOCK_TOKENS
-                key = self.packed["key"].read(pages[0], first, blocks)
-                value = self.packed["value"].read(pages[1], first, blocks)
-                yield Stretch(start, start + blocks * BLOCK_TOKENS, key, value)
+    def stretches(self) -> Iterator[Stretch]:
+        """Sinks and codes before the windows, dequantized up to the longest sequence; shorter ones show zeros or waste."""
+        return stretches(self.sinks, self.packed, 0, max(self.past, default=0))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(tokens of the past and the chunk, offset 0)."""
@@ -410,25 +235,13 @@ class PackedLayer(Numbered, CacheLayerMixin):
         for row, (before, after) in enumerate(zip(self.lengths, lengths, strict=True)):
             back = min(before - after, self.residual_tokens)  # tokens that come back
             first = after - self.residual_tokens
-            for kind, states in self._dequantized(row, first, back).items():
+            for kind, states in dequantized(self.sinks, self.packed, row, first, back).items():
                 window = recent[kind][row]
                 window[:, 1:] = torch.cat(
                     [states.to(window.dtype), window[:, 1 : 1 + self.residual_tokens - back]], dim=1
                 )
         floors = [min(held, length) for held, length in zip(self.coded, lengths, strict=True)]
         return self.window.of_recent(recent, floors)
-
-    def _dequantized(self, row: int, first: int, tokens: int) -> dict[Kind, Tensor]:
-        """What sinks and codes say of a row's tokens `first`, ..., keys and values `[G, tokens, D]`; zeros before token 0."""
-        heads, _, dim = self.sinks["key"].shape[1:]
-        begin, end = max(0, first), max(0, first + tokens)
-        empty = torch.zeros(heads, tokens - (end - begin), dim, device=self.device)
-        parts: dict[Kind, list[Tensor]] = {"key": [empty], "value": [empty]}
-        for stretch in self.stretches(begin, end) if begin < end else ():
-            inside = slice(max(0, begin - stretch.start), max(0, end - stretch.start))
-            parts["key"].append(stretch.key[row, :, inside])
-            parts["value"].append(stretch.value[row, :, inside])
-        return {kind: torch.cat(states, dim=1) for kind, states in parts.items()}
 
     def select(self, sequences: Tensor) -> None:
         """Keep the given rows, in this order, repeats allowed."""
@@ -479,19 +292,3 @@ class PackedLayer(Numbered, CacheLayerMixin):
         recent = () if self.window is None else self.window.recent.values()
         packed = (tensor for packed in self.packed.values() for tensor in packed.tensors())
         return [*self.sinks.values(), *recent, *packed]
-
-
-def recount(layers: Sequence[PackedLayer]) -> None:
-    """Take over what one device has counted of layers; waits for it once.
-
-    Raises RuntimeError if tokens or outliers found no room.
-    """
-    counted = [
-        [layer.stored, layer.overflow.long(), *chain.from_iterable(packed.counts() for packed in layer.packed.values())]
-        for layer in layers
-    ]
-    numbers = list(chain.from_iterable(counted))
-    on_host = iter(torch.cat(numbers).cpu().split([len(number) for number in numbers]))
-    for layer in layers:
-        lengths, overflow = next(on_host).tolist(), int(next(on_host))
-        layer._take_over(lengths, overflow, on_host)

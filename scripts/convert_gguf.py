@@ -6,7 +6,6 @@ A GGUF file is dequantized every time it is loaded; the folder written here is n
 Face world reads it. It appears under its name only when it is complete, and is left alone if it is there.
 """
 
-import argparse
 import os
 import shutil
 from collections.abc import Sequence
@@ -29,17 +28,12 @@ def convert(source: str, output: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
     parser = command_parser("scripts.convert_gguf", __doc__)
     parser.add_argument("source", help="folder with one GGUF file, or the file")
     parser.add_argument("output", type=Path, help="the model folder to write")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     converted_now = not (arguments.output / "config.json").exists()
     if converted_now:
         convert(arguments.source, arguments.output)

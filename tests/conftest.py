@@ -45,7 +45,6 @@ from transformers import (
 )
 
 from deployment.cache import PackedCache
-from deployment.layer import PackedLayer
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
@@ -137,7 +136,7 @@ def make_model() -> Callable[[str], PreTrainedModel]:
 
 
 @pytest.fixture(scope="session", params=list(CONFIGS))
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def model(request) -> PreTrainedModel:
     """A tiny model of every supported architecture in turn; leave it as it is."""
     return build_model(CONFIGS[request.param]())
 
@@ -172,7 +171,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def save_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[PreTrainedModel, Path], Path]:
+def save_model(tokenizer) -> Callable[[PreTrainedModel, Path], Path]:
     """Save a model with the byte tokenizer as a folder that `--model` takes."""
 
     def save(model: PreTrainedModel, folder: Path) -> Path:
@@ -184,17 +183,13 @@ def save_model(tokenizer: PreTrainedTokenizerFast) -> Callable[[PreTrainedModel,
 
 
 @pytest.fixture(scope="session")
-def llama_folder(
-    llama: PreTrainedModel,
-    save_model: Callable[[PreTrainedModel, Path], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
+def llama_folder(llama, save_model, tmp_path_factory) -> Path:
     """The tiny Llama as a local model folder."""
     return save_model(llama, tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(tmp_path_factory) -> Path:
     """A UTF-8 text of 6000 bytes, hence 6000 tokens."""
     draw = random.Random(0)
     words = ["key", "value", "caché", "token", "head", "of", "the", "a", "quantized", "outlier.\n", "naïve"]
@@ -209,14 +204,14 @@ RECORD_SEQLEN = 65
 
 
 @pytest.fixture(scope="session")
-def record_arguments(llama_folder: Path, text_file: Path) -> list[str]:
+def record_arguments(llama_folder, text_file) -> list[str]:
     """What `python -m gradients` is given to make `records`, except --output."""
     sizes = ["--windows", str(RECORD_WINDOWS), "--seqlen", str(RECORD_SEQLEN)]
     return ["--model", str(llama_folder), "--text", str(text_file), "--device", "cpu", *sizes]
 
 
 @pytest.fixture(scope="session")
-def records(record_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Records:
+def records(record_arguments, tmp_path_factory) -> Records:
     """The calibration of the tiny Llama: 4 windows of 65 tokens, recorded without interruption; read only."""
     folder = tmp_path_factory.mktemp("recorded") / "records"
     record_main([*record_arguments, "--output", str(folder)])
@@ -224,13 +219,13 @@ def records(record_arguments: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def quantizers(records: Records) -> Quantizers:
+def quantizers(records) -> Quantizers:
     """nuq3-1% for the tiny Llama."""
     return fit(records, Scheme.parse("nuq3-1%"))
 
 
 @pytest.fixture(scope="session")
-def quantizers_file(quantizers: Quantizers, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantizers_file(quantizers, tmp_path_factory) -> Path:
     """`quantizers`, saved; read only."""
     path = tmp_path_factory.mktemp("fitted") / "nuq3.safetensors"
     quantizers.save(path)
@@ -241,9 +236,7 @@ CALIBRATION_TOKENS = 193
 
 
 @pytest.fixture(scope="session")
-def record_model(
-    make_tokens: Callable[..., Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[PreTrainedModel], Records]:
+def record_model(make_tokens, tmp_path_factory) -> Callable[[PreTrainedModel], Records]:
     """Record any model on one window of random tokens, once: `record_model(model)`; read only."""
     done: dict[int, tuple[PreTrainedModel, Records]] = {}  # holds the model too, lest another take its id
 
@@ -268,7 +261,7 @@ def record_model(
 
 
 @pytest.fixture(scope="session")
-def fit_model(record_model: Callable[[PreTrainedModel], Records]) -> Callable[..., Quantizers]:
+def fit_model(record_model) -> Callable[..., Quantizers]:
     """Fit any model: `fit_model(model, scheme)`; calibrates on 193 random tokens."""
     return lambda model, scheme: fit(record_model(model), scheme)
 
@@ -339,7 +332,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
-def make_records(records: Records) -> Callable[..., Records]:
+def make_records(records) -> Callable[..., Records]:
     """Write a records folder of the tiny Llama's shape from given windows.
 
     `make_records(folder, windows)`, where a window maps (layer, kind) to (activation, fisher), each `[S, C]`.
@@ -364,15 +357,15 @@ def make_records(records: Records) -> Callable[..., Records]:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recording:
+def recorder(monkeypatch) -> Recording:
     """For `graphed(..., recorder=...)`."""
     monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
-    monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.reserve", lambda *_: None)
     return Recording()
 
 
 @pytest.fixture
-def automatic(recorder: Recording, monkeypatch: pytest.MonkeyPatch) -> Recording:
+def automatic(recorder, monkeypatch) -> Recording:
     """As if models were on a GPU: within `packed_attention` steps are recorded by themselves."""
     made = PackedCache.__init__
 

@@ -1,19 +1,18 @@
 """Attention over the packed cache against stock attention and against the simulation."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deployment.attention import NAME, packed_attention, padding_mask
 from deployment.cache import PackedCache
-from deployment.layer import PackedLayer, Stretch
+from deployment.format.stretches import Stretch
+from deployment.layer import PackedLayer
 from deployment.step.reference import Segment, attend_torch
 from gradients.models import kv_sites
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 from quant.simulate import simulated
 
@@ -27,9 +26,7 @@ def left_padded(tokens: Tensor, pads: int) -> Tensor:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-def test_quantization_off_equals_stock_attention_exactly(
-    model: PreTrainedModel, make_tokens: Callable[..., Tensor], padded: bool
-) -> None:
+def test_quantization_off_equals_stock_attention_exactly(model, make_tokens, padded: bool) -> None:
     tokens = make_tokens(2, 33)
     mask = left_padded(tokens, 7 if padded else 0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -39,9 +36,7 @@ def test_quantization_off_equals_stock_attention_exactly(
     assert torch.equal(logits[mask.bool()], expected[mask.bool()])
 
 
-def test_identity_is_not_vacuous(
-    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_identity_is_not_vacuous(make_model, make_tokens) -> None:
     """Control for the test above: without rotation the logits are far away."""
     model, tokens = make_model("llama"), make_tokens(1, 33)
     expected = model(input_ids=tokens).logits
@@ -52,13 +47,7 @@ def test_identity_is_not_vacuous(
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("chunk", [1, 7, 70])
-def test_a_cache_of_sinks_only_equals_stock_attention(
-    model: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    chunk: int,
-    padded: bool,
-) -> None:
+def test_a_cache_of_sinks_only_equals_stock_attention(model, make_tokens, fit_model, chunk: int, padded: bool) -> None:
     """Everything exact: what is left to err is the online softmax, rotation, padding and bookkeeping."""
     quantizers = fit_model(model, Scheme.parse("int4", sink_tokens=100))
     tokens = make_tokens(2, 70)
@@ -85,13 +74,7 @@ def test_a_cache_of_sinks_only_equals_stock_attention(
 
 @pytest.mark.parametrize("scheme", ["nuq3-5%", "int2", "nf4-1%"])
 @pytest.mark.parametrize("chunk", [1, 33, 150])
-def test_deployed_equals_simulated_for_every_chunk(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    scheme: str,
-    chunk: int,
-) -> None:
+def test_deployed_equals_simulated_for_every_chunk(make_model, make_tokens, fit_model, scheme: str, chunk: int) -> None:
     model = make_model("qwen2")
     quantizers = fit_model(model, Scheme.parse(scheme))
     tokens = make_tokens(2, 150)
@@ -110,9 +93,7 @@ def assert_close_but_for_flipped_codes(logits: Tensor, expected: Tensor) -> None
     assert (error < 100 * ROUNDING).float().mean() > 0.9
 
 
-def test_deployed_equals_simulated_on_every_architecture(
-    model: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> None:
+def test_deployed_equals_simulated_on_every_architecture(model, make_tokens, fit_model) -> None:
     quantizers = fit_model(model, Scheme.parse("nuq3-5%"))
     tokens = make_tokens(2, 90)
     with simulated(model, quantizers):
@@ -123,12 +104,7 @@ def test_deployed_equals_simulated_on_every_architecture(
     assert_close_but_for_flipped_codes(logits, expected)
 
 
-def test_packed_codes_are_the_simulated_codes(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    captured_sites: Callable,
-) -> None:
+def test_packed_codes_are_the_simulated_codes(make_model, make_tokens, fit_model, captured_sites) -> None:
     """Token by token: the first layer's sites see the same input whatever the chunks, so its codes must agree exactly."""
     model, tokens = make_model("qwen3"), make_tokens(1, 100)
     quantizers = fit_model(model, Scheme.parse("nuq2-5%"))
@@ -148,11 +124,7 @@ def test_packed_codes_are_the_simulated_codes(
         assert same > 0.999  # a projection of 17 rows may round differently from one of 100
 
 
-def test_exact_chunk_attends_the_chunk_unquantized(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-) -> None:
+def test_exact_chunk_attends_the_chunk_unquantized(make_model, make_tokens, fit_model) -> None:
     model, tokens = make_model("llama"), make_tokens(1, 50)
     quantizers = fit_model(model, Scheme.parse("int2"))
     expected = model(input_ids=tokens).logits
@@ -167,14 +139,10 @@ def test_exact_chunk_attends_the_chunk_unquantized(
 
 @pytest.mark.parametrize("exact_chunk", [True, False])
 def test_the_past_is_dequantized_a_page_at_a_time(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    monkeypatch: pytest.MonkeyPatch,
-    exact_chunk: bool,
+    make_model, make_tokens, fit_model, monkeypatch, exact_chunk: bool
 ) -> None:
     """However many pages there are, at most the one in use and the one before it exist in full precision."""
-    monkeypatch.setattr("deployment.format.layout.STRETCH_BLOCKS", 1)
+    monkeypatch.setattr("deployment.format.stretches.STRETCH_BLOCKS", 1)
     original, made, most = PackedLayer.stretches, [], 0
 
     def watched(layer: PackedLayer) -> Iterator[Stretch]:
@@ -194,11 +162,7 @@ def test_the_past_is_dequantized_a_page_at_a_time(
     assert most <= 2
 
 
-def test_padded_row_equals_the_same_text_alone(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-) -> None:
+def test_padded_row_equals_the_same_text_alone(make_model, make_tokens, fit_model) -> None:
     model, tokens = make_model("llama"), make_tokens(2, 140)
     quantizers = fit_model(model, Scheme.parse("nuq4-5%"))
     mask = left_padded(tokens, 75)
@@ -214,12 +178,7 @@ def test_padded_row_equals_the_same_text_alone(
 
 
 @pytest.mark.parametrize("mask", [[1, 1, 0, 1], [1, 1, 1, 0]], ids=["hole", "right padding"])
-def test_other_masks_are_refused(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    mask: list[int],
-) -> None:
+def test_other_masks_are_refused(make_model, make_tokens, fit_model, mask: list[int]) -> None:
     model = make_model("llama")
     quantizers = fit_model(model, Scheme.parse("int4"))
     with packed_attention(model), pytest.raises(ValueError, match="left padding"):
@@ -230,11 +189,7 @@ def test_other_masks_are_refused(
         )
 
 
-def test_a_decode_step_does_not_wait_for_the_device(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-) -> None:
+def test_a_decode_step_does_not_wait_for_the_device(make_model, make_tokens, fit_model) -> None:
     """A tensor on the meta device has no contents: to look at them raises, as to wait for a GPU would."""
     model, tokens = make_model("llama"), make_tokens(2, 9)
     cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
@@ -252,9 +207,7 @@ def test_a_decode_step_does_not_wait_for_the_device(
         layer.checked.padding(layer, mask, None, 1)
 
 
-def test_model_is_as_it_was_afterwards(
-    make_model: Callable[[str], PreTrainedModel], make_tokens: Callable[..., Tensor], hook_count: Callable
-) -> None:
+def test_model_is_as_it_was_afterwards(make_model, make_tokens, hook_count) -> None:
     model, tokens = make_model("gemma3"), make_tokens(1, 20)
     expected, hooks = model(input_ids=tokens).logits, hook_count(model)
     before = model.config._attn_implementation
@@ -269,11 +222,7 @@ def test_model_is_as_it_was_afterwards(
     assert torch.equal(model(input_ids=tokens).logits, expected)
 
 
-def test_a_cache_outside_the_context_is_noticed(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-) -> None:
+def test_a_cache_outside_the_context_is_noticed(make_model, make_tokens, fit_model) -> None:
     model = make_model("llama")
     cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
     with pytest.raises(RuntimeError, match="packed_attention"):
@@ -311,9 +260,7 @@ def test_a_query_that_sees_nothing_gets_zeros() -> None:
     assert (attend_torch(torch.ones(1, 1, 2, 4), [Segment(key, key, nothing)], 1.0) == 0).all()
 
 
-def test_sites_and_packed_layers_are_the_same_layers(
-    model: PreTrainedModel, fit_model: Callable[..., Quantizers]
-) -> None:
+def test_sites_and_packed_layers_are_the_same_layers(model, fit_model) -> None:
     cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
     packed = [i for i, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)]
     assert packed == sorted({site.layer for site in kv_sites(model)})

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from recorders import Recording, generated
+from recorders import generated
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.step.automatic import possible
 from deployment.step.graphed import graphed
 from deployment.step.recording import Assumed, obstacle, record
-from quant.artefact import Quantizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA graph where there is none")
@@ -33,7 +31,7 @@ NEW = 14
 
 
 @pytest.fixture
-def step(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, automatic: Recording) -> Iterator[Any]:
+def step(llama, quantizers, make_tokens, automatic) -> Iterator[Any]:
     """Within `packed_attention`: a step of two rows that hold a prompt, with any arguments; `step.cache` is their cache."""
     cache, ids = PackedCache(quantizers, llama.config), make_tokens(2, 12)
 
@@ -48,9 +46,7 @@ def step(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, autom
 
 @on_cpu
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_says_the_same(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, automatic: Recording, mode: str
-) -> None:
+def test_generate_says_the_same(llama, quantizers, make_tokens, automatic, mode: str) -> None:
     ids = make_tokens(1, 6).repeat(1, 4) if mode == "prompt lookup" else make_tokens(2, 21)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False} | MODES[mode]
     if mode == "left padding":
@@ -75,11 +71,7 @@ def test_generate_says_the_same(
 
 @on_cpu
 def test_a_crop_ends_recordings_over_a_window_though_memory_is_where_it_was(
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Any,
-    automatic: Recording,
-    monkeypatch: pytest.MonkeyPatch,
+    llama, quantizers, make_tokens, automatic, monkeypatch
 ) -> None:
     """What a graph does not know: tokens that came back into the window are packed already."""
     monkeypatch.setattr("deployment.step.steps.Steps._places_now", lambda _: [])  # freed, and given out again
@@ -95,7 +87,7 @@ def test_a_crop_ends_recordings_over_a_window_though_memory_is_where_it_was(
 
 
 @on_cpu
-def test_the_third_step_is_recorded_and_what_it_returns_is_the_callers_own(step: Any, automatic: Recording) -> None:
+def test_the_third_step_is_recorded_and_what_it_returns_is_the_callers_own(step, automatic) -> None:
     outputs, counts = [], []
     for _ in range(5):
         outputs.append(step().logits)
@@ -106,7 +98,7 @@ def test_the_third_step_is_recorded_and_what_it_returns_is_the_callers_own(step:
 
 
 @on_cpu
-def test_nested_blocks_may_want_no_graphs(llama: PreTrainedModel, step: Any, automatic: Recording) -> None:
+def test_nested_blocks_may_want_no_graphs(llama, step, automatic) -> None:
     for _ in range(4):
         step()
     with packed_attention(llama, "torch", graphs=False):
@@ -129,7 +121,7 @@ def test_nested_blocks_may_want_no_graphs(llama: PreTrainedModel, step: Any, aut
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_what_a_recording_cannot_give_runs_as_it_is(step: Any, automatic: Recording, options: dict[str, Any]) -> None:
+def test_what_a_recording_cannot_give_runs_as_it_is(step, automatic, options: dict[str, Any]) -> None:
     for _ in range(3):
         step()
     output = step(**options)
@@ -144,9 +136,7 @@ def test_what_a_recording_cannot_give_runs_as_it_is(step: Any, automatic: Record
 
 
 @on_cpu
-def test_what_the_config_asks_for_is_not_left_out(
-    llama: PreTrainedModel, step: Any, automatic: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_config_asks_for_is_not_left_out(llama, step, automatic, monkeypatch) -> None:
     for _ in range(3):
         step()
     monkeypatch.setattr(llama.config, "output_hidden_states", True)
@@ -155,9 +145,7 @@ def test_what_the_config_asks_for_is_not_left_out(
 
 
 @on_cpu
-def test_gradients_are_not_lost(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, automatic: Recording
-) -> None:
+def test_gradients_are_not_lost(make_model, quantizers, make_tokens, automatic) -> None:
     model, ids = make_model("llama").requires_grad_(True), make_tokens(1, 8)
     with packed_attention(model, "torch"):
         cache = PackedCache(quantizers, model.config)
@@ -170,9 +158,7 @@ def test_gradients_are_not_lost(
 
 @on_cpu
 @pytest.mark.parametrize("change", ["weights", "hook", "training"])
-def test_a_model_that_changes_is_recorded_anew(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, automatic: Recording, change: str
-) -> None:
+def test_a_model_that_changes_is_recorded_anew(make_model, quantizers, make_tokens, automatic, change: str) -> None:
     model, ids = make_model("llama"), make_tokens(1, 8)
     with packed_attention(model, "torch"), torch.no_grad():
         cache = PackedCache(quantizers, model.config)
@@ -192,7 +178,7 @@ def test_a_model_that_changes_is_recorded_anew(
 
 
 @on_cpu
-def test_recordings_that_do_not_pay_become_rare(llama: PreTrainedModel, step: Any, automatic: Recording) -> None:
+def test_recordings_that_do_not_pay_become_rare(llama, step, automatic) -> None:
     """Three steps and a chunk, over and over: without patience every round would be recorded."""
     chunk = step.ids[:, :1].expand(-1, 17)
     for _ in range(10):
@@ -211,7 +197,7 @@ def test_recordings_that_do_not_pay_become_rare(llama: PreTrainedModel, step: An
 
 @on_cpu
 def test_steps_of_several_tokens_have_recordings_of_their_own_and_may_be_cropped(
-    llama: PreTrainedModel, quantizers: Quantizers, step: Any, automatic: Recording, monkeypatch: pytest.MonkeyPatch
+    llama, quantizers, step, automatic, monkeypatch
 ) -> None:
     """What is stored must stay where it is, as the kernels leave it and the torch path does not."""
     monkeypatch.setattr("deployment.step.steps.Steps._places_now", lambda _: [])
@@ -239,9 +225,7 @@ def test_steps_of_several_tokens_have_recordings_of_their_own_and_may_be_cropped
 
 @on_cpu
 @pytest.mark.parametrize("event", ["crop", "select", "decoder", "graphed"])
-def test_what_happens_in_between_ends_a_recording(
-    llama: PreTrainedModel, step: Any, automatic: Recording, event: str
-) -> None:
+def test_what_happens_in_between_ends_a_recording(llama, step, automatic, event: str) -> None:
     for _ in range(4):
         step()
     cache, taken = step.cache, []
@@ -265,7 +249,7 @@ def test_what_happens_in_between_ends_a_recording(
 
 
 @on_cpu
-def test_nothing_is_recorded_while_other_threads_are_within(make_model: Any, step: Any, automatic: Recording) -> None:
+def test_nothing_is_recorded_while_other_threads_are_within(make_model, step, automatic) -> None:
     inside, done = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -286,9 +270,7 @@ def test_nothing_is_recorded_while_other_threads_are_within(make_model: Any, ste
 
 
 @on_cpu
-def test_an_interrupted_replay_leaves_the_cache_as_it_was(
-    llama: PreTrainedModel, step: Any, automatic: Recording
-) -> None:
+def test_an_interrupted_replay_leaves_the_cache_as_it_was(llama, step, automatic) -> None:
     """The device may have stored the token already."""
     for _ in range(4):
         step()
@@ -313,16 +295,14 @@ def test_an_interrupted_replay_leaves_the_cache_as_it_was(
 
 
 @on_cpu
-def test_where_there_is_no_gpu_the_forward_is_the_models_own(llama: PreTrainedModel, quantizers: Quantizers) -> None:
+def test_where_there_is_no_gpu_the_forward_is_the_models_own(llama, quantizers) -> None:
     assert not possible(llama)
     with packed_attention(llama):
         assert "forward" not in vars(llama)
     assert "on cpu" in str(obstacle(llama, PackedCache(quantizers, llama.config)))
 
 
-def test_adapters_and_hooks_are_in_the_way(
-    make_model: Any, quantizers: Quantizers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_and_hooks_are_in_the_way(make_model, quantizers, monkeypatch) -> None:
     model = make_model("llama").to(DEVICE)
     cache = PackedCache(quantizers, model.config)
     on_gpu = torch.device("cuda")
@@ -341,7 +321,7 @@ def test_adapters_and_hooks_are_in_the_way(
     assert "adapters" in str(obstacle(model, cache))
 
 
-def test_what_is_assumed_of_a_model_is_noticed_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_assumed_of_a_model_is_noticed_when_it_changes(monkeypatch) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
     changes: list[Callable[[], object]] = [
         lambda: model[0].register_forward_pre_hook(lambda *_: None),
@@ -364,7 +344,7 @@ def test_what_is_assumed_of_a_model_is_noticed_when_it_changes(monkeypatch: pyte
 
 @on_cpu
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch, fails: bool) -> None:
     calls: list[Any] = []
 
     class Graph:
@@ -405,9 +385,7 @@ def test_a_recording_that_fails_leaves_torch_as_it_was(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
 @pytest.mark.parametrize("mode", MODES)
-def test_on_a_gpu_generate_says_the_same(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_on_a_gpu_generate_says_the_same(make_model, quantizers, make_tokens, mode: str, monkeypatch) -> None:
     recordings = []
 
     def noted(run: Callable[[], Tensor]) -> Any:
@@ -434,9 +412,7 @@ def test_on_a_gpu_generate_says_the_same(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
-def test_on_a_gpu_a_failed_recording_costs_only_speed(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any
-) -> None:
+def test_on_a_gpu_a_failed_recording_costs_only_speed(make_model, quantizers, make_tokens) -> None:
     class Waits(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * float(x.sum() > -1e30)

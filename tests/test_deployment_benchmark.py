@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +17,7 @@ from quant.scheme import Scheme
 
 
 @pytest.mark.parametrize("scheme", ["nuq3-1%", "rdnuq2.4+fb"])
-def test_everything_is_timed_and_bytes_are_counted(
-    llama_folder: Path, capsys: pytest.CaptureFixture[str], scheme: str
-) -> None:
+def test_everything_is_timed_and_bytes_are_counted(llama_folder, capsys, scheme: str) -> None:
     (result,) = main(["--shape", str(llama_folder), "--scheme", scheme, "--context", "128", "--device", "cpu"])["rows"]
     assert [row["op"] for row in result["ops"]] == ["append", "chunk", "decode", "prefill"]
     assert all(row["us"] > 0 and row["fp16_us"] > 0 for row in result["ops"])
@@ -41,7 +38,7 @@ def test_an_unknown_shape_says_what_there_is() -> None:
         Shape.named("no/such-model-anywhere")
 
 
-def test_some_operations_at_some_contexts(llama_folder: Path, tmp_path: Path) -> None:
+def test_some_operations_at_some_contexts(llama_folder, tmp_path) -> None:
     results = tmp_path / "rows.jsonl"
     arguments = ["--shape", str(llama_folder), "--contexts", "64", "0.125K", "--ops", "prefill,decode", "--batch", "2"]
     rows = main([*arguments, "--device", "cpu", "--results", str(results)])["rows"]
@@ -55,7 +52,7 @@ def test_some_operations_at_some_contexts(llama_folder: Path, tmp_path: Path) ->
         main([*arguments, "--ops", "decode,sleep"])
 
 
-def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch) -> None:
     monkeypatch.setattr("deployment.measure.timing._COPY_BYTES", {"cpu": 800})
     seconds = iter([4.0, 2.0])  # of a copy, and of a kernel
 
@@ -89,7 +86,7 @@ def test_a_chunk_in_fp16_sees_all_before_it_and_itself_causally() -> None:
     assert torch.allclose(seen[0, 3, :, 7].float(), torch.arange(2, 7) / torch.arange(71, 76), atol=1e-3)
 
 
-def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_fastest_way_is_measured(monkeypatch, capsys) -> None:
     times = {"slow": 3.0, "quick": 1.0, "broken": 0.5}
 
     def timed(
@@ -107,7 +104,7 @@ def test_the_fastest_way_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: py
         fastest({"broken": ["broken"], "broken too": ["broken"]}, torch.device("cpu"))  # type: ignore[dict-item]
 
 
-def test_a_graph_s_first_calls_wait_for_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_s_first_calls_wait_for_those_before(monkeypatch) -> None:
     """They run on a stream of their own; beside an unfinished call, two tokens were appended to one place."""
     events: list[str] = []
 

@@ -1,7 +1,5 @@
 """`model.generate` on a packed cache, and the cache methods that transformers calls."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +16,7 @@ NEW = 12
 
 
 @pytest.fixture(scope="module")
-def exact(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> Quantizers:
+def exact(llama, fit_model) -> Quantizers:
     """8 bits: as good as unquantized for the choice of tokens, and yet packed."""
     return fit_model(llama, Scheme.parse("int8-5%"))
 
@@ -37,18 +35,14 @@ def generate(model: PreTrainedModel, tokens: Tensor, cache: PackedCache | None, 
     [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"num_beams": 2, "num_return_sequences": 2}],
     ids=["greedy", "beams", "chunked prefill", "two beams returned"],
 )
-def test_generation_equals_the_unquantized_cache(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers, options: dict[str, object]
-) -> None:
+def test_generation_equals_the_unquantized_cache(llama, make_tokens, exact, options: dict[str, object]) -> None:
     tokens = make_tokens(2, 40)
     cache = PackedCache(exact, llama.config)
     assert torch.equal(generate(llama, tokens, cache, **options), generate(llama, tokens, None, **options))
     assert cache.get_seq_length() == 40 + NEW - 1
 
 
-def test_sampling_follows_the_seed(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_sampling_follows_the_seed(llama, make_tokens, exact) -> None:
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -56,9 +50,7 @@ def test_sampling_follows_the_seed(
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
-def test_left_padded_batch_equals_rows_alone(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_left_padded_batch_equals_rows_alone(llama, make_tokens, exact) -> None:
     tokens = make_tokens(2, 40)
     mask = torch.ones_like(tokens)
     mask[0, :25] = 0
@@ -67,9 +59,7 @@ def test_left_padded_batch_equals_rows_alone(
     assert torch.equal(together[0, -NEW:], alone[0, -NEW:])
 
 
-def test_a_conversation_continues_on_the_filled_cache(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_a_conversation_continues_on_the_filled_cache(llama, make_tokens, exact) -> None:
     first = make_tokens(1, 30)
     cache = PackedCache(exact, llama.config)
     answered = generate(llama, first, cache)
@@ -79,9 +69,7 @@ def test_a_conversation_continues_on_the_filled_cache(
     assert cache.get_seq_length() == 30 + NEW + 9 + NEW - 1
 
 
-def test_cropping_takes_tokens_back(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_cropping_takes_tokens_back(llama, make_tokens, exact) -> None:
     tokens = make_tokens(1, 90)
     with packed_attention(llama):
         cache = PackedCache(exact, llama.config)
@@ -99,9 +87,7 @@ def test_cropping_takes_tokens_back(
         cache.crop(3)
 
 
-def test_cropping_into_the_sinks(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> None:
+def test_cropping_into_the_sinks(llama, make_tokens, fit_model) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
     with packed_attention(llama):
         cache = PackedCache(quantizers, llama.config)
@@ -116,9 +102,7 @@ def test_cropping_into_the_sinks(
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-def test_batch_operations(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers, padded: bool
-) -> None:
+def test_batch_operations(llama, make_tokens, exact, padded: bool) -> None:
     tokens = make_tokens(2, 80)
     mask = torch.ones_like(tokens)
     mask[0, : 70 * padded] = 0
@@ -145,7 +129,7 @@ def test_batch_operations(
             assert torch.allclose(next_logits(cache, rows), expected[rows], atol=1e-4)
 
 
-def test_reset_cache_starts_anew(llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers) -> None:
+def test_reset_cache_starts_anew(llama, make_tokens, exact) -> None:
     cache = PackedCache(exact, llama.config)
     first = generate(llama, make_tokens(1, 20), cache)
     cache.reset()
@@ -153,9 +137,7 @@ def test_reset_cache_starts_anew(llama: PreTrainedModel, make_tokens: Callable[.
     assert torch.equal(generate(llama, make_tokens(1, 20), cache), first)
 
 
-def test_capacity_is_reserved_once_and_kept(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_capacity_is_reserved_once_and_kept(llama, make_tokens, exact) -> None:
     cache = PackedCache(exact, llama.config, capacity=32)
     with packed_attention(llama):
         llama(input_ids=make_tokens(1, 30), past_key_values=cache)
@@ -166,9 +148,7 @@ def test_capacity_is_reserved_once_and_kept(
             llama(input_ids=make_tokens(1, 1), past_key_values=cache)
 
 
-def test_nothing_but_the_counted_tensors_grows_with_the_context(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_nothing_but_the_counted_tensors_grows_with_the_context(llama, make_tokens, exact) -> None:
     """No tensor of full precision as long as the context hides anywhere in the cache."""
 
     def reachable(thing: object, depth: int = 0) -> list[Tensor]:
@@ -192,12 +172,7 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(
 
 
 @pytest.mark.parametrize("axes", [("token", "token"), ("channel", "channel"), ("token", "channel")])
-def test_every_axis_can_be_packed(
-    llama: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    axes: tuple[str, str],
-) -> None:
+def test_every_axis_can_be_packed(llama, make_tokens, fit_model, axes: tuple[str, str]) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq4-5%", key_axis=axes[0], value_axis=axes[1]))
     tokens = make_tokens(2, 100)
     with simulated(llama, quantizers):
@@ -209,16 +184,7 @@ def test_every_axis_can_be_packed(
     assert error.median() < 2e-4
 
 
-def test_quantizers_of_another_model_are_refused(
-    make_model: Callable[[str], PreTrainedModel], exact: Quantizers
-) -> None:
-    with pytest.raises(UserError, match="another model: architecture"):
-        PackedCache(exact, make_model("qwen2").config)
-
-
-def test_a_cache_grows_out_of_a_first_page_of_any_size(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], exact: Quantizers
-) -> None:
+def test_a_cache_grows_out_of_a_first_page_of_any_size(llama, make_tokens, exact) -> None:
     """A page of 10 blocks is dequantized in parts of 8 and 2, also when a further page follows."""
     tokens = make_tokens(1, 700)
     with packed_attention(llama):

@@ -3,13 +3,12 @@
 import io
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from deployment.generate import main as generate_main
 from deployment.text.answer import TimedStreamer
@@ -29,13 +28,13 @@ NEW = 10
 
 
 @pytest.fixture(scope="module")
-def exact(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> Quantizers:
+def exact(llama, fit_model) -> Quantizers:
     """8 bits: as good as unquantized for the choice of tokens, and yet packed."""
     return fit_model(llama, Scheme.parse("int8-5%"))
 
 
 @pytest.fixture
-def talker(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
+def talker(llama, tokenizer) -> LoadedModel:
     """The tiny Llama with a chat template."""
     from copy import deepcopy
 
@@ -45,7 +44,7 @@ def talker(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Loaded
 
 
 @pytest.fixture(scope="module")
-def chat_folder(llama: PreTrainedModel, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def chat_folder(llama, llama_folder, tmp_path_factory) -> Path:
     """The tiny Llama's folder with a chat template."""
     from transformers import AutoTokenizer
 
@@ -64,7 +63,7 @@ def plainly(model: PreTrainedModel, tokens: list[int], new: int = NEW) -> list[i
 
 
 @pytest.mark.parametrize("change", [" ", " | upper "], ids=["template keeps answers", "template changes answers"])
-def test_turns_equal_the_whole_conversation_at_once(talker: LoadedModel, exact: Quantizers, change: str) -> None:
+def test_turns_equal_the_whole_conversation_at_once(talker, exact, change: str) -> None:
     talker.tokenizer.chat_template = TEMPLATE.replace(" OLD ", change)
     session, chat = Session(talker, exact, prefill_chunk=7, quiet=True), Chat(talker, system="be brief")
     session.open()
@@ -82,7 +81,7 @@ def test_turns_equal_the_whole_conversation_at_once(talker: LoadedModel, exact: 
     assert [message["role"] for message in chat.messages or []] == ["system"] + 3 * ["user", "assistant"]
 
 
-def test_cropping_costs_no_more_than_what_differs(talker: LoadedModel, exact: Quantizers) -> None:
+def test_cropping_costs_no_more_than_what_differs(talker, exact) -> None:
     session = Session(talker, exact, quiet=True)
     session.open()
     tokens = talker.tokenizer("the key of the value of the token").input_ids
@@ -94,12 +93,7 @@ def test_cropping_costs_no_more_than_what_differs(talker: LoadedModel, exact: Qu
     assert again.read_tokens == 1 and session.tokens == plainly(talker.model, other)
 
 
-def test_a_sliding_window_that_has_forgotten_is_read_again(
-    make_model: Callable[[str], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerFast,
-    fit_model: Callable[..., Quantizers],
-    make_tokens: Callable[..., Tensor],
-) -> None:
+def test_a_sliding_window_that_has_forgotten_is_read_again(make_model, tokenizer, fit_model, make_tokens) -> None:
     model = make_model("gemma3")
     session = Session(LoadedModel("tiny", model, tokenizer), fit_model(model, Scheme.parse("int8-5%")), quiet=True)
     session.open()
@@ -110,7 +104,7 @@ def test_a_sliding_window_that_has_forgotten_is_read_again(
     assert session.tokens == plainly(model, changed)
 
 
-def test_plain_text_is_continued(talker: LoadedModel) -> None:
+def test_plain_text_is_continued(talker) -> None:
     text, ids = PlainText(talker), lambda words: talker.tokenizer(words).input_ids
     assert text.tokens_of([], "a key") == text.opening([], "a key") == ids("a key")
     assert text.opening(ids("a key"), " is") == ids("a key is")
@@ -121,12 +115,12 @@ def test_plain_text_is_continued(talker: LoadedModel) -> None:
 
 
 @pytest.fixture
-def arguments(chat_folder: Path, quantizers_file: Path) -> list[str]:
+def arguments(chat_folder, quantizers_file) -> list[str]:
     model = ["--model", str(chat_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
     return [*model, "--max-new-tokens", "12", "--prefill-chunk", "16"]
 
 
-def test_a_document_is_read_once_and_continues_to_the_same_tokens(arguments: list[str], tmp_path: Path) -> None:
+def test_a_document_is_read_once_and_continues_to_the_same_tokens(arguments, tmp_path) -> None:
     document, cache = "of the key of the head " * 10, str(tmp_path / "book.cache")
     first = generate_main([*arguments, "--prompt", document, "--save-cache", cache])
     loaded = generate_main([*arguments, "--load-cache", cache])
@@ -145,9 +139,7 @@ def test_a_document_is_read_once_and_continues_to_the_same_tokens(arguments: lis
     assert generate_main([*arguments, *beams])["text"] == generate_main([*arguments, *beams])["text"]
 
 
-def test_an_unbroken_run_and_one_in_two_parts_store_the_same_bits(
-    talker: LoadedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tmp_path: Path
-) -> None:
+def test_an_unbroken_run_and_one_in_two_parts_store_the_same_bits(talker, quantizers, make_tokens, tmp_path) -> None:
     tokens = make_tokens(1, 150)[0].tolist()
     unbroken = Session(talker, quantizers, prefill_chunk=32, quiet=True)
     unbroken.open(capacity=200)
@@ -169,9 +161,7 @@ def interactive(monkeypatch: pytest.MonkeyPatch, arguments: list[str], lines: li
     return generate_main([*arguments, "--interactive"])
 
 
-def test_a_conversation_at_the_terminal(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_conversation_at_the_terminal(arguments, monkeypatch, capsys, tmp_path) -> None:
     file, talk = str(tmp_path / "talk.cache"), [*arguments, "--chat"]
     both = interactive(monkeypatch, talk, ["a key", "", "a value", f"/save {file}", "/hello", "/exit", "never read"])
     printed = capsys.readouterr()
@@ -187,14 +177,12 @@ def test_a_conversation_at_the_terminal(
     assert interactive(monkeypatch, talk, [])["turns"] == 0
 
 
-def test_plain_text_at_the_terminal(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_text_at_the_terminal(arguments, monkeypatch) -> None:
     result = interactive(monkeypatch, [*arguments, "--prompt", "the key"], [" of", ""])
     assert result["turns"] == 3 and result["prompt_tokens"] == len("the key") + 12 + len(" of") + 12
 
 
-def test_a_line_that_is_no_text_does_not_end_the_conversation(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_line_that_is_no_text_does_not_end_the_conversation(arguments, monkeypatch, capsys) -> None:
     bytes_typed = io.BytesIO(b"caf\xe9\nhello\n/exit\n")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(bytes_typed, encoding="utf-8"))
     result = generate_main([*arguments, "--interactive"])
@@ -202,17 +190,13 @@ def test_a_line_that_is_no_text_does_not_end_the_conversation(
     assert "error: the line is no text in the encoding of this process" in capsys.readouterr().err
 
 
-def test_a_turn_beyond_the_positions_does_not_end_the_conversation(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_turn_beyond_the_positions_does_not_end_the_conversation(arguments, monkeypatch, capsys) -> None:
     result = interactive(monkeypatch, [*arguments, "--chat"], ["a key", "value " * 90, "a head"])
     assert "model's positions are 512" in capsys.readouterr().err
     assert result["turns"] == 2 and result["prompt_tokens"] < 100
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_chat(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ctrl_c_ends_the_answer_and_not_the_chat(arguments, monkeypatch, capsys) -> None:
     before, put = signal.getsignal(signal.SIGINT), TimedStreamer.put
 
     def put_and_press(self: TimedStreamer, value: Tensor) -> None:
@@ -241,15 +225,13 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(
         (["--prompt", "k", "--save-cache", "unwritten"], "is empty: nothing was read yet"),
     ],
 )
-def test_bad_requests_are_refused_and_write_nothing(arguments: list[str], options: list[str], message: str) -> None:
+def test_bad_requests_are_refused_and_write_nothing(arguments, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate_main([*arguments, *options])
     assert not Path("unwritten").exists()
 
 
-def test_a_chat_needs_a_template_and_a_conversation(
-    arguments: list[str], llama_folder: Path, talker: LoadedModel, tmp_path: Path
-) -> None:
+def test_a_chat_needs_a_template_and_a_conversation(arguments, llama_folder, talker, tmp_path) -> None:
     with pytest.raises(UserError, match="no chat template; drop --chat"):
         generate_main(["--model", str(llama_folder), *arguments[2:], "--chat", "--prompt", "key"])
     cache = str(tmp_path / "plain.cache")

@@ -21,7 +21,7 @@ TOKENS = 40
 
 
 @pytest.fixture
-def exact(llama: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> Quantizers:
+def exact(llama, fit_model) -> Quantizers:
     """The control: all tokens are sinks, so nothing is quantized."""
     return fit_model(llama, Scheme.parse("int4", sink_tokens=150))
 
@@ -42,9 +42,7 @@ def hole(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("last", [1, 3])
 @pytest.mark.parametrize("kind", ["2d", "bool", "float"])
-def test_masks_with_holes_are_refused_at_every_step(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], kind: str, last: int
-) -> None:
+def test_masks_with_holes_are_refused_at_every_step(llama, exact, make_tokens, kind: str, last: int) -> None:
     ids = make_tokens(1, TOKENS)
     mask = hole(kind)
     if kind != "2d":
@@ -57,9 +55,7 @@ def test_masks_with_holes_are_refused_at_every_step(
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_the_mask_that_says_nothing_is_not_refused(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], last: int
-) -> None:
+def test_the_mask_that_says_nothing_is_not_refused(llama, exact, make_tokens, last: int) -> None:
     ids, mask = make_tokens(1, TOKENS), torch.ones(1, TOKENS, dtype=torch.int64)
     expected = stepped(llama, DynamicCache(config=llama.config), ids, last, attention_mask=mask)
     with packed_attention(llama):
@@ -68,9 +64,7 @@ def test_the_mask_that_says_nothing_is_not_refused(
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 3), torch.ones(3, TOKENS)], ids=["of new tokens only", "of other rows"])
-def test_masks_of_another_size_are_refused(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], mask: Tensor
-) -> None:
+def test_masks_of_another_size_are_refused(llama, exact, make_tokens, mask: Tensor) -> None:
     with packed_attention(llama), pytest.raises(ValueError, match="attention_mask is of"):
         stepped(llama, PackedCache(exact, llama.config), make_tokens(1, TOKENS), 3, attention_mask=mask.long())
 
@@ -83,9 +77,7 @@ def padded(make_tokens: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def test_padding_must_be_hidden_again_at_every_step(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_padding_must_be_hidden_again_at_every_step(llama, exact, make_tokens) -> None:
     ids, mask, _ = padded(make_tokens)
     cache = PackedCache(exact, llama.config)
     with packed_attention(llama):
@@ -110,9 +102,7 @@ def positions(kind: str) -> Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 13, TOKENS])
 @pytest.mark.parametrize("kind", ["shifted", "gap", "gap before the last", "grouped", "backwards"])
-def test_positions_count_tokens_or_are_refused(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], kind: str, chunk: int
-) -> None:
+def test_positions_count_tokens_or_are_refused(llama, exact, make_tokens, kind: str, chunk: int) -> None:
     ids, given = make_tokens(1, TOKENS), positions(kind)
     expected = llama(ids, position_ids=given, attention_mask=torch.ones_like(ids), use_cache=False).logits
     cache, parts = PackedCache(exact, llama.config), []
@@ -130,9 +120,7 @@ def test_positions_count_tokens_or_are_refused(
                 read()
 
 
-def test_positions_go_on_as_they_began_for_every_row(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_positions_go_on_as_they_began_for_every_row(llama, exact, make_tokens) -> None:
     """From the padding on, or from the first token: but not one way now and the other later. Rows may change places."""
     ids, mask, counted = padded(make_tokens)
     for own in (counted, torch.arange(TOKENS)[None].expand(2, -1)):
@@ -151,18 +139,14 @@ def test_positions_go_on_as_they_began_for_every_row(
         assert (logits.flip(0) - expected).abs().max() < EXACT
 
 
-def test_absolute_positions_are_held_to_where_frequencies_go_by_them(
-    fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_absolute_positions_are_held_to_where_frequencies_go_by_them(fit_model, make_tokens) -> None:
     model = build_model(dynamic_llama())
     cache = PackedCache(fit_model(model, Scheme.parse("int4", sink_tokens=150)), model.config)
     with packed_attention(model), pytest.raises(ValueError, match="position_ids do not count"):
         model(make_tokens(1, TOKENS), position_ids=positions("shifted"), past_key_values=cache)
 
 
-def test_a_device_that_is_not_waited_for_is_asked_at_the_end(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_is_not_waited_for_is_asked_at_the_end(llama, exact, make_tokens, monkeypatch) -> None:
     """What a GPU does, with tensors that only say that they are on one."""
     from deployment import checked
 
@@ -185,9 +169,7 @@ def test_a_device_that_is_not_waited_for_is_asked_at_the_end(
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="what waits for a GPU")
 @pytest.mark.parametrize("pads", [0, 7])
-def test_on_a_gpu_a_step_never_waits_and_what_was_wrong_is_said(
-    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., Tensor], pads: int
-) -> None:
+def test_on_a_gpu_a_step_never_waits_and_what_was_wrong_is_said(make_model, quantizers, make_tokens, pads: int) -> None:
     model, ids = make_model("llama").cuda(), make_tokens(2, TOKENS).cuda()
     cache, mask = PackedCache(quantizers, model.config, capacity=200), torch.ones(2, 200, dtype=torch.int64).cuda()
     mask[0, :pads] = 0
@@ -211,14 +193,10 @@ def test_on_a_gpu_a_step_never_waits_and_what_was_wrong_is_said(
                 torch.cuda.set_sync_debug_mode("default")
 
 
-def test_recorded_steps_are_checked_too(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_steps_are_checked_too(llama, exact, make_tokens, monkeypatch) -> None:
     """Masks and positions are no part of what is replayed."""
-    from deployment.layer import PackedLayer
-
     monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
-    monkeypatch.setattr(PackedLayer, "reserve", lambda *_: None)
+    monkeypatch.setattr("deployment.step.steps.reserve", lambda *_: None)
     ids, cache = make_tokens(1, TOKENS), PackedCache(exact, llama.config)
 
     def recorder(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -243,16 +221,14 @@ def test_recorded_steps_are_checked_too(
 
 @pytest.mark.parametrize("argument", [{"softcap": 2.0}, {"s_aux": torch.zeros(4)}, {"is_causal": False}])
 def test_unknown_arguments_of_an_attention_call_are_refused(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor], argument: dict[str, Any]
+    llama, exact, make_tokens, argument: dict[str, Any]
 ) -> None:
     for cache in (None, PackedCache(exact, llama.config)):
         with packed_attention(llama), pytest.raises(NotImplementedError, match=next(iter(argument))):
             llama(make_tokens(1, 9), past_key_values=cache, **argument)
 
 
-def test_a_cache_of_another_kind_is_refused(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_a_cache_of_another_kind_is_refused(llama, exact, make_tokens) -> None:
     """It would be filled with keys that stock attention takes for rotated ones, and the other way round."""
     with packed_attention(llama):
         with pytest.raises(UserError, match="not a DynamicCache"):
@@ -268,13 +244,7 @@ def test_a_cache_of_another_kind_is_refused(
 @pytest.mark.parametrize(("held", "rows", "remedy"), [(1, 3, r"batch_repeat_interleave\(3\)"), (3, 1, "batch_select")])
 @pytest.mark.parametrize("new", [1, 5])
 def test_a_batch_of_another_size_is_told_what_to_call(
-    llama: PreTrainedModel,
-    exact: Quantizers,
-    make_tokens: Callable[..., Tensor],
-    held: int,
-    rows: int,
-    remedy: str,
-    new: int,
+    llama, exact, make_tokens, held: int, rows: int, remedy: str, new: int
 ) -> None:
     cache = PackedCache(exact, llama.config)
     with packed_attention(llama):
@@ -283,7 +253,7 @@ def test_a_batch_of_another_size_is_told_what_to_call(
             llama(make_tokens(rows, new), past_key_values=cache)
 
 
-def test_what_a_packed_layer_does_not_have_it_says(llama: PreTrainedModel, exact: Quantizers) -> None:
+def test_what_a_packed_layer_does_not_have_it_says(llama, exact) -> None:
     cache = PackedCache(exact, llama.config)
     layer = cache.layers[0]
     for ask in (
@@ -297,9 +267,7 @@ def test_what_a_packed_layer_does_not_have_it_says(llama: PreTrainedModel, exact
             ask()
 
 
-def test_a_compiled_model_is_checked_too(
-    llama: PreTrainedModel, exact: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_a_compiled_model_is_checked_too(llama, exact, make_tokens) -> None:
     """A compiler sees neither hooks on forwards nor into the step; the step itself looks."""
     ids, forward = make_tokens(1, TOKENS), torch.compile(llama, backend="eager", fullgraph=True)
     cache = PackedCache(exact, llama.config)

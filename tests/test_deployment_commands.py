@@ -1,12 +1,10 @@
 """`python -m deployment.evaluate` and `python -m deployment.generate`, through their `main`."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
 from deployment.evaluate import evaluate_packed, packed_nll
@@ -14,14 +12,13 @@ from deployment.evaluate import main as evaluate_main
 from deployment.generate import main as generate_main
 from gradients.cli import UserError
 from gradients.models import LoadedModel
-from quant.artefact import Quantizers
 from quant.evaluate import evaluate
 from quant.evaluate import main as simulate_main
 from quant.scheme import Scheme
 
 
 @pytest.fixture(scope="module")
-def arguments(llama_folder: Path, quantizers_file: Path) -> list[str]:
+def arguments(llama_folder, quantizers_file) -> list[str]:
     """What both commands need first."""
     return ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
 
@@ -31,7 +28,7 @@ def window_arguments(text_file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("options", [["--prefill-chunk", "1"], ["--prefill-chunk", "64", "--batch", "4"]])
-def test_packed_and_simulated_evaluation_agree(arguments: list[str], text_file: Path, options: list[str]) -> None:
+def test_packed_and_simulated_evaluation_agree(arguments, text_file, options: list[str]) -> None:
     simulated = simulate_main([*arguments, *window_arguments(text_file)])
     packed = evaluate_main([*arguments, *window_arguments(text_file), "--no-exact-chunk", *options])
     assert simulated is not None
@@ -48,11 +45,7 @@ SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "nf4-1%", "rdnuq2.4", "nuq3+fb", "nuq2-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_in_float64_packed_and_simulated_evaluation_are_the_same(
-    make_model: Callable[[str], PreTrainedModel],
-    fit_model: Callable[..., Quantizers],
-    make_tokens: Callable[..., torch.Tensor],
-    name: str,
-    scheme: str,
+    make_model, fit_model, make_tokens, name: str, scheme: str
 ) -> None:
     """What separates them in float32 are sums in another order, and the codes that these flip."""
     model, windows = make_model(name), make_tokens(2, 150)
@@ -65,7 +58,7 @@ def test_in_float64_packed_and_simulated_evaluation_are_the_same(
     assert abs(simulated["nll"] - simulated["baseline_nll"]) > 1e-6  # it is quantized
 
 
-def test_in_float64_the_commands_agree(arguments: list[str], text_file: Path) -> None:
+def test_in_float64_the_commands_agree(arguments, text_file) -> None:
     options = [*arguments, *window_arguments(text_file), "--dtype", "float64"]
     simulated = simulate_main(options)
     packed = evaluate_main([*options, "--no-exact-chunk", "--prefill-chunk", "40"])
@@ -74,11 +67,7 @@ def test_in_float64_the_commands_agree(arguments: list[str], text_file: Path) ->
 
 
 def test_bits_of_quantized_layers_and_of_the_whole_cache_are_told_apart(
-    make_model: Callable[[str], PreTrainedModel],
-    fit_model: Callable[..., Quantizers],
-    save_model: Callable[[PreTrainedModel, Path], Path],
-    text_file: Path,
-    tmp_path: Path,
+    make_model, fit_model, save_model, text_file, tmp_path
 ) -> None:
     """Half of this model's layers have sliding windows, which stay in float32."""
     model = make_model("gemma3")
@@ -97,7 +86,7 @@ def test_bits_of_quantized_layers_and_of_the_whole_cache_are_told_apart(
         assert result["cache_bits_per_element"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_exact_chunks_lose_less(arguments: list[str], text_file: Path) -> None:
+def test_exact_chunks_lose_less(arguments, text_file) -> None:
     exact = evaluate_main([*arguments, *window_arguments(text_file)])
     plain = simulate_main([*arguments[:2], *arguments[4:], *window_arguments(text_file)])
     assert plain is not None
@@ -106,9 +95,7 @@ def test_exact_chunks_lose_less(arguments: list[str], text_file: Path) -> None:
     )  # one chunk: nothing is packed
 
 
-def test_batch_of_windows_changes_nothing(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_batch_of_windows_changes_nothing(llama, quantizers, make_tokens) -> None:
     windows = make_tokens(3, 70)
     one = evaluate_packed(llama, windows, quantizers, chunk=16, exact_chunk=True)
     three = evaluate_packed(llama, windows, quantizers, chunk=16, exact_chunk=True, batch=3)
@@ -116,9 +103,7 @@ def test_batch_of_windows_changes_nothing(
     assert one["cache_bytes"] == pytest.approx(three["cache_bytes"], rel=1e-3)
 
 
-def test_reported_bytes_are_the_tensors_bytes(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_reported_bytes_are_the_tensors_bytes(llama, quantizers, make_tokens) -> None:
     windows = make_tokens(1, 400)
     result = evaluate_packed(llama, windows, quantizers, chunk=400, exact_chunk=False)
     cache = PackedCache(quantizers, llama.config, capacity=400, exact_chunk=False)
@@ -130,7 +115,7 @@ def test_reported_bytes_are_the_tensors_bytes(
     assert result["fp16_bytes"] == elements * 2
 
 
-def test_generate_streams_text_and_ends_with_json(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_streams_text_and_ends_with_json(arguments, capsys) -> None:
     result = generate_main([*arguments, "--prompt", "of the key of", "--max-new-tokens", "9"])
     printed = capsys.readouterr().out
     assert result["text"].strip()[:4] in printed and "cache_bytes" in printed
@@ -140,13 +125,13 @@ def test_generate_streams_text_and_ends_with_json(arguments: list[str], capsys: 
 
 
 @pytest.mark.parametrize("options", [["--beams", "2"], ["--sample", "--temperature", "0.7", "--top-p", "0.9"]])
-def test_other_ways_to_generate_repeat_themselves(arguments: list[str], options: list[str]) -> None:
+def test_other_ways_to_generate_repeat_themselves(arguments, options: list[str]) -> None:
     first = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
     again = generate_main([*arguments, "--prompt", "value", "--max-new-tokens", "5", *options])
     assert first["text"] == again["text"] and first["new_tokens"] <= 5
 
 
-def test_prompt_file_in_small_chunks_equals_one_chunk(arguments: list[str], tmp_path: Path) -> None:
+def test_prompt_file_in_small_chunks_equals_one_chunk(arguments, tmp_path) -> None:
     prompt = tmp_path / "prompt.txt"
     prompt.write_text("the head of the token " * 8)
     chunked = generate_main(
@@ -165,28 +150,12 @@ def test_prompt_file_in_small_chunks_equals_one_chunk(arguments: list[str], tmp_
     ],
     ids=["empty", "missing file", "beyond the positions", "beyond the capacity"],
 )
-def test_bad_requests_are_refused_by_name(arguments: list[str], options: list[str], message: str) -> None:
+def test_bad_requests_are_refused_by_name(arguments, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate_main([*arguments, *options])
 
 
-def test_quantizers_of_another_model(
-    arguments: list[str],
-    make_model: Callable[[str], PreTrainedModel],
-    save_model: Callable[[PreTrainedModel, Path], Path],
-    text_file: Path,
-    tmp_path: Path,
-) -> None:
-    other = save_model(make_model("qwen2"), tmp_path / "other")
-    swapped = ["--model", str(other), *arguments[2:]]
-    for main, rest in ((generate_main, ["--prompt", "key"]), (evaluate_main, window_arguments(text_file))):
-        with pytest.raises(UserError, match="another model"):
-            main([*swapped, *rest])
-
-
-def test_nan_weights_are_named(
-    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., torch.Tensor]
-) -> None:
+def test_nan_weights_are_named(make_model, quantizers, make_tokens) -> None:
     model = make_model("llama")
     with torch.no_grad():
         model.lm_head.weight[0] = torch.nan
@@ -194,5 +163,5 @@ def test_nan_weights_are_named(
         evaluate_packed(model, make_tokens(1, 20), quantizers, chunk=20, exact_chunk=True)
 
 
-def test_a_loaded_model_knows_its_device(llama: PreTrainedModel, tokenizer: object) -> None:
+def test_a_loaded_model_knows_its_device(llama, tokenizer) -> None:
     assert LoadedModel("tiny", llama, tokenizer).device == torch.device("cpu")  # type: ignore[arg-type]

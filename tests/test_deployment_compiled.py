@@ -3,12 +3,11 @@
 import copy
 import gc
 import shutil
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployment.attention import packed_attention
@@ -18,7 +17,6 @@ from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
 from deployment.step.asked import Step
 from deployment.step.compiled import attend, registered_step
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16)
@@ -118,9 +116,7 @@ def test_the_schema_and_the_shape_are_as_declared(dtype: torch.dtype) -> None:
     assert layer.lengths[0] >= 3
 
 
-def test_a_whole_model_compiles_into_one_graph(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> None:
+def test_a_whole_model_compiles_into_one_graph(llama, make_tokens, fit_model) -> None:
     quantizers, tokens = fit_model(llama, Scheme.parse("nuq4-5%")), make_tokens(2, 14)
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0

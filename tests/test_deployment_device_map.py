@@ -5,7 +5,7 @@ GPUs alone could show is tested piece by piece: where tables come from, what is 
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,14 +41,14 @@ SPLIT = {
 
 
 @pytest.fixture(scope="module")
-def map_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def map_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("maps") / "split.json"
     path.write_text(json.dumps(SPLIT))
     return path
 
 
 @pytest.fixture(scope="module")
-def sharded(llama_folder: Path, map_file: Path) -> LoadedModel:
+def sharded(llama_folder, map_file) -> LoadedModel:
     """The tiny Llama, its first layer in memory and its second on disk."""
     return load_model(str(llama_folder), device_map=str(map_file))
 
@@ -70,19 +70,14 @@ def generated(model: PreTrainedModel, quantizers: Quantizers, tokens: Tensor) ->
     return output, cache.tensors()
 
 
-def test_the_model_is_really_split(sharded: LoadedModel) -> None:
+def test_the_model_is_really_split(sharded) -> None:
     places = [next(layer.parameters()).device.type for layer in decoder(sharded.model).layers]
     assert places == ["cpu", "meta"]
     assert sharded.model.get_input_embeddings().weight.device.type == "meta"
     assert sharded.device == torch.device("cpu") and sharded.model.dtype == torch.float32
 
 
-def test_sharded_generation_equals_unsharded(
-    sharded: LoadedModel,
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Callable[..., Tensor],
-) -> None:
+def test_sharded_generation_equals_unsharded(sharded, llama, quantizers, make_tokens) -> None:
     tokens = make_tokens(2, 70, seed=3)
     whole, whole_cache = generated(llama, quantizers, tokens)
     split, split_cache = generated(sharded.model, quantizers, tokens)
@@ -91,9 +86,7 @@ def test_sharded_generation_equals_unsharded(
     assert all(torch.equal(mine, other) for mine, other in zip(split_cache, whole_cache, strict=True))
 
 
-def test_recording_and_simulation_are_the_same(
-    sharded: LoadedModel, llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_recording_and_simulation_are_the_same(sharded, llama, quantizers, make_tokens) -> None:
     window = make_tokens(33, seed=4)
     split, whole = record_window(sharded.model, window), record_window(llama, window)
     assert split.keys() == whole.keys() and all(torch.equal(split[name], whole[name]) for name in whole)
@@ -106,13 +99,7 @@ def test_recording_and_simulation_are_the_same(
     assert results[0] == results[1]
 
 
-def test_a_saved_cache_returns_to_where_its_layers_compute(
-    sharded: LoadedModel,
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Callable[..., Tensor],
-    tmp_path: Path,
-) -> None:
+def test_a_saved_cache_returns_to_where_its_layers_compute(sharded, llama, quantizers, make_tokens, tmp_path) -> None:
     tokens, cache = make_tokens(1, 40), PackedCache(quantizers, llama.config)
     with torch.inference_mode(), packed_attention(llama):
         llama(input_ids=tokens, past_key_values=cache)
@@ -126,14 +113,14 @@ def test_a_saved_cache_returns_to_where_its_layers_compute(
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_takes_a_map(llama_folder: Path, quantizers_file: Path, map_file: Path) -> None:
+def test_the_command_takes_a_map(llama_folder, quantizers_file, map_file) -> None:
     arguments = ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--prompt", "of the key of"]
     arguments += ["--max-new-tokens", "5"]
     split = generate_main([*arguments, "--device-map", str(map_file)])
     assert split["text"] == generate_main([*arguments, "--device", "cpu"])["text"]
 
 
-def test_tables_come_to_where_they_are_asked_for(llama: PreTrainedModel) -> None:
+def test_tables_come_to_where_they_are_asked_for(llama) -> None:
     """accelerate's hook lets the rotary module answer from its own device."""
     rotary = decoder(llama).rotary_emb
 
@@ -147,7 +134,7 @@ def test_tables_come_to_where_they_are_asked_for(llama: PreTrainedModel) -> None
     assert (cos.device.type, sin.device.type, cos.shape) == ("meta", "meta", (1, 3, 12))
 
 
-def test_every_device_keeps_its_rotary_tables(llama: PreTrainedModel) -> None:
+def test_every_device_keeps_its_rotary_tables(llama) -> None:
     """Else each would make its own anew whenever a step comes round to it, and graphs would lose theirs."""
     rope = Rope(decoder(llama).rotary_emb)
     first = rope.for_kernels(5, 12, torch.device("cpu"))
@@ -155,12 +142,7 @@ def test_every_device_keeps_its_rotary_tables(llama: PreTrainedModel) -> None:
     assert rope.for_kernels(7, 12, torch.device("cpu")) is first
 
 
-def test_kernels_run_with_the_layers_device_current(
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_kernels_run_with_the_layers_device_current(llama, quantizers, make_tokens, monkeypatch) -> None:
     inside: list[torch.device] = []
     attended: list[list[torch.device]] = []
 
@@ -182,7 +164,7 @@ def test_kernels_run_with_the_layers_device_current(
     assert attended == [[torch.device("cpu")]] * 2
 
 
-def test_current_is_cudas_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_is_cudas_own(monkeypatch) -> None:
     asked: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device", asked.append)
     current(torch.device("cuda", 1))
@@ -195,7 +177,7 @@ def write(path: Path, content: object) -> str:
     return str(path)
 
 
-def test_maps_name_accelerators_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_maps_name_accelerators_that_are_there(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     places = {"model.embed_tokens": 0, "model.layers.0": "cuda:1", "model.layers": 1, "model.norm": "cpu"}
     assert read_device_map(write(tmp_path / "good.json", places)) == places
@@ -204,7 +186,7 @@ def test_maps_name_accelerators_that_are_there(tmp_path: Path, monkeypatch: pyte
             read_device_map(write(tmp_path / "bad.json", places | {"lm_head": place}))
 
 
-def test_a_split_over_accelerators_keeps_the_checkpoints_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_split_over_accelerators_keeps_the_checkpoints_dtype(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     places = {"model.layers.0": 0, "": "cpu"}
     assert Placement.of("auto", write(tmp_path / "map.json", places)) == Placement(places, on_cpu=False)
@@ -219,16 +201,12 @@ def test_a_split_over_accelerators_keeps_the_checkpoints_dtype(tmp_path: Path, m
         ({"model.layers.0": "cpu", "model.layers.1": "disk"}, "does not give any device for .*model.norm.weight"),
     ],
 )
-def test_maps_that_do_not_fit_the_model_are_refused(
-    llama_folder: Path, tmp_path: Path, content: object, message: str
-) -> None:
+def test_maps_that_do_not_fit_the_model_are_refused(llama_folder, tmp_path, content: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_model(str(llama_folder), device_map=write(tmp_path / "map.json", content))
 
 
-def test_contradicting_and_unreadable_maps_are_refused(
-    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contradicting_and_unreadable_maps_are_refused(llama_folder, tmp_path, monkeypatch) -> None:
     with pytest.raises(UserError, match="--device cpu and --device-map auto contradict each other"):
         load_model(str(llama_folder), device="cpu", device_map="auto")
     with pytest.raises(UserError, match="'evenly' cannot be read .* use auto, balanced"):

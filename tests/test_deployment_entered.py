@@ -1,7 +1,6 @@
 """`packed_attention` entered twice, from several threads, and on models of several parts."""
 
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -43,9 +42,7 @@ def generated(model: PreTrainedModel, quantizers: Quantizers, ids: Tensor, new: 
 
 
 @pytest.mark.parametrize("order", ["first in, first out", "first in, last out"])
-def test_blocks_may_overlap(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], order: str
-) -> None:
+def test_blocks_may_overlap(llama, quantizers, make_tokens, order: str) -> None:
     ids, before = make_tokens(1, 30), state(llama)
     stock = llama(ids, use_cache=False).logits
     first, second = ExitStack(), ExitStack()
@@ -62,7 +59,7 @@ def test_blocks_may_overlap(
     assert torch.equal(llama(ids, use_cache=False).logits, stock)
 
 
-def test_another_backend_is_refused_before_anything_is_changed(llama: PreTrainedModel) -> None:
+def test_another_backend_is_refused_before_anything_is_changed(llama) -> None:
     with packed_attention(llama, "torch"):
         inside = state(llama)
         with (
@@ -73,9 +70,7 @@ def test_another_backend_is_refused_before_anything_is_changed(llama: PreTrained
         assert state(llama) == inside
 
 
-def test_simulation_after_rope_and_packed_attention_exclude_each_other(
-    llama: PreTrainedModel, fit_model: Callable[..., Quantizers]
-) -> None:
+def test_simulation_after_rope_and_packed_attention_exclude_each_other(llama, fit_model) -> None:
     """Within the other, one would see keys without their rotary embedding."""
     post, before = fit_model(llama, Scheme.parse("kivi2")), state(llama)
     with packed_attention(llama), pytest.raises(UserError, match="already"), simulated(llama, post):
@@ -85,11 +80,7 @@ def test_simulation_after_rope_and_packed_attention_exclude_each_other(
     assert state(llama) == before
 
 
-def test_threads_share_a_model(
-    make_model: Callable[[str], PreTrainedModel],
-    fit_model: Callable[..., Quantizers],
-    make_tokens: Callable[..., Tensor],
-) -> None:
+def test_threads_share_a_model(make_model, fit_model, make_tokens) -> None:
     model = make_model("llama")
     quantizers, before = fit_model(model, Scheme.parse("nuq4-1%")), state(model)
     texts = [make_tokens(1, 40, seed=seed) for seed in range(3)]
@@ -105,9 +96,7 @@ def test_threads_share_a_model(
     assert state(model) == before
 
 
-def test_a_streaming_thread_enters_the_block_itself(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tokenizer: Any
-) -> None:
+def test_a_streaming_thread_enters_the_block_itself(llama, quantizers, make_tokens, tokenizer) -> None:
     """The idiom of deployment/README.md: whoever reads the stream may have left any block of its own by then."""
     ids = make_tokens(1, 30)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
@@ -125,9 +114,7 @@ def test_a_streaming_thread_enters_the_block_itself(
     assert text == tokenizer.decode(expected)
 
 
-def test_an_attention_call_outside_says_what_is_missing(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_an_attention_call_outside_says_what_is_missing(llama, make_tokens) -> None:
     llama.set_attn_implementation(NAME)
     try:
         with pytest.raises(RuntimeError, match="the block to last as long as the model runs"):
@@ -149,9 +136,7 @@ def seeing() -> PreTrainedModel:
     return Gemma3ForConditionalGeneration(config).float().eval().requires_grad_(False)
 
 
-def test_only_the_decoder_is_switched(
-    seeing: PreTrainedModel, fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_only_the_decoder_is_switched(seeing, fit_model, make_tokens) -> None:
     quantizers, ids = fit_model(seeing, Scheme.parse("int4", sink_tokens=150)), make_tokens(1, 30) % 250 + 3
     image = torch.tensor([[256, 258, 258, 258, 258, 257]])
     ids = torch.cat([ids[:, :10], image, ids[:, 10:]], dim=1)
@@ -168,9 +153,7 @@ def test_only_the_decoder_is_switched(
 
 
 @pytest.mark.parametrize("scheme", [None, "kivi2"])
-def test_every_part_of_a_model_attends_as_before_afterwards(
-    seeing: PreTrainedModel, fit_model: Callable[..., Quantizers], scheme: str | None
-) -> None:
+def test_every_part_of_a_model_attends_as_before_afterwards(seeing, fit_model, scheme: str | None) -> None:
     quantizers = fit_model(seeing, Scheme.parse(scheme or "int4"))
     seeing.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})
     before = state(seeing)
@@ -183,7 +166,7 @@ def test_every_part_of_a_model_attends_as_before_afterwards(
 @pytest.mark.parametrize("chunk", [None, 32])
 @pytest.mark.parametrize("prompt", [60, 100])
 def test_phi3_keeps_its_cache_where_its_frequencies_change(
-    fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor], prompt: int, chunk: int | None
+    fit_model, make_tokens, prompt: int, chunk: int | None
 ) -> None:
     """Keys are rotated when they are read, so nothing has to be read again; transformers' own cache is thrown away there."""
     config = CONFIGS["phi3"]()
@@ -207,9 +190,7 @@ def test_phi3_keeps_its_cache_where_its_frequencies_change(
     assert "prepare_inputs_for_generation" not in vars(model)
 
 
-def test_frequencies_are_those_of_the_length_asked_for(
-    fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_frequencies_are_those_of_the_length_asked_for(fit_model, make_tokens) -> None:
     """transformers' dynamic NTK remembers the longest text: a shorter one after it is read with its frequencies."""
     model, ids = build_model(dynamic_llama()), make_tokens(1, 100)
     quantizers = fit_model(model, Scheme.parse("int4", sink_tokens=150))

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from recorders import Recording, generated
+from recorders import generated
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
@@ -17,7 +16,6 @@ from deployment.step.steps import Steps
 from deployment.text.session import Session
 from gradients.cli import UserError
 from gradients.models import LoadedModel
-from quant.artefact import Quantizers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA graph where there is none")
@@ -27,13 +25,7 @@ on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA 
 @pytest.mark.parametrize("capacity", [None, 40])
 @pytest.mark.parametrize(("sample", "window"), [(False, 0), (True, 0), (False, 6), (True, 24)])
 def test_recorded_steps_generate_the_same(
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Any,
-    recorder: Recording,
-    capacity: int | None,
-    sample: bool,
-    window: int,
+    llama, quantizers, make_tokens, recorder, capacity: int | None, sample: bool, window: int
 ) -> None:
     ids = make_tokens(2, 21)
     mask = torch.ones_like(ids)
@@ -53,9 +45,7 @@ def test_recorded_steps_generate_the_same(
 
 @on_cpu
 @pytest.mark.parametrize("window", [0, 5])
-def test_what_happens_to_the_cache_in_between_is_noticed(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, recorder: Recording, window: int
-) -> None:
+def test_what_happens_to_the_cache_in_between_is_noticed(llama, quantizers, make_tokens, recorder, window: int) -> None:
     ids, more = make_tokens(1, 12), make_tokens(1, 30, seed=1)
     plain, cache = (PackedCache(quantizers, llama.config, residual_tokens=window) for _ in range(2))
     recorder.caches.append(cache)
@@ -77,9 +67,7 @@ def test_what_happens_to_the_cache_in_between_is_noticed(
 
 
 @on_cpu
-def test_several_tokens_at_once_and_recorded_steps_take_turns(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, recorder: Recording
-) -> None:
+def test_several_tokens_at_once_and_recorded_steps_take_turns(llama, quantizers, make_tokens, recorder) -> None:
     """Prompt lookup: guesses are read as a chunk, and cropped where they were wrong."""
     ids = make_tokens(1, 6).repeat(1, 4)  # that there is something to look up
     plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
@@ -94,13 +82,7 @@ def test_several_tokens_at_once_and_recorded_steps_take_turns(
 
 
 @on_cpu
-def test_a_conversation_with_recorded_steps_says_the_same(
-    llama: PreTrainedModel,
-    tokenizer: Any,
-    quantizers: Quantizers,
-    automatic: Recording,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_conversation_with_recorded_steps_says_the_same(llama, tokenizer, quantizers, automatic, monkeypatch) -> None:
     """Turn after turn on one cache, recorded anew in each; more tokens than there is room for at once; a text that departs."""
     monkeypatch.setattr("deployment.step.automatic._STEPS", 7)
     loaded = LoadedModel("tiny", llama, tokenizer)
@@ -119,9 +101,7 @@ def test_a_conversation_with_recorded_steps_says_the_same(
 
 
 @on_cpu
-def test_a_failed_recording_leaves_everything_as_it_was(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_recording_leaves_everything_as_it_was(llama, quantizers, make_tokens, monkeypatch) -> None:
     monkeypatch.setattr("deployment.step.steps.obstacle", lambda *_: None)
     ids, plain, cache = make_tokens(1, 12), *(PackedCache(quantizers, llama.config) for _ in range(2))
     with packed_attention(llama):
@@ -141,9 +121,7 @@ def test_a_failed_recording_leaves_everything_as_it_was(
 
 
 @on_cpu
-def test_where_nothing_can_be_recorded_it_is_said(
-    llama_folder: Any, quantizers_file: Any, llama: PreTrainedModel, quantizers: Quantizers
-) -> None:
+def test_where_nothing_can_be_recorded_it_is_said(llama_folder, quantizers_file, llama, quantizers) -> None:
     arguments = ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
     arguments += ["--prompt", "The cache is", "--max-new-tokens", "5"]
     expected = generate_main(arguments)
@@ -163,9 +141,7 @@ def test_where_nothing_can_be_recorded_it_is_said(
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
 @pytest.mark.parametrize("window", [0, 30])
 @pytest.mark.parametrize("case", ["greedy", "sampled", "left padding", "300 tokens", "cropped", "prompt lookup"])
-def test_on_a_gpu_graphs_generate_the_same(
-    make_model: Any, quantizers: Quantizers, make_tokens: Any, case: str, window: int
-) -> None:
+def test_on_a_gpu_graphs_generate_the_same(make_model, quantizers, make_tokens, case: str, window: int) -> None:
     model, ids = make_model("llama").to(DEVICE), make_tokens(1 if case == "prompt lookup" else 2, 60).to(DEVICE)
     new = 300 if case == "300 tokens" else 40
     options: dict[str, Any] = {"do_sample": case == "sampled", "attention_mask": torch.ones_like(ids)}

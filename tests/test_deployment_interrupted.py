@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 PLACES: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
@@ -47,12 +46,7 @@ class Failing:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_same_call_again_gives_what_it_would_have_given(
-    name: str,
-    place: str,
-    held: int,
-    scheme: Scheme,
-    fit_model: Callable[..., Quantizers],
-    make_tokens: Callable[..., Tensor],
+    name: str, place: str, held: int, scheme: Scheme, fit_model, make_tokens
 ) -> None:
     model, ids = build_model(CONFIGS[name]()), make_tokens(2, TOKENS)
     mask = torch.ones_like(ids)
@@ -75,9 +69,7 @@ def test_the_same_call_again_gives_what_it_would_have_given(
     assert next(layer.lengths for layer in cache.layers if isinstance(layer, PackedLayer)) == [TOKENS - 35, TOKENS]
 
 
-def test_a_step_that_fails_while_it_is_stored_can_be_repeated(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_fails_while_it_is_stored_can_be_repeated(llama, quantizers, make_tokens, monkeypatch) -> None:
     """Keys are stored and values are not."""
     ids, encode = make_tokens(1, TOKENS), PackedLayer.encode
     whole, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
@@ -100,9 +92,7 @@ def test_a_step_that_fails_while_it_is_stored_can_be_repeated(
     assert all(torch.equal(*pages) for pages in zip(*words, strict=True))
 
 
-def test_ctrl_c_is_undone_at_the_end_of_the_block_or_said_within(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_ctrl_c_is_undone_at_the_end_of_the_block_or_said_within(llama, quantizers, make_tokens) -> None:
     ids, cache = make_tokens(1, TOKENS), PackedCache(quantizers, llama.config)
     with pytest.raises(KeyboardInterrupt), packed_attention(llama):
         llama(ids[:, :30], past_key_values=cache)
@@ -118,9 +108,7 @@ def test_ctrl_c_is_undone_at_the_end_of_the_block_or_said_within(
         llama(ids[:, 30:], past_key_values=cache)
 
 
-def test_layers_that_hold_different_tokens_are_refused(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_layers_that_hold_different_tokens_are_refused(llama, quantizers, make_tokens) -> None:
     ids, cache = make_tokens(1, TOKENS), PackedCache(quantizers, llama.config)
     with packed_attention(llama):
         llama(ids, past_key_values=cache)
@@ -132,9 +120,7 @@ def test_layers_that_hold_different_tokens_are_refused(
             compiled(ids[:, :1], past_key_values=cache)
 
 
-def test_a_layer_that_is_lost_on_the_way_is_said_by_the_same_forward(
-    make_model: Callable[[str], PreTrainedModel], quantizers: Quantizers, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_a_layer_that_is_lost_on_the_way_is_said_by_the_same_forward(make_model, quantizers, make_tokens) -> None:
     model, ids = make_model("llama"), make_tokens(1, TOKENS)
     module, cache = model.model.layers[1].self_attn, PackedCache(quantizers, model.config)
     original = module.forward
@@ -150,12 +136,7 @@ def test_a_layer_that_is_lost_on_the_way_is_said_by_the_same_forward(
     assert [layer.get_seq_length() for layer in cache.layers] == [30, 30]
 
 
-def test_keys_may_be_made_anew_between_cache_and_attention(
-    make_model: Callable[[str], PreTrainedModel],
-    quantizers: Quantizers,
-    make_tokens: Callable[..., Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_keys_may_be_made_anew_between_cache_and_attention(make_model, quantizers, make_tokens, monkeypatch) -> None:
     model, ids = make_model("llama"), make_tokens(1, TOKENS)
     caches = [PackedCache(quantizers, model.config) for _ in range(2)]
     update = caches[1].update

@@ -6,12 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from quant.artefact import Quantizers
 
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference": torch.inference_mode,
@@ -28,12 +25,7 @@ INTERPRETED = pytest.param("inference", "grad", "triton", marks=pytest.mark.slow
 
 @pytest.mark.parametrize(("first", "then", "backend"), [*PAIRS, INTERPRETED])
 def test_modes_may_change_between_steps(
-    make_model: Callable[[str], PreTrainedModel],
-    quantizers: Quantizers,
-    make_tokens: Callable[..., Tensor],
-    first: str,
-    then: str,
-    backend: str,
+    make_model, quantizers, make_tokens, first: str, then: str, backend: str
 ) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

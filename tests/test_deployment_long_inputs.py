@@ -17,6 +17,7 @@ import deployment.step.attend
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.append import append
 from deployment.step.asked import Step
 from deployment.step.attend import attend_step
 from deployment.step.reference import Segment, attend_torch
@@ -83,7 +84,7 @@ def chunks(rope: Rope, bits: int, exact_chunk: bool) -> Iterable[tuple[Tensor, T
     layer, stored = PackedLayer(*sides, sink_tokens=SINKS, exact_chunk=exact_chunk), STORED
     first = [x[:, :, :STORED] for x in states]
     layer.update(*first)
-    layer.append(*first, [0])
+    append(layer, *first, [0])
     generator = torch.Generator().manual_seed(2)
     for new in CHUNKS:
         query = torch.randn(1, QUERY_HEADS, new, DIM, generator=generator)
@@ -100,7 +101,7 @@ def chunks(rope: Rope, bits: int, exact_chunk: bool) -> Iterable[tuple[Tensor, T
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("exact_chunk", [False, True])
 def test_long_inputs_are_attended_as_dequantized(
-    monkeypatch: pytest.MonkeyPatch, rope: Rope, bits: int, exact_chunk: bool, natively: bool
+    monkeypatch, rope, bits: int, exact_chunk: bool, natively: bool
 ) -> None:
     if natively and native._library() is None:
         pytest.skip("no C compiler")
@@ -111,7 +112,7 @@ def test_long_inputs_are_attended_as_dequantized(
         assert (output - expected).norm() < limit * expected.norm()
 
 
-def test_stored_keys_are_rotated_to_the_last_bit(monkeypatch: pytest.MonkeyPatch, rope: Rope) -> None:
+def test_stored_keys_are_rotated_to_the_last_bit(monkeypatch, rope) -> None:
     """Rounding otherwise (a fused multiply-add, say) is no error, but flips codes of later layers, and moves the loss of a
     short text by a thousandth: then nobody can tell it from one.
     """

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from deployment.format.order import half_words, uniform_order
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.append import append
 from deployment.step.attend import attend_with_torch
 from gradients.models import decoder
 from quant.codebook import int_codebook, nf_codebook
@@ -50,7 +50,7 @@ def both_ways(
         states = [torch.randn(len(lengths), heads, end - start, dim, generator=generator) for _ in range(2)]
         padding = [min(max(longest - length - start, 0), end - start) for length in lengths]
         layer.update(*states)
-        layer.append(*states, padding)
+        append(layer, *states, padding)
     assert layer.lengths == list(lengths)
     query, *chunk = (torch.randn(len(lengths), h, queries, dim, generator=generator) for h in (4, heads, heads))
     before = layer.lengths if exact_chunk else [length - queries for length in lengths]
@@ -69,7 +69,7 @@ def assert_close(mine: Tensor, expected: Tensor) -> None:
 
 
 @pytest.fixture
-def rope_of(make_model: Callable[[str], PreTrainedModel]) -> Callable[[int], Rope]:
+def rope_of(make_model) -> Callable[[int], Rope]:
     def make(dim: int) -> Rope:
         model = make_model("llama")
         config = model.config.__class__.from_dict({**model.config.to_dict(), "head_dim": dim})
@@ -80,26 +80,20 @@ def rope_of(make_model: Callable[[str], PreTrainedModel]) -> Callable[[int], Rop
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (4, 2)])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_widths_and_heads(
-    monkeypatch: pytest.MonkeyPatch, rope_of: Callable[[int], Rope], bits: tuple[int, int], dim: int
-) -> None:
+def test_widths_and_heads(monkeypatch, rope_of, bits: tuple[int, int], dim: int) -> None:
     mine, expected = both_ways(monkeypatch, rope_of(dim), bits=bits, dim=dim)
     assert_close(mine, expected)
 
 
 @pytest.mark.parametrize("axes", [("channel", "channel"), ("token", "token"), ("token", "channel")])
 @pytest.mark.parametrize("share", [0.0, 0.1])
-def test_axes_and_outliers(
-    monkeypatch: pytest.MonkeyPatch, rope_of: Callable[[int], Rope], axes: tuple[str, str], share: float
-) -> None:
+def test_axes_and_outliers(monkeypatch, rope_of, axes: tuple[str, str], share: float) -> None:
     mine, expected = both_ways(monkeypatch, rope_of(64), axes=axes, share=share)
     assert_close(mine, expected)
 
 
 @pytest.mark.parametrize("exact_chunk", [True, False])
-def test_batches_and_several_queries(
-    monkeypatch: pytest.MonkeyPatch, rope_of: Callable[[int], Rope], exact_chunk: bool
-) -> None:
+def test_batches_and_several_queries(monkeypatch, rope_of, exact_chunk: bool) -> None:
     mine, expected = both_ways(
         monkeypatch, rope_of(64), lengths=(1200, 130, 70), queries=4, exact_chunk=exact_chunk, share=0.1
     )
@@ -122,7 +116,7 @@ def test_every_row_has_its_words(bits: int, role: str) -> None:
         assert torch.equal(tile, (codes.T if role == "key" else codes).long())
 
 
-def test_without_a_compiler_torch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native._library.__wrapped__() is None

@@ -1,8 +1,6 @@
 """Tensor parallelism: two processes, each with half of the heads, make the tokens and the figures of one."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from deployment.kernels.append import Side, append
 from deployment.plan import main as plan_main
 from gradients.cli import UserError
 from gradients.parallel import WHOLE, Part, distribution, own_part
-from quant.artefact import Quantizers
 from quant.feedback import Feedback
 from quant.parts import own_heads
 from quant.quantizer import TokenQuantizer
@@ -60,11 +57,7 @@ def even_llama() -> PreTrainedModel:
 
 @pytest.mark.slow
 def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
-    even_llama: PreTrainedModel,
-    save_model: Callable[[PreTrainedModel, Path], Path],
-    fit_model: Callable[..., Quantizers],
-    text_file: Path,
-    tmp_path: Path,
+    even_llama, save_model, fit_model, text_file, tmp_path
 ) -> None:
     model = ["--model", str(save_model(even_llama, tmp_path / "model"))]
     windows = ["--text", str(text_file), "--seqlen", "90", "--windows", "1", "--prefill-chunk", "40"]
@@ -119,13 +112,7 @@ def no_gathering(monkeypatch: pytest.MonkeyPatch, whole: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("scheme", ["nuq3", "int4-5%", "nuq2-5%+fb", "rdnuq2.4", "rdnuq2.4+fb"])
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_parts_encode_what_the_whole_does(
-    llama: PreTrainedModel,
-    fit_model: Callable[..., Quantizers],
-    monkeypatch: pytest.MonkeyPatch,
-    kind: str,
-    scheme: str,
-) -> None:
+def test_parts_encode_what_the_whole_does(llama, fit_model, monkeypatch, kind: str, scheme: str) -> None:
     whole = fit_model(llama, Scheme.parse(scheme))
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1)) * 2
     no_gathering(monkeypatch, x)
@@ -144,9 +131,7 @@ def test_parts_encode_what_the_whole_does(
         assert isinstance(quantizer, TokenQuantizer) == isinstance(whole.layers[1][kind], TokenQuantizer)
 
 
-def test_tables_of_as_many_levels_as_heads_are_not_split(
-    fit_model: Callable[..., Quantizers], make_model: Callable[[str], PreTrainedModel]
-) -> None:
+def test_tables_of_as_many_levels_as_heads_are_not_split(fit_model, make_model) -> None:
     """What is split goes by what a table is, not by how long it happens to be."""
     whole = fit_model(make_model("llama-yarn-mha"), Scheme.parse("int2"))  # 4 levels, 4 heads
     split = own_heads(whole, Part(1, 2)).layers[0]["key"].tables
@@ -154,13 +139,7 @@ def test_tables_of_as_many_levels_as_heads_are_not_split(
     assert torch.equal(split["scale"], whole.layers[0]["key"].tables["scale"][24:])
 
 
-def test_what_cannot_be_split_is_refused(
-    llama: PreTrainedModel,
-    fit_model: Callable[..., Quantizers],
-    make_model: Callable[[str], PreTrainedModel],
-    llama_folder: Path,
-    quantizers_file: Path,
-) -> None:
+def test_what_cannot_be_split_is_refused(llama, fit_model, make_model, llama_folder, quantizers_file) -> None:
     with pytest.raises(UserError, match=r"^--tensor-parallel 3: 2 KV heads do not divide by 3 processes; start 2$"):
         own_heads(fit_model(llama, Scheme.parse("nuq3")), Part(0, 3))
     with pytest.raises(UserError, match="outlier_cap=1 cannot be split by heads.*drop --tensor-parallel"):
@@ -191,7 +170,7 @@ class Several:
     num_processes, process_index = 2, 1
 
 
-def test_a_process_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_knows_its_part(monkeypatch) -> None:
     assert own_part(None, "this") is WHOLE and own_part(1, "this") is WHOLE
     monkeypatch.setattr("gradients.parallel.process_state", Several)
     assert own_part(0, "this") == own_part(2, "this") == Part(1, 2)
@@ -207,7 +186,7 @@ def test_a_process_knows_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
     ("share", "feedback", "sizes"), [(0.05, False, [9, 1]), (0.0, False, [3, 1]), (0.05, True, [5, 1])]
 )
 def test_the_append_kernels_store_of_parts_what_they_store_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, share: float, feedback: bool, sizes: list[int]
+    monkeypatch, share: float, feedback: bool, sizes: list[int]
 ) -> None:
     heads, dim, sinks = 4, 20, 1
     whole = make_quantizer(heads * dim, "token", 3, share)

@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
 from deployment.measure.shapes import ModelShape, named_config
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
+from deployment.step.append import append
 from gradients.cli import UserError, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
@@ -62,13 +62,11 @@ def cache_gib(shape: ModelShape, scheme: str, tokens: int) -> float:
         ("llama-65b", "nuq2-1%", 1 << 17, 46.5),  # which the text gives for 32K
     ],
 )
-def test_the_papers_figures(
-    shapes: dict[str, ModelShape], name: str, scheme: str, tokens: int, reported: float
-) -> None:
+def test_the_papers_figures(shapes, name: str, scheme: str, tokens: int, reported: float) -> None:
     assert round(cache_gib(shapes[name], scheme, tokens), 1) == reported
 
 
-def test_what_the_papers_figures_leave_out(shapes: dict[str, ModelShape]) -> None:
+def test_what_the_papers_figures_leave_out(shapes) -> None:
     small = shapes["llama-7b"]
     million = plan_of(small, "nuq2").sizes(1 << 20)
     assert million["keys"] + million["values"] == pytest.approx(64 * GIB, rel=1e-6)
@@ -99,7 +97,7 @@ def test_parameters_of_the_papers_models(name: str, parameters: int) -> None:
     assert ModelShape.of(named_config(name)).parameters == parameters
 
 
-def test_bytes_per_token(shapes: dict[str, ModelShape]) -> None:
+def test_bytes_per_token(shapes) -> None:
     each = shapes["llama-7b"].bytes_per_token(Scheme.parse("nuq3-1%"))
     elements = 32 * 4096  # of keys, in all layers
     assert each["keys"] == each["values"] == elements * 3 / 8
@@ -124,7 +122,7 @@ def fill(model: PreTrainedModel, quantizers: Quantizers, tokens: Tensor, capture
 
 @pytest.mark.parametrize(("batch", "length"), [(1, 193), (3, 257)])
 def test_the_bytes_of_a_real_cache_in_every_architecture(
-    model: PreTrainedModel, fit_model: Any, make_tokens: Any, captured_sites: Any, batch: int, length: int
+    model, fit_model, make_tokens, captured_sites, batch: int, length: int
 ) -> None:
     shape = ModelShape.of(model.config)
     assert shape.parameters == model.num_parameters()
@@ -149,21 +147,14 @@ def test_the_bytes_of_a_real_cache_in_every_architecture(
     ],
 )
 def test_static_counts_are_exact(
-    llama: PreTrainedModel,
-    fit_model: Any,
-    make_tokens: Any,
-    captured_sites: Any,
-    name: str,
-    options: dict[str, Any],
-    length: int,
-    batch: int,
+    llama, fit_model, make_tokens, captured_sites, name: str, options: dict[str, Any], length: int, batch: int
 ) -> None:
     scheme = Scheme.parse(name, **options)
     held, _ = fill(llama, fit_model(llama, scheme), make_tokens(batch, length), captured_sites)
     assert batch * sum(ModelShape.of(llama.config).cache_bytes(scheme, length).values()) == held
 
 
-def test_allocated_bits_are_the_budget(llama: PreTrainedModel, make_records: Any, tmp_path: Path) -> None:
+def test_allocated_bits_are_the_budget(llama, make_records, tmp_path) -> None:
     generator = torch.Generator().manual_seed(0)
     window = {
         (layer, kind): (
@@ -178,7 +169,7 @@ def test_allocated_bits_are_the_budget(llama: PreTrainedModel, make_records: Any
     for number, layer in enumerate(cache.layers):
         states = [window[number, kind][0].float().view(1, 2000, 2, 12).transpose(1, 2) for kind in KINDS]
         layer.update(*states)
-        layer.append(*states, [0])
+        append(layer, *states, [0])
     predicted = sum(ModelShape.of(llama.config).cache_bytes(scheme, 2000).values())
     assert predicted == pytest.approx(cache.nbytes(), rel=0.01)
 
@@ -205,7 +196,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("kv_heads", "batch", "new"), [(8, 1, 256), (2, 2, 64), (8, 3, 1)])
-def test_activations_of_a_forward_are_those_measured(make_tokens: Any, kv_heads: int, batch: int, new: int) -> None:
+def test_activations_of_a_forward_are_those_measured(make_tokens, kv_heads: int, batch: int, new: int) -> None:
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=512,
@@ -236,9 +227,7 @@ def test_activations_of_a_forward_are_those_measured(make_tokens: Any, kv_heads:
 
 @pytest.mark.parametrize("scheme", ["fp16", "nuq4-1%", "nuq2", "rdnuq2.4"])
 @pytest.mark.parametrize(("memory", "gpus", "chunk"), [("24GiB", 1, 1024), ("80GB", 3, 128), ("13GiB", 1, 64)])
-def test_the_largest_fits_and_no_more(
-    shapes: dict[str, ModelShape], scheme: str, memory: str, gpus: int, chunk: int
-) -> None:
+def test_the_largest_fits_and_no_more(shapes, scheme: str, memory: str, gpus: int, chunk: int) -> None:
     plan = plan_of(shapes["llama-7b"], scheme, gpu_memory=parse_bytes(memory), gpus=gpus, prefill_chunk=chunk)
     context = plan.largest_context()
     assert context > 0 and plan.fits(context) and not plan.fits(context + BLOCK_TOKENS)
@@ -250,7 +239,7 @@ def test_the_largest_fits_and_no_more(
     assert plan.largest_context(batch=2) < context
 
 
-def test_a_model_that_no_gpus_hold_has_no_context(shapes: dict[str, ModelShape]) -> None:
+def test_a_model_that_no_gpus_hold_has_no_context(shapes) -> None:
     plan = plan_of(shapes["llama-65b"], "nuq2", gpu_memory=1 << 30, gpus=100)
     assert plan.gpus_needed(1) is None and plan.largest_context() == 0 and plan.largest_batch(1) == 0
 
@@ -312,14 +301,14 @@ def test_one_model_must_be_named() -> None:
             main([*options, "--scheme", "fp16"])
 
 
-def test_a_config_is_enough(llama_folder: Path, tmp_path: Path) -> None:
+def test_a_config_is_enough(llama_folder, tmp_path) -> None:
     shutil.copy(llama_folder / "config.json", tmp_path)
     result = main(["--model", str(tmp_path), "--scheme", "nuq3", "--context", "100"])
     assert result["layers"] == result["cached_layers"] == 2
     assert result["bytes"]["keys"] == 2 * 128 * 24 * 3 / 8
 
 
-def test_models_without_a_long_cache(tmp_path: Path) -> None:
+def test_models_without_a_long_cache(tmp_path) -> None:
     sizes = CONFIGS["mistral"]().to_dict() | {"sliding_window": 16}
     MistralConfig(**sizes).save_pretrained(tmp_path)
     given = ["--model", str(tmp_path), "--scheme", "nuq3"]
@@ -331,9 +320,7 @@ def test_models_without_a_long_cache(tmp_path: Path) -> None:
         main(given)
 
 
-def test_the_command_prints_a_table_and_one_json_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_a_table_and_one_json_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["plan", "--shape", "llama-7b", "--scheme", "rdnuq2.4", "--gpus", "8"])
     run_command(main)
     *shown, last = capsys.readouterr().out.splitlines()

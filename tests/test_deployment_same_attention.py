@@ -22,7 +22,6 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.step import same_attention
 from gradients.models import SITES
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -50,7 +49,7 @@ def built(config: Any, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_attention_that_is_not_ours_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_that_is_not_ours_is_refused(case: str, monkeypatch) -> None:
     reason, config = REFUSED[case]
     model = built(config(), monkeypatch)
     for _ in range(2):  # the second time it is not forgotten
@@ -61,9 +60,7 @@ def test_attention_that_is_not_ours_is_refused(case: str, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("case", TAKEN)
-def test_attention_that_is_ours_equals_stock(
-    case: str, monkeypatch: pytest.MonkeyPatch, fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_attention_that_is_ours_equals_stock(case: str, monkeypatch, fit_model, make_tokens) -> None:
     model, ids = built(TAKEN[case](), monkeypatch), make_tokens(1, 40)
     expected = model(ids, use_cache=False).logits
     cache = PackedCache(fit_model(model, Scheme.parse("int4", sink_tokens=150)), model.config)
@@ -72,7 +69,7 @@ def test_attention_that_is_ours_equals_stock(
     assert (logits - expected).square().mean().sqrt() < 3e-3 * expected.square().mean().sqrt()
 
 
-def test_a_layer_that_does_not_rotate_is_found(make_model: Callable[[str], PreTrainedModel]) -> None:
+def test_a_layer_that_does_not_rotate_is_found(make_model) -> None:
     """As SmolLM3 has some; a setting tells it from the others."""
     model = make_model("llama")
     module = model.model.layers[1].self_attn
@@ -88,7 +85,7 @@ def test_a_layer_that_does_not_rotate_is_found(make_model: Callable[[str], PreTr
         pass
 
 
-def test_attention_that_keeps_arguments_to_itself_is_refused(make_model: Callable[[str], PreTrainedModel]) -> None:
+def test_attention_that_keeps_arguments_to_itself_is_refused(make_model) -> None:
     model = make_model("llama")
     module = model.model.layers[0].self_attn
     original = module.forward
@@ -101,7 +98,7 @@ def test_attention_that_keeps_arguments_to_itself_is_refused(make_model: Callabl
         pass
 
 
-def test_a_model_is_asked_once(make_model: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_asked_once(make_model, monkeypatch) -> None:
     model, asked = make_model("gemma3"), []
     rotation = same_attention._refuse_other_rotation
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ from deployment.text.saved import load_cache, quantizers_digest, save_cache
 from gradients.checked import bytes_checksum, canonical_json, checksum, digest_of
 from gradients.cli import UserError
 from gradients.models import KINDS
-from quant.artefact import Quantizers, load_quantizers
+from quant.artefact import load_quantizers
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
@@ -80,13 +80,7 @@ def assert_same(one: PackedCache, other: PackedCache) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", ["narrow", "wide"])
 def test_what_is_loaded_is_what_was_saved_bit_for_bit(
-    shape: str,
-    scheme: str,
-    llama: PreTrainedModel,
-    wide: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    tmp_path: Path,
+    shape: str, scheme: str, llama, wide, make_tokens, fit_model, tmp_path
 ) -> None:
     model = llama if shape == "narrow" else wide
     quantizers = fit_model(model, Scheme.parse(scheme))
@@ -112,9 +106,7 @@ def test_what_is_loaded_is_what_was_saved_bit_for_bit(
     assert [layer.lengths for layer in restored.layers] == [[150, 220]] * 2
 
 
-def test_many_pages_and_kernels_room_become_one_page_without_room(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers], tmp_path: Path
-) -> None:
+def test_many_pages_and_kernels_room_become_one_page_without_room(llama, make_tokens, fit_model, tmp_path) -> None:
     quantizers, tokens = fit_model(llama, Scheme.parse("nuq3-5%")), make_tokens(1, 500)
     cache = PackedCache(quantizers, llama.config)
     for layer in cache.layers:  # pages of 2 blocks each
@@ -143,14 +135,7 @@ def test_many_pages_and_kernels_room_become_one_page_without_room(
 
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("tokens", [2, 6, 7], ids=["within the sinks", "one packed", "all packed"])
-def test_few_tokens(
-    tokens: int,
-    capacity: int | None,
-    llama: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    tmp_path: Path,
-) -> None:
+def test_few_tokens(tokens: int, capacity: int | None, llama, make_tokens, fit_model, tmp_path) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
     cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
     fill(llama, cache, text)
@@ -165,12 +150,7 @@ def test_few_tokens(
     assert_same(cache, restored)
 
 
-def test_sliding_windows_are_saved_as_they_are(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    tmp_path: Path,
-) -> None:
+def test_sliding_windows_are_saved_as_they_are(make_model, make_tokens, fit_model, tmp_path) -> None:
     model = make_model("gemma3")
     quantizers, tokens = fit_model(model, Scheme.parse("nuq3-5%")), make_tokens(1, 60)
     cache = PackedCache(quantizers, model.config)
@@ -185,13 +165,7 @@ def test_sliding_windows_are_saved_as_they_are(
 
 
 @pytest.mark.parametrize("capacity", [None, 140], ids=["grows", "reserved"])
-def test_kernels_go_on_with_a_loaded_cache(
-    capacity: int | None,
-    wide: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    tmp_path: Path,
-) -> None:
+def test_kernels_go_on_with_a_loaded_cache(capacity: int | None, wide, make_tokens, fit_model, tmp_path) -> None:
     quantizers, tokens = fit_model(wide, Scheme.parse("nuq3-5%")), make_tokens(1, 128)
     cache, more = PackedCache(quantizers, wide.config), make_tokens(1, 4, seed=2)
     fill(wide, cache, tokens)
@@ -208,9 +182,7 @@ def test_kernels_go_on_with_a_loaded_cache(
 
 
 @pytest.fixture
-def saved_file(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tmp_path: Path
-) -> Path:
+def saved_file(llama, quantizers, make_tokens, tmp_path) -> Path:
     cache, tokens = PackedCache(quantizers, llama.config), make_tokens(1, 80)
     fill(llama, cache, tokens)
     save_cache(tmp_path / "cache", cache, quantizers, llama, tokens)
@@ -250,7 +222,7 @@ def flip(_content: dict, tensors: dict[str, Tensor]) -> None:
     ids=["missing", "truncated", "pickle", "foreign", "altered", "schema", "metadata", "tensor missing"],
 )
 def test_a_file_that_is_not_whole_is_refused(
-    damage: Callable[[Path], None], message: str, saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel
+    damage: Callable[[Path], None], message: str, saved_file, quantizers, llama
 ) -> None:
     damage(saved_file)
     with pytest.raises(UserError, match=message) as error:
@@ -275,20 +247,14 @@ def test_a_file_that_is_not_whole_is_refused(
     ],
 )
 def test_what_cannot_be_is_refused_though_the_digest_is_right(
-    change: Callable[[dict, dict[str, Tensor]], object],
-    message: str,
-    saved_file: Path,
-    quantizers: Quantizers,
-    llama: PreTrainedModel,
+    change: Callable[[dict, dict[str, Tensor]], object], message: str, saved_file, quantizers, llama
 ) -> None:
     rewrite(saved_file, change, sealed=True)
     with pytest.raises(UserError, match=message):
         load_cache(saved_file, quantizers, llama)
 
 
-def test_a_cache_of_other_weights_is_refused(
-    saved_file: Path, quantizers: Quantizers, make_model: Callable[[str], PreTrainedModel]
-) -> None:
+def test_a_cache_of_other_weights_is_refused(saved_file, quantizers, make_model) -> None:
     other = make_model("llama")
     assert load_cache(saved_file, quantizers, other).slots == 80
     with torch.no_grad():
@@ -297,9 +263,7 @@ def test_a_cache_of_other_weights_is_refused(
         load_cache(saved_file, quantizers, other)
 
 
-def test_a_cache_of_the_version_before_is_refused(
-    saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel
-) -> None:
+def test_a_cache_of_the_version_before_is_refused(saved_file, quantizers, llama) -> None:
     def as_schema_1(content: dict, tensors: dict[str, Tensor]) -> None:
         content |= {"schema": 1, "checksums": {name: bytes_checksum(tensor) for name, tensor in tensors.items()}}
         for name in ("digest", "weights"):
@@ -310,7 +274,7 @@ def test_a_cache_of_the_version_before_is_refused(
         load_cache(saved_file, quantizers, llama)
 
 
-def test_tensors_that_do_not_fit_are_refused(saved_file: Path, quantizers: Quantizers, llama: PreTrainedModel) -> None:
+def test_tensors_that_do_not_fit_are_refused(saved_file, quantizers, llama) -> None:
     saved = load_cache(saved_file, quantizers, llama)
     for name, tensor in (("layers.1.key.words", torch.zeros(1, 2, 3)), ("layers.1.key.ends", torch.zeros(1, 2, 5))):
         with pytest.raises(UserError, match="layer 1 is damaged"):
@@ -318,12 +282,7 @@ def test_tensors_that_do_not_fit_are_refused(saved_file: Path, quantizers: Quant
 
 
 def test_other_quantizers_and_models_are_refused(
-    saved_file: Path,
-    quantizers: Quantizers,
-    quantizers_file: Path,
-    llama: PreTrainedModel,
-    fit_model: Callable[..., Quantizers],
-    make_model: Callable[[str], PreTrainedModel],
+    saved_file, quantizers, quantizers_file, llama, fit_model, make_model
 ) -> None:
     for other in (fit_model(llama, Scheme.parse("nuq4-1%")), fit_model(llama, Scheme.parse("nuq3-1%"))):
         with pytest.raises(UserError, match=r"other quantizers, nuq3-1% \(.*give --quantizers the file"):
@@ -335,9 +294,7 @@ def test_other_quantizers_and_models_are_refused(
     assert load_cache(saved_file, again, llama).slots == 80
 
 
-def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(
-    llama: PreTrainedModel, quantizers: Quantizers, make_tokens: Callable[..., Tensor], tmp_path: Path
-) -> None:
+def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(llama, quantizers, make_tokens, tmp_path) -> None:
     tokens = make_tokens(1, 8)
     with pytest.raises(UserError, match="is empty"):
         save_cache(tmp_path / "cache", PackedCache(quantizers, llama.config), quantizers, llama, tokens)

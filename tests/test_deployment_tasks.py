@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from deployment.tasks import main, task_names
 from gradients.cli import UserError
-from quant.artefact import Quantizers
 from quant.results import read_rows
 from quant.simulate import simulated
 
@@ -63,7 +60,7 @@ TASKS = "tiny_generation,tiny_choice"
 
 
 @pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def harness(monkeypatch, tmp_path) -> Any:
     """lm_eval, whose data sets are cached where the test ends."""
     harness = pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install -e .[tasks]")
     import datasets
@@ -77,7 +74,7 @@ def harness(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks(tmp_path_factory) -> Path:
     """A folder of tasks: text to generate, and continuations to choose from."""
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "questions.json"
@@ -89,7 +86,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def responses(harness: Any, tasks: Path, llama_folder: Path) -> Callable[..., dict[str, list[Any]]]:
+def responses(harness, tasks, llama_folder) -> Callable[..., dict[str, list[Any]]]:
     """`responses(model, batch, **arguments)`: what a model the harness knows answers, per task, in order of questions."""
     from lm_eval.tasks import TaskManager
 
@@ -120,9 +117,7 @@ def scores(answers: dict[str, list[Any]]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("batch", "chunk"), [(1, 1024), (3, 1024), (3, 7)])
-def test_without_quantization_it_is_the_harness_own_model(
-    responses: Callable[..., dict[str, list[Any]]], batch: int, chunk: int
-) -> None:
+def test_without_quantization_it_is_the_harness_own_model(responses, batch: int, chunk: int) -> None:
     own = responses("hf", batch)
     ours = responses("kvquant", batch, prefill_chunk=chunk)
     assert len(own["tiny_generation"]) == len(QUESTIONS) and any(text[0] for text in own["tiny_generation"])
@@ -131,22 +126,14 @@ def test_without_quantization_it_is_the_harness_own_model(
 
 
 @pytest.mark.parametrize("options", [{}, {"prefill_chunk": 7, "exact_chunk": False}], ids=["one chunk", "small chunks"])
-def test_batch_changes_nothing(
-    responses: Callable[..., dict[str, list[Any]]], quantizers_file: Path, options: dict[str, Any]
-) -> None:
+def test_batch_changes_nothing(responses, quantizers_file, options: dict[str, Any]) -> None:
     one = responses("kvquant", 1, quantizers=str(quantizers_file), **options)
     three = responses("kvquant", 3, quantizers=str(quantizers_file), **options)
     assert one["tiny_generation"] == three["tiny_generation"]
     torch.testing.assert_close(scores(one), scores(three), rtol=1e-3, atol=1e-2)
 
 
-def test_what_is_scored_has_passed_through_the_cache(
-    responses: Callable[..., dict[str, list[Any]]],
-    llama: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    quantizers: Quantizers,
-    quantizers_file: Path,
-) -> None:
+def test_what_is_scored_has_passed_through_the_cache(responses, llama, tokenizer, quantizers, quantizers_file) -> None:
     packed = scores(responses("kvquant", 3, quantizers=str(quantizers_file)))
     plain = scores(responses("hf", 3))
     expected = []
@@ -166,7 +153,7 @@ def test_what_is_scored_has_passed_through_the_cache(
 
 
 @pytest.fixture
-def local_tasks_only(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def local_tasks_only(harness, monkeypatch) -> None:
     """The harness's own thousands of tasks take many seconds to index."""
     from lm_eval.tasks import TaskManager
 
@@ -174,16 +161,14 @@ def local_tasks_only(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def arguments(llama_folder: Path, tasks: Path, tmp_path: Path) -> list[str]:
+def arguments(llama_folder, tasks, tmp_path) -> list[str]:
     """The command's model, folder of tasks and results."""
     results = str(tmp_path / "rows.jsonl")
     return ["--model", str(llama_folder), "--device", "cpu", "--include-path", str(tasks), "--results", results]
 
 
 @pytest.mark.usefixtures("local_tasks_only")
-def test_command_writes_rows_and_skips_what_is_there(
-    arguments: list[str], quantizers_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_rows_and_skips_what_is_there(arguments, quantizers_file, capsys) -> None:
     quantized = [*arguments, "--quantizers", str(quantizers_file), "--batch", "2", "--limit", "3"]
     first = main([*quantized, "--tasks", "tiny_choice"])
     assert "tiny_choice" in capsys.readouterr().out and first["skipped"] == []
@@ -212,13 +197,13 @@ def test_command_writes_rows_and_skips_what_is_there(
     ],
 )
 @pytest.mark.usefixtures("local_tasks_only")
-def test_bad_requests_are_refused_and_write_nothing(arguments: list[str], changed: list[str], message: str) -> None:
+def test_bad_requests_are_refused_and_write_nothing(arguments, changed: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         main([*arguments, *changed])
     assert not Path(arguments[-1]).exists()
 
 
-def test_the_harness_own_tasks_are_known(harness: Any) -> None:
+def test_the_harness_own_tasks_are_known(harness) -> None:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -226,13 +211,13 @@ def test_the_harness_own_tasks_are_known(harness: Any) -> None:
     assert len(task_names(manager, "longbench_*")) > 20
 
 
-def test_a_missing_harness_names_its_extra(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_names_its_extra(arguments, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match="lm_eval.*not installed.*pip install"):
         main([*arguments, "--tasks", "gsm8k"])
 
 
-def test_a_chunk_of_no_tokens_is_refused(harness: Any, llama_folder: Path) -> None:
+def test_a_chunk_of_no_tokens_is_refused(harness, llama_folder) -> None:
     with pytest.raises(UserError, match="prefill_chunk=0"):
         harness.simple_evaluate(
             model="kvquant",

@@ -1,7 +1,5 @@
 """The recent window of a packed cache: what is simulated is what is packed, however the tokens come and go."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
 from deployment.cache import PackedCache
 from deployment.evaluate import main as evaluate_main
+from deployment.format.stretches import stretches
 from deployment.generate import main as generate_main
 from deployment.layer import PackedLayer
 from deployment.measure.filled import copy_filling
@@ -25,13 +24,9 @@ from deployment.step import native
 from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.models import KINDS
-from quant.artefact import Quantizers
 from quant.evaluate import main as simulate_main
 from quant.scheme import Scheme
 from quant.simulate import simulated
-
-MakeTokens = Callable[..., Tensor]
-FitModel = Callable[..., Quantizers]
 
 
 def read(
@@ -64,9 +59,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_simulated_equals_packed(
-    name: str, double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_simulated_equals_packed(name: str, double, fit_model, make_tokens) -> None:
     scheme, sinks, window, sizes = CASES[name]
     quantizers = fit_model(double, Scheme.parse(scheme, sink_tokens=sinks, residual_tokens=window))
     tokens = make_tokens(2, 98)
@@ -80,7 +73,7 @@ def test_simulated_equals_packed(
     ).abs().max() > 0.1
 
 
-def test_an_exact_chunk_comes_on_top(double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_an_exact_chunk_comes_on_top(double, fit_model, make_tokens) -> None:
     """A single token that sees itself and 8 before it has a window of 9."""
     quantizers, tokens = fit_model(double, Scheme.parse("nuq2-5%", sink_tokens=2)), make_tokens(1, 40)
     with torch.inference_mode(), simulated(double, quantizers.with_exact(residual_tokens=9)):
@@ -90,9 +83,7 @@ def test_an_exact_chunk_comes_on_top(double: PreTrainedModel, fit_model: FitMode
 
 
 @pytest.mark.parametrize("window", [60, 100])
-def test_a_window_that_holds_everything_is_the_unquantized_cache(
-    window: int, double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_window_that_holds_everything_is_the_unquantized_cache(window: int, double, fit_model, make_tokens) -> None:
     quantizers, tokens = fit_model(double, Scheme.parse("nuq2", sink_tokens=0)), make_tokens(2, 60)
     cache = PackedCache(quantizers, double.config, residual_tokens=window)
     expected = double(input_ids=tokens, use_cache=False).logits
@@ -100,9 +91,7 @@ def test_a_window_that_holds_everything_is_the_unquantized_cache(
 
 
 @pytest.mark.parametrize("exact_chunk", [True, False])
-def test_left_padded_rows_equal_rows_alone(
-    exact_chunk: bool, double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_left_padded_rows_equal_rows_alone(exact_chunk: bool, double, fit_model, make_tokens) -> None:
     quantizers = fit_model(double, Scheme.parse("nuq3-5%", sink_tokens=4, residual_tokens=12))
     tokens, mask = make_tokens(3, 60), torch.ones(3, 60, dtype=torch.int64)
     mask[0, :25], mask[1, :58] = 0, 0  # chunks of nothing but padding; a row shorter than its sinks
@@ -116,9 +105,7 @@ def test_left_padded_rows_equal_rows_alone(
 
 
 @pytest.mark.parametrize("removed", [1, 5, 12, 13, 30, 59])
-def test_a_crop_leaves_codes_where_they_are(
-    removed: int, double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_crop_leaves_codes_where_they_are(removed: int, double, fit_model, make_tokens) -> None:
     """What is left of a window of 12 is a shorter window; what comes back has been quantized."""
     quantizers, tokens = fit_model(double, Scheme.parse("nuq2-5%", sink_tokens=3)), make_tokens(2, 60)
     cropped = PackedCache(quantizers, double.config, residual_tokens=12)
@@ -132,7 +119,7 @@ def test_a_crop_leaves_codes_where_they_are(
     assert first.coded == [min(48, 60 - removed)] * 2 == other.coded
     held = {}
     for layer in (first, other):
-        parts = [part for part in layer.stretches(0, layer.coded[0])]
+        parts = list(stretches(layer.sinks, layer.packed, 0, layer.coded[0]))
         past = torch.cat([part.key for part in parts], dim=2)[:, :, : layer.past[0]].double()
         recent = (
             []
@@ -143,7 +130,7 @@ def test_a_crop_leaves_codes_where_they_are(
     assert torch.allclose(held[first], held[other], atol=1e-5)
 
 
-def test_tokens_that_came_back_are_not_packed_again(fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_tokens_that_came_back_are_not_packed_again(fit_model, make_tokens) -> None:
     """Error feedback would give other codes for what codes say. In one layer keys do not depend on attention."""
     config = CONFIGS["llama"]()
     config.num_hidden_layers = 1
@@ -164,9 +151,7 @@ def test_tokens_that_came_back_are_not_packed_again(fit_model: FitModel, make_to
         assert torch.allclose(*pair, atol=1e-5)
 
 
-def test_rows_are_selected_with_their_windows(
-    double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_rows_are_selected_with_their_windows(double, fit_model, make_tokens) -> None:
     quantizers = fit_model(double, Scheme.parse("nuq3-5%", sink_tokens=2, residual_tokens=10))
     tokens, more = make_tokens(2, 50), make_tokens(2, 3, seed=1)
 
@@ -187,9 +172,7 @@ def test_rows_are_selected_with_their_windows(
         assert torch.allclose(read(double, cache, more[rows], 1), expected[rows], atol=1e-5)
 
 
-def test_an_interrupted_forward_gives_the_window_back(
-    double: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_an_interrupted_forward_gives_the_window_back(double, fit_model, make_tokens) -> None:
     quantizers = fit_model(double, Scheme.parse("nuq2-5%", residual_tokens=10))
     tokens, whole, cache = make_tokens(1, 50), *(PackedCache(quantizers, double.config) for _ in range(2))
     expected = read(double, whole, tokens, [30, 20])
@@ -206,9 +189,7 @@ def test_an_interrupted_forward_gives_the_window_back(
 
 
 @pytest.mark.parametrize("removed", [0, 7])
-def test_saved_and_restored(
-    removed: int, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, tmp_path: Path
-) -> None:
+def test_saved_and_restored(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-1%", sink_tokens=3))
     tokens, mask = make_tokens(2, 90), torch.ones(2, 90, dtype=torch.int64)
     mask[0, :75] = 0  # that row is shorter than the window
@@ -233,9 +214,7 @@ def test_saved_and_restored(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_plan_is_what_is_held(
-    dtype: torch.dtype, fit_model: FitModel, llama: PreTrainedModel, make_tokens: MakeTokens
-) -> None:
+def test_a_plan_is_what_is_held(dtype: torch.dtype, fit_model, llama, make_tokens) -> None:
     scheme = Scheme.parse("nuq2", sink_tokens=4, residual_tokens=40)
     model, quantizers = build_model(CONFIGS["llama"]()).to(dtype), fit_model(llama, scheme)
     shape = ModelShape.of(model.config)
@@ -249,9 +228,7 @@ def test_a_plan_is_what_is_held(
     assert plan.largest_context() % 64 == 44 and plan.largest_context() > 44
 
 
-def test_native_attention_sees_the_window(
-    fit_model: FitModel, make_tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_native_attention_sees_the_window(fit_model, make_tokens, monkeypatch) -> None:
     sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 259}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     model = build_model(LlamaConfig(**sizes, **heads, initializer_range=0.1))
@@ -268,7 +245,7 @@ def test_native_attention_sees_the_window(
         assert torch.allclose(*logits, atol=1e-3)
 
 
-def test_commands(llama_folder: Path, quantizers_file: Path, text_file: Path) -> None:
+def test_commands(llama_folder, quantizers_file, text_file) -> None:
     common = ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
     windows = [*common, "--text", str(text_file), "--seqlen", "60", "--windows", "1", "--residual-tokens", "10"]
     simulated_row = simulate_main(windows)
@@ -289,7 +266,7 @@ def test_commands(llama_folder: Path, quantizers_file: Path, text_file: Path) ->
         generate_main([*common, "--prompt", "the key", "--residual-tokens", "-1"])
 
 
-def test_a_negative_window_is_refused(llama: PreTrainedModel, quantizers: Quantizers) -> None:
+def test_a_negative_window_is_refused(llama, quantizers) -> None:
     with pytest.raises(UserError, match="residual_tokens -1 is negative; use 0 for none"):
         PackedCache(quantizers, llama.config, residual_tokens=-1)
 
@@ -312,7 +289,7 @@ def test_benchmarks_fill_layers_with_windows(window: int) -> None:
     assert (row["bits_per_element"] > 4.5) == (window > 0)
 
 
-def test_every_architecture(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_every_architecture(model, fit_model, make_tokens) -> None:
     """Sliding-window layers beside it, partial and scaled rotary embeddings, norms of keys."""
     quantizers = fit_model(model, Scheme.parse("nuq4-5%", sink_tokens=2, residual_tokens=11))
     tokens = make_tokens(1, 60)
@@ -323,9 +300,7 @@ def test_every_architecture(model: PreTrainedModel, fit_model: FitModel, make_to
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "prompt lookup"])
-def test_what_transformers_generates(
-    options: dict[str, int], llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_what_transformers_generates(options: dict[str, int], llama, fit_model, make_tokens) -> None:
     """With 8 bits the text is the unquantized cache's, as rows are reordered and guesses taken back."""
     quantizers = fit_model(llama, Scheme.parse("int8-5%", sink_tokens=2, residual_tokens=8))
     tokens = make_tokens(1, 6).repeat(1, 4)

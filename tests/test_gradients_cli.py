@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,12 +29,7 @@ def run(main: Main, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> in
 
 
 def test_three_commands_in_a_row_each_end_in_one_json_line(
-    record_arguments: list[str],
-    llama_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    record_arguments, llama_folder, text_file, tmp_path, monkeypatch, capsys
 ) -> None:
     records, quantizers = str(tmp_path / "records"), str(tmp_path / "q.safetensors")
     evaluated = ["--model", str(llama_folder), "--text", f"{text_file}:50-100", "--seqlen", "65", "--windows", "2"]
@@ -67,9 +61,7 @@ def test_three_commands_in_a_row_each_end_in_one_json_line(
 
 
 @pytest.mark.parametrize("error", [UserError, NotImplementedError])
-def test_bad_input_is_one_line_and_exit_code_2(
-    error: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(error: type[Exception], monkeypatch, capsys) -> None:
     def main(_argv: object) -> None:
         raise error("text 'x' has\n  3 tokens;\nlower --seqlen")
 
@@ -79,7 +71,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert printed.out == ""
 
 
-def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_own_bugs_keep_their_traceback(monkeypatch) -> None:
     def main(_argv: object) -> None:
         raise KeyError("a bug")
 
@@ -87,20 +79,20 @@ def test_our_own_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
         run(main, [], monkeypatch)
 
 
-def test_other_processes_stay_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_stay_silent(monkeypatch, capsys) -> None:
     assert run(lambda _argv: None, [], monkeypatch) == 0
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("main", [gradients.__main__.main, quant.fit.main, quant.evaluate.main])
-def test_help_shows_the_examples(main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_examples(main: Main, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])
     assert stopped.value.code == 0
     assert "\n    python -m " in capsys.readouterr().out
 
 
-def test_a_process_given_bad_input(tmp_path: Path) -> None:
+def test_a_process_given_bad_input(tmp_path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "quant.fit", "--records", "none", "--scheme", "nuq3-1%", "--output", "q.safetensors"],
         cwd=tmp_path,
@@ -119,13 +111,7 @@ def test_a_process_given_bad_input(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gguf_weights_point_at_the_conversion(
-    llama_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_gguf_weights_point_at_the_conversion(llama_folder, text_file, tmp_path, monkeypatch, capsys) -> None:
     def stop(*_: object, **__: object) -> None:
         raise UserError("loaded enough")
 
@@ -147,7 +133,7 @@ ENCODINGS = [
 
 
 @pytest.mark.parametrize("environment", ENCODINGS)
-def test_text_that_a_stream_cannot_take(llama_folder: Path, quantizers_file: Path, environment: dict[str, str]) -> None:
+def test_text_that_a_stream_cannot_take(llama_folder, quantizers_file, environment: dict[str, str]) -> None:
     """An answer goes on with other characters; a prompt whose bytes were misread ends in a line."""
     prompt = "na\u00efve \u4f60\u597d cach\u00e9"
     command = [sys.executable, "-m", "deployment.generate", "--model", str(llama_folder), "--device", "cpu"]

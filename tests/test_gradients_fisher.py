@@ -1,8 +1,5 @@
 """Stage 1's numbers: against finite differences, against the sites themselves; and what recording leaves behind."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +9,6 @@ from gradients.cli import UserError
 from gradients.fisher import next_token_loss, record_window
 from gradients.models import KVSite, kv_sites
 
-MakeModel = Callable[[str], PreTrainedModel]
-MakeTokens = Callable[..., Tensor]
 # relative half step of bf16, doubled for what float32 adds
 BF16_ERROR = 2.0**-8
 
@@ -33,7 +28,7 @@ def loss_with_one_element_moved(
     return -float(predictions.gather(1, tokens[1:, None]).mean())
 
 
-def test_fisher_is_the_squared_slope_of_the_loss(model: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_fisher_is_the_squared_slope_of_the_loss(model, make_tokens) -> None:
     """At every site, the five-point difference at elements of large Fisher, which rounding cannot blur.
 
     The model runs in float64, but its norms compute in float32, hence the wide step.
@@ -56,9 +51,7 @@ def test_fisher_is_the_squared_slope_of_the_loss(model: PreTrainedModel, make_to
             assert float(fisher[token, channel]) == pytest.approx(slope**2, rel=BF16_ERROR), place
 
 
-def test_activations_are_the_sites_in_fp16(
-    model: PreTrainedModel, captured_sites: Callable[[PreTrainedModel], Any], make_tokens: MakeTokens
-) -> None:
+def test_activations_are_the_sites_in_fp16(model, captured_sites, make_tokens) -> None:
     tokens = make_tokens(33)
     with captured_sites(model) as seen:
         model(input_ids=tokens[None], use_cache=False)
@@ -75,9 +68,7 @@ def test_activations_are_the_sites_in_fp16(
         assert (fisher[:-1] > 0).float().mean() > 0.9
 
 
-def test_nothing_is_left_behind(
-    model: PreTrainedModel, make_tokens: MakeTokens, hook_count: Callable[[PreTrainedModel], int]
-) -> None:
+def test_nothing_is_left_behind(model, make_tokens, hook_count) -> None:
     tokens, hooks = make_tokens(31), hook_count(model)
     before = model(input_ids=tokens[None], use_cache=False).logits
     for checkpointing in (False, True):
@@ -94,19 +85,19 @@ def test_nothing_is_left_behind(
     assert not after.requires_grad
 
 
-def test_recording_twice_gives_the_same_bits(model: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_recording_twice_gives_the_same_bits(model, make_tokens) -> None:
     one, other = (record_window(model, make_tokens(33)) for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_checkpointing_changes_nothing(model: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_checkpointing_changes_nothing(model, make_tokens) -> None:
     plain, checkpointed = (record_window(model, make_tokens(33), checkpointing) for checkpointing in (False, True))
     assert plain.keys() == checkpointed.keys()
     for name, tensor in plain.items():
         assert torch.equal(tensor, checkpointed[name]), name
 
 
-def test_checkpointing_does_checkpoint(llama: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_checkpointing_does_checkpoint(llama, make_tokens) -> None:
     """With it, the backward pass runs each layer's attention a second time."""
     runs = []
     handle = llama.get_decoder().layers[0].self_attn.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -118,14 +109,14 @@ def test_checkpointing_does_checkpoint(llama: PreTrainedModel, make_tokens: Make
 
 
 @pytest.mark.parametrize("tokens", [2, 3, 257])
-def test_windows_of_any_length(tokens: int, llama: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_windows_of_any_length(tokens: int, llama, make_tokens) -> None:
     recorded = record_window(llama, make_tokens(tokens))
     assert {tuple(tensor.shape) for tensor in recorded.values()} == {(tokens, 24), (2, 12, 12)}
     # the last token predicts nothing that counts
     assert all(not tensor[-1].any() for name, tensor in recorded.items() if name.endswith("fisher"))
 
 
-def test_the_loss_is_the_mean_over_predicted_tokens(make_tokens: MakeTokens) -> None:
+def test_the_loss_is_the_mean_over_predicted_tokens(make_tokens) -> None:
     logits = torch.randn(2, 7, 259, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tokens = make_tokens(2, 7)
     by_hand = [
@@ -136,7 +127,7 @@ def test_the_loss_is_the_mean_over_predicted_tokens(make_tokens: MakeTokens) -> 
     assert float(next_token_loss(logits, tokens)) == pytest.approx(float(torch.stack(by_hand).mean()), rel=1e-6)
 
 
-def test_half_precision_models_keep_small_gradients(make_model: MakeModel, make_tokens: MakeTokens) -> None:
+def test_half_precision_models_keep_small_gradients(make_model, make_tokens) -> None:
     tokens = make_tokens(33)
     precise = record_window(make_model("llama"), tokens)
     half = record_window(make_model("llama").half(), tokens)
@@ -150,7 +141,7 @@ def test_half_precision_models_keep_small_gradients(make_model: MakeModel, make_
 @pytest.mark.parametrize("kind", ["key", "value"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_layer(
-    poison: float, kind: str, layer: int, make_model: MakeModel, make_tokens: MakeTokens, hook_count: Callable[..., int]
+    poison: float, kind: str, layer: int, make_model, make_tokens, hook_count
 ) -> None:
     model = make_model("llama")
     attention = model.get_decoder().layers[layer].self_attn
@@ -163,14 +154,14 @@ def test_activations_that_are_not_finite_name_their_layer(
     assert hook_count(model) == 0
 
 
-def test_activations_beyond_fp16_name_their_layer(make_model: MakeModel, make_tokens: MakeTokens) -> None:
+def test_activations_beyond_fp16_name_their_layer(make_model, make_tokens) -> None:
     model = make_model("llama")
     model.get_decoder().layers[1].self_attn.v_proj.weight.mul_(1e6)
     with pytest.raises(UserError, match=r"layer 1 value activation: .* of 792 elements .* as torch.float16"):
         record_window(model, make_tokens(33))
 
 
-def test_a_gradient_that_is_not_finite_names_its_layer(make_model: MakeModel, make_tokens: MakeTokens) -> None:
+def test_a_gradient_that_is_not_finite_names_its_layer(make_model, make_tokens) -> None:
     model = make_model("llama")
     model.get_output_embeddings().weight[7, 7] = float("nan")
     with pytest.raises(UserError, match=r"layer 0 key fisher: .* NaN or infinite"):

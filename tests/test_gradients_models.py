@@ -1,22 +1,17 @@
 """Sites of every architecture: what they read, what they write; loading; refusals of what has no site."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, PreTrainedModel
+from transformers import MistralConfig
 
 from deployment.measure.shapes import load_config
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, SITES, kv_shape, kv_sites, load_model
-
-Capture = Callable[[PreTrainedModel], Any]
-MakeModel = Callable[[str], PreTrainedModel]
 
 
 def rms_normalised(x: Tensor, gain: Tensor, epsilon: float) -> Tensor:
@@ -43,15 +38,13 @@ def keys_and_values_by_hand(attention: nn.Module, hidden: Tensor, config: Any) -
     return {"key": keys, "value": values}
 
 
-def test_every_supported_architecture_has_a_tiny_model(make_model: MakeModel) -> None:
+def test_every_supported_architecture_has_a_tiny_model(make_model) -> None:
     from conftest import CONFIGS
 
     assert {make_model(name).config.model_type for name in CONFIGS} == set(SITES)
 
 
-def test_sites_are_pre_rope_keys_and_values(
-    model: PreTrainedModel, captured_sites: Capture, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_sites_are_pre_rope_keys_and_values(model, captured_sites, make_tokens) -> None:
     inputs: dict[int, Tensor] = {}
     layers = model.get_decoder().layers
     handles = [
@@ -72,16 +65,14 @@ def test_sites_are_pre_rope_keys_and_values(
         assert torch.allclose(x, expected, rtol=1e-4, atol=1e-5), (layer, kind)
 
 
-def test_sites_cover_the_fully_cached_layers_in_order(make_model: MakeModel) -> None:
+def test_sites_cover_the_fully_cached_layers_in_order(make_model) -> None:
     found = [(site.layer, site.kind) for site in kv_sites(make_model("gemma3"))]
     assert found == [(1, "key"), (1, "value"), (3, "key"), (3, "value")]
     found = [(site.layer, site.kind) for site in kv_sites(make_model("llama"))]
     assert found == [(0, "key"), (0, "value"), (1, "key"), (1, "value")]
 
 
-def test_write_is_the_inverse_of_read(
-    model: PreTrainedModel, make_tokens: Callable[..., Tensor], subtests: pytest.Subtests
-) -> None:
+def test_write_is_the_inverse_of_read(model, make_tokens, subtests: pytest.Subtests) -> None:
     for site in kv_sites(model):
         outputs: list[Tensor] = []
         handle = site.module.register_forward_hook(lambda _m, _i, output, kept=outputs: kept.append(output))
@@ -99,9 +90,7 @@ def test_write_is_the_inverse_of_read(
             assert torch.equal(output, original)
 
 
-def test_rewriting_reaches_the_model_and_ends_with_the_block(
-    model: PreTrainedModel, make_tokens: Callable[..., Tensor], hook_count: Callable[[PreTrainedModel], int]
-) -> None:
+def test_rewriting_reaches_the_model_and_ends_with_the_block(model, make_tokens, hook_count) -> None:
     tokens, hooks = make_tokens(1, 31), hook_count(model)
 
     def logits() -> Tensor:
@@ -119,7 +108,7 @@ def test_rewriting_reaches_the_model_and_ends_with_the_block(
     assert hook_count(model) == hooks
 
 
-def test_an_unlisted_architecture_is_refused(make_model: MakeModel) -> None:
+def test_an_unlisted_architecture_is_refused(make_model) -> None:
     model = make_model("llama")
     model.config.model_type = "dbrx"
     with pytest.raises(
@@ -128,9 +117,7 @@ def test_an_unlisted_architecture_is_refused(make_model: MakeModel) -> None:
         kv_sites(model)
 
 
-def test_a_model_of_sliding_windows_only_is_refused(
-    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
-) -> None:
+def test_a_model_of_sliding_windows_only_is_refused(make_model, save_model, tmp_path) -> None:
     model = make_model("mistral")
     assert isinstance(model.config, MistralConfig)
     model.config.sliding_window = 32
@@ -143,9 +130,7 @@ def test_a_model_of_sliding_windows_only_is_refused(
     assert [site.layer for site in kv_sites(loaded.model)] == [0, 0, 1, 1]
 
 
-def test_full_attention_opens_every_layer_of_a_mixed_model(
-    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
-) -> None:
+def test_full_attention_opens_every_layer_of_a_mixed_model(make_model, save_model, tmp_path) -> None:
     model = make_model("qwen3")
     model.config.use_sliding_window, model.config.sliding_window = True, 16
     model.config.layer_types = ["sliding_attention", "full_attention"]
@@ -159,9 +144,7 @@ def test_full_attention_opens_every_layer_of_a_mixed_model(
     assert not torch.allclose(sliding(tokens).logits, expected, atol=0.1)
 
 
-def test_full_attention_is_refused_where_sliding_layers_rotate_otherwise(
-    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
-) -> None:
+def test_full_attention_is_refused_where_sliding_layers_rotate_otherwise(make_model, save_model, tmp_path) -> None:
     folder = save_model(make_model("gemma3"), tmp_path / "gemma3")
     with pytest.raises(UserError, match="--full-attention: the model has a rotary embedding for each type of layer"):
         load_model(str(folder), device="cpu", full_attention=True)
@@ -171,7 +154,7 @@ def test_full_attention_is_refused_where_sliding_layers_rotate_otherwise(
     assert loaded(torch.arange(3, 43)[None]).logits.isfinite().all()
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_no_model(tmp_path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "./base", "peft_type": "LORA"}')
     with pytest.raises(UserError, match=r"an adapter of \./base: merge it first"):
         load_model(str(tmp_path), device="cpu")
@@ -180,9 +163,7 @@ def test_an_adapter_is_no_model(tmp_path: Path) -> None:
         load_model(str(tmp_path), device="cpu")
 
 
-def test_a_loaded_model_is_the_saved_one_frozen(
-    llama: PreTrainedModel, llama_folder: Path, make_tokens: Callable[..., Tensor]
-) -> None:
+def test_a_loaded_model_is_the_saved_one_frozen(llama, llama_folder, make_tokens) -> None:
     loaded = load_model(str(llama_folder), device="cpu")
     assert loaded.name == str(llama_folder)
     assert loaded.model.dtype == torch.float32
@@ -195,11 +176,11 @@ def test_a_loaded_model_is_the_saved_one_frozen(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_is_obeyed(dtype: str, llama_folder: Path) -> None:
+def test_dtype_is_obeyed(dtype: str, llama_folder) -> None:
     assert load_model(str(llama_folder), dtype=dtype, device="cpu").model.dtype == getattr(torch, dtype)
 
 
-def test_fingerprint_json_round_trip(model: PreTrainedModel) -> None:
+def test_fingerprint_json_round_trip(model) -> None:
     fingerprint = Fingerprint.of(model.config)
     assert Fingerprint.from_json(json.loads(json.dumps(fingerprint.to_json()))) == fingerprint
     sites = kv_sites(model)

@@ -15,7 +15,7 @@ from quant.evaluate import main as evaluate_main
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("disabled", [None, "", "0", "1"])
 def test_a_bar_is_shown_on_a_terminal_unless_disabled(
-    terminal: bool, disabled: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    terminal: bool, disabled: str | None, monkeypatch, capsys
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     if disabled is not None:
@@ -30,14 +30,7 @@ def test_a_bar_is_shown_on_a_terminal_unless_disabled(
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_commands_and_the_loading_of_models_keep_to_it(
-    terminal: bool,
-    record_arguments: list[str],
-    llama_folder: Path,
-    text_file: Path,
-    quantizers_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    terminal: bool, record_arguments, llama_folder, text_file, quantizers_file, tmp_path, monkeypatch, capsys
 ) -> None:
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)

@@ -1,8 +1,6 @@
 """The rotary embedding from outside: the model's own function, and what rotating does to keys and their Fisher."""
 
 import itertools
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from transformers import PreTrainedModel
 from gradients.models import cached_layers, decoder, kv_shape
 from gradients.rope import rope_tables, rotate, rotate_squares
 
-MakeTokens = Callable[..., Tensor]
 TOKENS = 33
 
 
@@ -26,9 +23,7 @@ def by_heads(x: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 @pytest.fixture
-def keys(
-    model: PreTrainedModel, captured_sites: Any, rewriting_rotated_keys: Any, make_tokens: MakeTokens
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def keys(model, captured_sites, rewriting_rotated_keys, make_tokens) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Keys `[B, G, S, D]` of two rows before and after the model's own rotary embedding, by layer."""
     after: dict[int, Tensor] = {}
 
@@ -41,9 +36,7 @@ def keys(
     return {layer: by_heads(seen[layer, "key"], model) for layer in cached_layers(model.config)}, after
 
 
-def test_rotating_is_what_the_model_does(
-    model: PreTrainedModel, keys: tuple[dict[int, Tensor], dict[int, Tensor]]
-) -> None:
+def test_rotating_is_what_the_model_does(model, keys) -> None:
     before, after = keys
     cos, sin = rope_tables(model, TOKENS)
     assert len(after) == len(decoder(model).layers)
@@ -53,7 +46,7 @@ def test_rotating_is_what_the_model_does(
         assert not torch.allclose(key, after[layer], atol=0.1)
 
 
-def test_tables_have_the_rotary_dimension(model: PreTrainedModel) -> None:
+def test_tables_have_the_rotary_dimension(model) -> None:
     cos, sin = rope_tables(model, TOKENS)
     partial = decoder(model).config.rope_parameters.get("partial_rotary_factor", 1.0)
     rotary = int(kv_shape(model.config)[1] * partial)
@@ -64,20 +57,18 @@ def test_tables_have_the_rotary_dimension(model: PreTrainedModel) -> None:
     assert (sin[0] == 0).all() and torch.equal(cos[0], cos[0, :1].expand(rotary))
 
 
-def test_tables_grow_from_the_front(model: PreTrainedModel) -> None:
+def test_tables_grow_from_the_front(model) -> None:
     for few, many in zip(rope_tables(model, 7), rope_tables(model, TOKENS), strict=True):
         assert torch.equal(few, many[:7])
 
 
 @pytest.mark.parametrize(("name", "scale"), [("llama", 1.0), ("llama-yarn-mha", 1.1386294)])
-def test_tables_include_the_attention_scaling(
-    name: str, scale: float, make_model: Callable[[str], PreTrainedModel]
-) -> None:
+def test_tables_include_the_attention_scaling(name: str, scale: float, make_model) -> None:
     cos, sin = rope_tables(make_model(name), TOKENS)  # yarn: 0.1 ln(4) + 1
     assert torch.allclose(cos.square() + sin.square(), torch.full_like(cos, scale**2), rtol=1e-5)
 
 
-def test_gemmas_tables_are_those_of_the_layers_that_are_cached(make_model: Callable[[str], PreTrainedModel]) -> None:
+def test_gemmas_tables_are_those_of_the_layers_that_are_cached(make_model) -> None:
     """Its sliding layers turn with another base frequency."""
     model = make_model("gemma3")
     positions = torch.arange(TOKENS)[None]
@@ -101,7 +92,7 @@ def test_pairs_turn_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3-partial"])
-def test_rotating_keeps_the_length_of_pairs(name: str, make_model: Callable[[str], PreTrainedModel]) -> None:
+def test_rotating_keeps_the_length_of_pairs(name: str, make_model) -> None:
     cos, sin = (table[None] for table in rope_tables(make_model(name), TOKENS))
     rotary = cos.shape[-1]
     x = gaussian(2, 3, TOKENS, 16)
@@ -115,7 +106,7 @@ def test_rotating_keeps_the_length_of_pairs(name: str, make_model: Callable[[str
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-yarn-mha", "phi3-partial", "gemma3"])
-def test_rotated_squares_are_the_expectation(name: str, make_model: Callable[[str], PreTrainedModel]) -> None:
+def test_rotated_squares_are_the_expectation(name: str, make_model) -> None:
     """If both signs of each half of a pair are equally likely, the mean over all four is exact.
 
     Gradients meet the inverse of what keys meet: attention scaling divides them.
@@ -139,9 +130,7 @@ def test_rotated_squares_are_the_expectation(name: str, make_model: Callable[[st
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-partial", "gemma3"])
-def test_gradients_turn_as_keys_do(
-    name: str, make_model: Callable[[str], PreTrainedModel], rewriting_rotated_keys: Any, make_tokens: MakeTokens
-) -> None:
+def test_gradients_turn_as_keys_do(name: str, make_model, rewriting_rotated_keys, make_tokens) -> None:
     """Why Fisher information may be rotated: a rotation is its own inverse transpose (without attention scaling)."""
     model = make_model(name)
     before: dict[int, Tensor] = {}

@@ -1,8 +1,6 @@
 """Corpora and windows: where windows start, parts of files, named corpora, refusals."""
 
 import random
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -48,7 +46,7 @@ def test_a_text_shorter_than_a_window_is_refused() -> None:
         corpus_of(131).evaluation_windows(33, 4)
 
 
-def test_a_corpus_is_tokenized_as_one_string(text_file: Path, tokenizer: Any) -> None:
+def test_a_corpus_is_tokenized_as_one_string(text_file, tokenizer) -> None:
     corpus = load_corpus(str(text_file), "calibration", tokenizer)
     assert corpus.tokens.dtype == torch.int64
     assert corpus.tokens.tolist() == tokenizer(text_file.read_text(encoding="utf-8")).input_ids
@@ -63,7 +61,7 @@ def test_the_digest_is_of_the_tokens() -> None:
     assert Corpus("one", tokens).digest != Corpus("one", changed).digest
 
 
-def test_parts_of_a_file_tile_it(tmp_path: Path) -> None:
+def test_parts_of_a_file_tile_it(tmp_path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("0123456789é", encoding="utf-8")
     whole = load_text(str(path), "calibration")
@@ -73,7 +71,7 @@ def test_parts_of_a_file_tile_it(tmp_path: Path) -> None:
     assert load_text(f"{path}:0-100", "calibration") == whole
 
 
-def test_a_file_whose_name_looks_like_a_part_is_a_file(tmp_path: Path) -> None:
+def test_a_file_whose_name_looks_like_a_part_is_a_file(tmp_path) -> None:
     path = tmp_path / "notes:0-50"
     path.write_text("whole")
     assert load_text(str(path), "calibration") == "whole"
@@ -87,12 +85,12 @@ def test_pydoc_needs_no_network_and_its_splits_are_disjoint() -> None:
 
 
 @pytest.mark.parametrize("part", ["50-20", "0-101", "50-50"])
-def test_a_part_outside_the_file_is_refused(part: str, text_file: Path) -> None:
+def test_a_part_outside_the_file_is_refused(part: str, text_file) -> None:
     with pytest.raises(UserError, match=f"text part {part} .* is not within 0-100"):
         load_text(f"{text_file}:{part}", "calibration")
 
 
-def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path) -> None:
     plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
     plain.write_text("the key and the value", encoding="utf-8")
     marked.write_text("the key and the value", encoding="utf-8-sig")

@@ -1,8 +1,6 @@
 """The digest of a model's weights: equal for one model however it is loaded, and another for others."""
 
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +9,8 @@ from transformers import PreTrainedModel
 from gradients.models import load_model
 from gradients.weights import SAMPLE, _sample, weights_digest
 
-MakeModel = Callable[[str], PreTrainedModel]
 
-
-def test_is_that_of_the_checkpoint_however_it_is_loaded(
-    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
-) -> None:
+def test_is_that_of_the_checkpoint_however_it_is_loaded(make_model, save_model, tmp_path) -> None:
     model = make_model("llama")
     expected = weights_digest(model)
     assert len(expected) == 16 and weights_digest(make_model("llama")) == expected
@@ -31,9 +25,7 @@ def test_is_that_of_the_checkpoint_however_it_is_loaded(
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_does_not_depend_on_the_dtype_a_half_checkpoint_is_loaded_in(
-    stored: torch.dtype, make_model: MakeModel
-) -> None:
+def test_does_not_depend_on_the_dtype_a_half_checkpoint_is_loaded_in(stored: torch.dtype, make_model) -> None:
     model = make_model("llama")
     with torch.no_grad():  # some in and below the range of float16's subnormals
         model.lm_head.weight.mul_(torch.logspace(-9, 0, model.lm_head.weight.shape[1]))
@@ -52,7 +44,7 @@ def _as(model: PreTrainedModel, dtype: torch.dtype) -> str:
     return digest
 
 
-def test_is_another_for_other_weights(make_model: MakeModel) -> None:
+def test_is_another_for_other_weights(make_model) -> None:
     model, seen = make_model("llama"), set()
     seen.add(weights_digest(model))
     for name in ("model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"):
@@ -71,9 +63,7 @@ def test_large_parameters_are_sampled_over_all_rows_and_columns() -> None:
     assert chosen.view(512, 512).any(0).all() and chosen.view(512, 512).any(1).all()
 
 
-def test_offloaded_parameters_count_like_others(
-    make_model: MakeModel, save_model: Callable[[PreTrainedModel, Path], Path], tmp_path: Path
-) -> None:
+def test_offloaded_parameters_count_like_others(make_model, save_model, tmp_path) -> None:
     model = make_model("llama")
     folder = save_model(model, tmp_path / "llama")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}

@@ -14,6 +14,7 @@ from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
 from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
+from deployment.step.recount import recount, reserve
 from quant.scheme import Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,15 +93,15 @@ def test_steps_do_not_need_what_the_host_has_counted(
     recorded, direct = (Decoder(past + cropped, window=window) for _ in range(2))
     for decoder in (recorded, direct):
         decoder.layer.crop(-cropped)
-    recorded.layer.reserve(steps)
-    for module in ("deployment.layer", "deployment.step.dispatch"):
+    reserve(recorded.layer, steps)
+    for module in ("deployment.step.append", "deployment.step.dispatch"):
         monkeypatch.setattr(f"{module}.is_capturing", lambda _device: True)
     lengths, slots = list(recorded.layer.lengths), recorded.layer.slots
     outputs = []
     for number in range(steps):
         recorded.layer.lengths, recorded.layer.slots = list(lengths), slots
         outputs.append(recorded.step(Decoder.tokens(1, seed=1 + number), grown(past + 1)))
-    recorded.layer.recount()
+    recount([recorded.layer])
     monkeypatch.undo()
     for number, output in enumerate(outputs):
         assert_same(output, direct.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number)))
@@ -130,13 +131,13 @@ class TestOnAGPU:
     def test_a_recorded_step_is_replayed(self, past: int, scheme: str, window: int) -> None:
         steps = 20
         recorded, direct, warm = (Decoder(past, scheme, window) for _ in range(3))
-        warm.layer.reserve(steps)
+        reserve(warm.layer, steps)
         inputs = Decoder.tokens(1, seed=1)
         torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):  # what a recording must not compile
             warm.step(inputs, grown(past + 1))
         torch.cuda.synchronize()
-        recorded.layer.reserve(steps)
+        reserve(recorded.layer, steps)
         graph, mask = torch.cuda.CUDAGraph(), grown(past + 1)
         with torch.cuda.graph(graph):
             output = recorded.step(inputs, mask)
@@ -145,7 +146,7 @@ class TestOnAGPU:
                 held.copy_(new)
             graph.replay()
             assert_same(output, direct.step(Decoder.tokens(1, seed=1 + number), grown(past + 1 + number)))
-        recorded.layer.recount()
+        recount([recorded.layer])
         assert_holds_the_same(recorded.layer, direct.layer)
 
     def test_a_decode_step_never_waits(self, past: int, scheme: str, window: int) -> None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from deployment.format import layout, room
 from deployment.format.layout import Page
 from deployment.layer import PackedLayer
+from deployment.step.append import append, append_with_kernels
+from deployment.step.recount import recount, reserve
 
 HEADS, DIM = 2, 64
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter neither waits nor captures")
@@ -32,7 +34,7 @@ def tokens(count: int, batch: int = 1, seed: int = 0, heads: int = HEADS) -> tup
 
 def store(layer: PackedLayer, key: Tensor, value: Tensor, padding: list[int] | None = None) -> None:
     padding = padding or [0] * len(key)
-    layer.append_with_kernels(key, value, padding, torch.tensor(padding, device=DEVICE))
+    append_with_kernels(layer, key, value, padding)
 
 
 def assert_same(layer: PackedLayer, expected: PackedLayer) -> None:
@@ -54,7 +56,7 @@ def test_room_is_no_part_of_what_is_stored() -> None:
     layer, expected = make_layer(), make_layer()
     key, value = tokens(40)
     store(layer, key, value)
-    expected.append(key, value, [0])
+    append(expected, key, value, [0])
     for kind in layer.packed:
         [streams], [wanted] = ([page.outliers for page in each.packed[kind].pages] for each in (layer, expected))
         assert streams.unused_bytes() > 0 == wanted.unused_bytes()
@@ -69,7 +71,7 @@ def test_many_chunks_and_steps_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     for seed, size in enumerate([1, 1, 1, 61, 1, 1, 9, 1]):
         key, value = tokens(size, seed=seed)
         store(layer, key, value)
-        expected.append(key, value, [0])
+        append(expected, key, value, [0])
     assert_same(layer, expected)
     assert len(layer.packed["key"].pages) == 2
 
@@ -79,7 +81,7 @@ def test_rows_of_different_lengths_and_padded_steps() -> None:
     for seed, (size, padding) in enumerate([(9, [7, 0]), (1, [0, 0]), (1, [1, 0]), (1, [0, 0]), (4, [3, 0])]):
         key, value = tokens(size, batch=2, seed=seed)
         store(layer, key, value, padding)
-        expected.append(key, value, padding)
+        append(expected, key, value, padding)
     assert_same(layer, expected)
 
 
@@ -107,7 +109,7 @@ def test_counts_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, size in enumerate(sizes):
         key, value = tokens(size, seed=seed)
         store(layer, key, value)
-        expected.append(key, value, [0])
+        append(expected, key, value, [0])
     page = layer.packed["key"].pages[0]
     places = page.room.places
     assert (places >= (sum(sizes) - 2) * DIM).all() and (page.room.held == 0).all()
@@ -115,7 +117,7 @@ def test_counts_that_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.Count, "arrived", True)
     for _ in range(2):  # the first count is an old one
         store(layer, *tokens(1))
-        expected.append(*tokens(1), [0])
+        append(expected, *tokens(1), [0])
     assert page.room.places.sum() < places.sum()
     assert_same(layer, expected)
 
@@ -128,9 +130,9 @@ def test_storing_with_torch_in_between_and_cropping() -> None:
             expected.crop(-size)
             continue
         key, value = tokens(size)
-        expected.append(key, value, [0])
+        append(expected, key, value, [0])
         if way == "torch":
-            layer.append(key, value, [0])
+            append(layer, key, value, [0])
         else:
             store(layer, key, value)
     for packed, reference in zip(layer.packed.values(), expected.packed.values(), strict=True):
@@ -143,7 +145,7 @@ def test_lost_outliers_are_an_error_at_the_next_count() -> None:
     store(layer, *tokens(3))
     layer.overflow.fill_(1)  # as a graph replayed too often would leave it
     with pytest.raises(RuntimeError, match="outliers were lost"):
-        layer.recount()
+        recount([layer])
     store(layer, *tokens(9))
     with pytest.raises(RuntimeError, match="outliers were lost"):
         store(layer, *tokens(1))
@@ -154,20 +156,20 @@ def test_tokens_beyond_the_pages_are_an_error() -> None:
     store(layer, *tokens(3))
     layer.stored.fill_(200)
     with pytest.raises(RuntimeError, match="replayed to 200 tokens"):
-        layer.recount()
+        recount([layer])
 
 
 def test_reserved_streams_stay_where_they_are() -> None:
     layer, expected = make_layer(capacity=300), make_layer(capacity=300)
     store(layer, *tokens(5))
-    expected.append(*tokens(5), [0])
-    layer.reserve(6)
+    append(expected, *tokens(5), [0])
+    reserve(layer, 6)
     pages = [packed.pages[0] for packed in layer.packed.values()]
     addresses = [page.outliers.index.data_ptr() for page in pages]
     for seed in range(6):
         store(layer, *tokens(1, seed=seed))
-        expected.append(*tokens(1, seed=seed), [0])
-    layer.recount()
+        append(expected, *tokens(1, seed=seed), [0])
+    recount([layer])
     assert [page.outliers.index.data_ptr() for page in pages] == addresses
     assert_same(layer, expected)
 
@@ -176,20 +178,19 @@ def test_reserved_streams_stay_where_they_are() -> None:
 @ON_GPU
 def test_nothing_waits_for_the_device() -> None:
     layer = make_layer(heads=8)
-    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     chunks = [tokens(size, seed=size, heads=8) for size in (50, 1, 600, 1, 1, 300, 1)]
     for key, value in chunks[:2]:  # kernels are compiled and tables built
-        layer.append_with_kernels(key, value, [0], none)
+        append_with_kernels(layer, key, value, [0])
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for key, value in chunks[2:]:
-            layer.append_with_kernels(key, value, [0], none)
+            append_with_kernels(layer, key, value, [0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = make_layer(heads=8)
     for key, value in chunks:
-        expected.append(key, value, [0])
+        append(expected, key, value, [0])
     assert_same(layer, expected)
 
 
@@ -197,22 +198,21 @@ def test_nothing_waits_for_the_device() -> None:
 @ON_GPU
 def test_a_captured_step_replayed_stores_what_eager_steps_store() -> None:
     layer, expected = make_layer(capacity=400, heads=8), make_layer(capacity=400, heads=8)
-    none = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     for held in (layer, expected):
-        held.append_with_kernels(*tokens(33, heads=8), [0], none)
-        held.append_with_kernels(*tokens(1, heads=8), [0], none)
-    layer.reserve(70)
+        append_with_kernels(held, *tokens(33, heads=8), [0])
+        append_with_kernels(held, *tokens(1, heads=8), [0])
+    reserve(layer, 70)
     key, value = (torch.empty_like(x) for x in tokens(1, heads=8))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer.append_with_kernels(key, value, [0], none)
+        append_with_kernels(layer, key, value, [0])
     for seed in range(70):
         for static, new in zip((key, value), tokens(1, seed=seed, heads=8), strict=True):
             static.copy_(new)
         graph.replay()
-        expected.append_with_kernels(*tokens(1, seed=seed, heads=8), [0], none)
-    layer.recount()
+        append_with_kernels(expected, *tokens(1, seed=seed, heads=8), [0])
+    recount([layer])
     assert layer.slots == expected.slots == 104
     assert_same(layer, expected)
     store(layer, *tokens(1, heads=8))
@@ -223,7 +223,7 @@ def test_cropping_shortens_streams_where_they_are() -> None:
     full, reference = make_layer(), make_layer()
     first, then = tokens(140), tokens(3)
     store(full, *first)
-    reference.append(*first, [0])
+    append(reference, *first, [0])
     for kept in (1, 2, 66, 67, 100, 139):
         layer, expected = copy.deepcopy(full), copy.deepcopy(reference)
         places, counts = [tensor.data_ptr() for tensor in layer.tensors()], layer.stored
@@ -235,5 +235,5 @@ def test_cropping_shortens_streams_where_they_are() -> None:
             assert torch.equal(mine.counts(), other.counts())
             assert all(torch.equal(got, entry) for got, entry in zip(mine.entries(), other.entries(), strict=True))
     store(layer, *then)
-    expected.append(*then, [0])
+    append(expected, *then, [0])
     assert_same(layer, expected)

@@ -66,7 +66,7 @@ def test_imports_point_back() -> None:
         ("gradients", "import quantities", False),
     ],
 )
-def test_a_planted_violation_is_caught(stage: str, line: str, caught: bool, tmp_path: Path) -> None:
+def test_a_planted_violation_is_caught(stage: str, line: str, caught: bool, tmp_path) -> None:
     for folder in STAGES[:2]:
         shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / stage).mkdir(exist_ok=True)

@@ -54,7 +54,7 @@ def simulated_greedy(model: PreTrainedModel, quantizers: Quantizers, prompt: Ten
     return found[found != 1]
 
 
-def test_unquantized_replies_equal_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_unquantized_replies_equal_generation(model, tokenizer) -> None:
     """A random model finds no passkey, but what it does say is found, and nothing else."""
     prompt = passkey(tokenizer).prompt
     found = generated(model, prompt, NEW)
@@ -64,9 +64,7 @@ def test_unquantized_replies_equal_generation(model: PreTrainedModel, tokenizer:
         assert reply.exact == torch.equal(answer, found)
 
 
-def test_simulated_replies_equal_uncached_greedy_decoding(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
+def test_simulated_replies_equal_uncached_greedy_decoding(llama, tokenizer, quantizers) -> None:
     for seed in range(3):
         prompt = passkey(tokenizer, 260 + seed, seed).prompt
         found = simulated_greedy(llama, quantizers, prompt, NEW)
@@ -76,9 +74,7 @@ def test_simulated_replies_equal_uncached_greedy_decoding(
             assert reply.exact == torch.equal(answer, found[: len(answer)])
 
 
-def test_one_draft_is_enough(
-    llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_draft_is_enough(llama, tokenizer, quantizers, monkeypatch) -> None:
     """Drafted tokens are quantized, too: a scheme whose ranges do not depend on the text is drafted right at once.
 
     The whole text is read once, and the draft is what a check would leave of it.
@@ -102,9 +98,7 @@ def test_one_draft_is_enough(
     [*map(Scheme.parse, ["kivi2", "turbo3", "int3"]), Scheme.parse("int2", residual_tokens=5)],
     ids=lambda scheme: scheme.describe(),
 )
-def test_any_scheme_speaks(
-    scheme: Scheme, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, fit_model: Any
-) -> None:
+def test_any_scheme_speaks(scheme: Scheme, llama, tokenizer, fit_model) -> None:
     """Those that quantize keys after the rotary embedding, or keep a window exact, by drafts that may be wrong."""
     fitted, prompt = fit_model(llama, scheme), passkey(tokenizer).prompt
     found = simulated_greedy(llama, fitted, prompt, NEW)
@@ -112,9 +106,7 @@ def test_any_scheme_speaks(
 
 
 @pytest.mark.parametrize("mode", ["simulated", "packed"])
-def test_models_with_sliding_windows_speak(
-    mode: str, make_model: Any, tokenizer: PreTrainedTokenizerFast, fit_model: Any
-) -> None:
+def test_models_with_sliding_windows_speak(mode: str, make_model, tokenizer, fit_model) -> None:
     model = make_model("gemma3")
     fitted, prompt = fit_model(model, Scheme.parse("nuq3-1%")), passkey(tokenizer).prompt
     found = simulated_greedy(model, fitted, prompt, NEW)
@@ -128,9 +120,7 @@ def test_models_with_sliding_windows_speak(
 
 
 @pytest.mark.parametrize("first", [1, 2, 5])
-def test_nothing_is_said_beyond_the_expected_answer(
-    first: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
+def test_nothing_is_said_beyond_the_expected_answer(first: int, llama, tokenizer, quantizers) -> None:
     prompt = passkey(tokenizer).prompt
     plain, quantized = generated(llama, prompt, NEW)[:first], simulated_greedy(llama, quantizers, prompt, first)
     assert len(plain) == len(quantized) == first
@@ -140,12 +130,7 @@ def test_nothing_is_said_beyond_the_expected_answer(
     assert reply_simulated(llama, Sample(prompt, quantized), quantizers, NEW).greedy.tolist() == quantized.tolist()
 
 
-def test_a_wrong_draft_is_mended(
-    llama: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    fit_model: Any,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_wrong_draft_is_mended(llama, tokenizer, fit_model, monkeypatch) -> None:
     """Drafts that are always wrong cost time, never a token, where the ranges depend on the text."""
     quantizers = fit_model(llama, Scheme.parse("kivi2"))
     monkeypatch.setattr("quant.answers._draft", lambda *a: torch.cat([a[3], torch.full((NEW - len(a[3]),), 7)]))
@@ -156,7 +141,7 @@ def test_a_wrong_draft_is_mended(
     assert reply.greedy.tolist() == found.tolist()
 
 
-def test_nll_is_of_the_whole_answer(llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_nll_is_of_the_whole_answer(llama, tokenizer) -> None:
     sample = passkey(tokenizer)
     tokens = torch.cat([sample.prompt, sample.answer])[None]
     with torch.no_grad():
@@ -174,7 +159,7 @@ def test_nll_is_of_the_whole_answer(llama: PreTrainedModel, tokenizer: PreTraine
 @pytest.mark.parametrize("chunk", [64, 1000])
 @pytest.mark.parametrize("exact_chunk", [True, False])
 def test_packed_replies_equal_generation_from_the_packed_cache(
-    chunk: int, exact_chunk: bool, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
+    chunk: int, exact_chunk: bool, llama, tokenizer, quantizers
 ) -> None:
     prompt = passkey(tokenizer, seed=1).prompt
     with torch.inference_mode(), packed_attention(llama):
@@ -188,9 +173,7 @@ def test_packed_replies_equal_generation_from_the_packed_cache(
 
 
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_packed_without_exact_chunk_equals_simulated(
-    chunk: int, llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, quantizers: Quantizers
-) -> None:
+def test_packed_without_exact_chunk_equals_simulated(chunk: int, llama, tokenizer, quantizers) -> None:
     for task in passkey_tasks(290, 2):
         sample = task.sample(Prompter(tokenizer))
         cache = PackedCache(quantizers, llama.config, exact_chunk=False)
@@ -222,7 +205,7 @@ def test_the_search_for_a_length() -> None:
         fitting_size(lambda size: 10 + 2 * size, 21)
 
 
-def test_a_chat_template_is_part_of_the_length(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_chat_template_is_part_of_the_length(tokenizer) -> None:
     with pytest.raises(UserError, match="--chat-template.* has none"):
         Prompter(tokenizer, chat=True)
     with pytest.MonkeyPatch.context() as patch:

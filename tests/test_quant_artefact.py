@@ -3,9 +3,7 @@
 import errno
 import json
 import pickle
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +15,6 @@ from safetensors.torch import save_file
 import gradients.checked
 from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
-from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
 from quant.fit import fit
 from quant.presets import PRESETS
@@ -76,7 +73,7 @@ def as_schema_1(_tensors: object, content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
-def test_load_gives_back_what_was_saved(scheme: Scheme, records: Records, tmp_path: Path) -> None:
+def test_load_gives_back_what_was_saved(scheme: Scheme, records, tmp_path) -> None:
     fitted = fit(records, scheme)
     fitted.save(tmp_path / "q.safetensors")
     loaded = load_quantizers(tmp_path / "q.safetensors")
@@ -105,9 +102,7 @@ def test_the_list_above_has_every_form() -> None:
     ],
     ids=lambda value: value.describe() if isinstance(value, Scheme) else "",
 )
-def test_what_is_stored_beside_the_codebook(
-    scheme: Scheme, key: set[str], value: set[str], records: Records, tmp_path: Path
-) -> None:
+def test_what_is_stored_beside_the_codebook(scheme: Scheme, key: set[str], value: set[str], records, tmp_path) -> None:
     fit(records, scheme).save(tmp_path / "q.safetensors")
     with safe_open(tmp_path / "q.safetensors", framework="pt") as file:
         names = set(file.keys())
@@ -130,7 +125,7 @@ def test_what_is_stored_beside_the_codebook(
     ],
 )
 def test_tables_of_another_shape_are_refused(
-    scheme: Scheme, name: str, shape: tuple[int, ...], records: Records, tmp_path: Path
+    scheme: Scheme, name: str, shape: tuple[int, ...], records, tmp_path
 ) -> None:
     fit(records, scheme).save(tmp_path / "good.safetensors")
     path = rewrite(
@@ -144,9 +139,7 @@ def test_tables_of_another_shape_are_refused(
         load_quantizers(path)
 
 
-def test_a_file_written_before_these_fields_loads(
-    quantizers: Quantizers, quantizers_file: Path, tmp_path: Path
-) -> None:
+def test_a_file_written_before_these_fields_loads(quantizers, quantizers_file, tmp_path) -> None:
     """As files were before there were groups, ranges, thresholds and windows to choose, and digests."""
 
     def without(_tensors: object, content: dict[str, Any]) -> None:
@@ -157,7 +150,7 @@ def test_a_file_written_before_these_fields_loads(
     assert_same(load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", without)), quantizers)
 
 
-def test_layers_and_sides_may_depart_from_the_scheme(records: Records, tmp_path: Path) -> None:
+def test_layers_and_sides_may_depart_from_the_scheme(records, tmp_path) -> None:
     three, two, four = (fit(records, Scheme.parse(name)) for name in ("nuq3-1%", "nuq2", "int4-2%"))
     mixed = Quantizers(
         scheme=three.scheme,
@@ -175,12 +168,12 @@ def test_layers_and_sides_may_depart_from_the_scheme(records: Records, tmp_path:
     assert str(loaded.layers[1]["value"].scheme) == "nuq2"
 
 
-def test_equal_quantizers_make_equal_files(quantizers: Quantizers, quantizers_file: Path, tmp_path: Path) -> None:
+def test_equal_quantizers_make_equal_files(quantizers, quantizers_file, tmp_path) -> None:
     quantizers.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == quantizers_file.read_bytes()
 
 
-def test_the_file_is_named_tensors_and_one_json_object(quantizers: Quantizers, quantizers_file: Path) -> None:
+def test_the_file_is_named_tensors_and_one_json_object(quantizers, quantizers_file) -> None:
     with safe_open(quantizers_file, framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
     key, value = ["levels", "boundaries", "scale", "zero"], ["levels", "boundaries"]
@@ -206,7 +199,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch.save"])
-def test_a_pickle_is_refused_and_never_unpickled(form: str, tmp_path: Path) -> None:
+def test_a_pickle_is_refused_and_never_unpickled(form: str, tmp_path) -> None:
     witness, path = tmp_path / "unpickled", tmp_path / "quantizers.pickle"
     if form == "pickle":
         path.write_bytes(pickle.dumps(Payload(witness)))
@@ -226,27 +219,17 @@ def test_a_pickle_is_refused_and_never_unpickled(form: str, tmp_path: Path) -> N
     assert witness.exists()
 
 
-@pytest.mark.parametrize("keep", [0, 4, 8, 500, -1])
-def test_a_truncated_file_is_refused(keep: int, quantizers_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "q.safetensors"
-    path.write_bytes(quantizers_file.read_bytes()[:keep])
-    with pytest.raises(UserError) as caught:
-        load_quantizers(path)
-    assert str(path) in str(caught.value)
-    assert "python -m quant.fit" in str(caught.value)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match=r"none.safetensors' cannot be read .*`python -m quant.fit`"):
         load_quantizers(tmp_path / "none.safetensors")
 
 
-def test_a_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_is_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="python -m quant.fit"):
         load_quantizers(tmp_path)
 
 
-def test_another_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_another_safetensors_file_is_refused(tmp_path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model.safetensors' lacks our metadata"):
         load_quantizers(tmp_path / "model.safetensors")
@@ -283,7 +266,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_file_of_another_form_is_refused(damage: str, quantizers_file: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_form_is_refused(damage: str, quantizers_file, tmp_path) -> None:
     change, fragment = DAMAGES[damage]
     path = rewrite(quantizers_file, tmp_path / "q.safetensors", change)
     with pytest.raises(UserError) as caught:
@@ -291,36 +274,7 @@ def test_a_file_of_another_form_is_refused(damage: str, quantizers_file: Path, t
     assert fragment in str(caught.value)
 
 
-SILENT: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
-    "a flipped bit": lambda t, _m: t["layers.0.key.levels"].view(torch.int32)[3].bitwise_xor_(1),
-    "exchanged layers": lambda t, _m: t.update(
-        {f"layers.{i}.key.scale": t[f"layers.{1 - i}.key.scale"].clone() for i in (0, 1)}
-    ),
-    "other sink tokens": lambda _t, m: m["scheme"].update(sink_tokens=5),
-    "Q-Norm": lambda _t, m: m["scheme"].update(q_norm=True),
-    "no outliers": lambda _t, m: m["scheme"].update(outliers=0.0),
-    "other weights": lambda _t, m: m.update(weights="0" * 16),
-    "no digest": lambda _t, m: m.pop("digest"),
-}
-
-
-@pytest.mark.parametrize("change", SILENT)
-def test_what_was_altered_is_refused_though_it_could_be_used(
-    change: str, quantizers_file: Path, tmp_path: Path
-) -> None:
-    path = tmp_path / "q.safetensors"
-    with safe_open(quantizers_file, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        content = json.loads(file.metadata()["kvquant"])
-    SILENT[change](tensors, content)
-    save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
-    with pytest.raises(UserError, match=r"q.safetensors' was altered after it was written.*; fit them again"):
-        load_quantizers(path)
-
-
-def test_a_file_without_a_digest_loads_with_a_note(
-    quantizers: Quantizers, quantizers_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_without_a_digest_loads_with_a_note(quantizers, quantizers_file, tmp_path, capsys) -> None:
     loaded = load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", as_schema_1))
     assert_same(loaded, quantizers)
     assert (loaded.weights, loaded.bos) == ("", None)
@@ -332,61 +286,18 @@ def test_a_file_without_a_digest_loads_with_a_note(
 @pytest.mark.parametrize(
     "content", ['{"scheme":' + "[" * 100_000, "[" * 100_000 + "]" * 100_000], ids=["in a field", "alone"]
 )
-def test_json_nested_deeply_is_one_line(content: str, tmp_path: Path) -> None:
+def test_json_nested_deeply_is_one_line(content: str, tmp_path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "q.safetensors", metadata={"kvquant": content})
     with pytest.raises(UserError, match="q.safetensors' is damaged"):
         load_quantizers(tmp_path / "q.safetensors")
 
 
-def test_rdnuq_tables_of_another_dtype_are_refused(records: Records, tmp_path: Path) -> None:
-    fit(records, Scheme.parse("rdnuq2.4")).save(tmp_path / "good.safetensors")
-    for name, dtype in (("scale", torch.float16), ("widths", torch.uint32), ("widths", torch.float32)):
-        full = f"layers.0.key.{name}"
-        path = rewrite(
-            tmp_path / "good.safetensors",
-            tmp_path / "q.safetensors",
-            lambda t, _m, full=full, dtype=dtype: t.update({full: t[full].to(dtype)}),
-        )
-        with pytest.raises(UserError, match=rf"has tensor {full} of shape \(24,\) and dtype"):
-            load_quantizers(path)
-
-
-def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "q.safetensors", metadata={"kvquant": "{not json"})
-    with pytest.raises(UserError, match="q.safetensors"):
-        load_quantizers(tmp_path / "q.safetensors")
-
-
-def test_check_model_names_the_difference(quantizers: Quantizers, llama: Any, make_model: Callable[[str], Any]) -> None:
+def test_check_model_names_the_difference(quantizers, llama, make_model) -> None:
     quantizers.check_model(llama.config)
     with pytest.raises(UserError, match="fitted for another model: architecture 'llama' against 'qwen2'"):
         quantizers.check_model(make_model("qwen2").config)
     with pytest.raises(UserError, match="heads 2 against 4"):
         quantizers.check_model(make_model("llama-yarn-mha").config)
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """No file of this process may grow beyond `limit` bytes: the operating system's refusal, as of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize("earlier", [b"", b"an earlier artefact"], ids=["new", "replaced"])
-def test_a_write_the_system_refuses_leaves_what_was_there(
-    earlier: bytes, quantizers: Quantizers, snapshot: Callable[[Path], dict[str, bytes]], tmp_path: Path
-) -> None:
-    path = tmp_path / "q.safetensors"
-    if earlier:
-        path.write_bytes(earlier)
-    before = snapshot(tmp_path)
-    with file_size_limit(1000), pytest.raises(UserError, match=r"cannot write .*q.safetensors.*free or choose another"):
-        quantizers.save(path)
-    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -400,12 +311,7 @@ def test_a_write_the_system_refuses_leaves_what_was_there(
     ids=["disk full", "over quota", "interrupted", "a bug"],
 )
 def test_a_write_that_fails_half_way_leaves_what_was_there(
-    failure: BaseException,
-    raised: type[BaseException],
-    quantizers: Quantizers,
-    snapshot: Callable[[Path], dict[str, bytes]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    failure: BaseException, raised: type[BaseException], quantizers, snapshot, tmp_path, monkeypatch
 ) -> None:
     path = tmp_path / "q.safetensors"
     quantizers.save(path)
@@ -421,7 +327,7 @@ def test_a_write_that_fails_half_way_leaves_what_was_there(
     assert snapshot(tmp_path) == before
 
 
-def test_an_earlier_artefact_is_replaced_in_one_step(quantizers: Quantizers, tmp_path: Path) -> None:
+def test_an_earlier_artefact_is_replaced_in_one_step(quantizers, tmp_path) -> None:
     """A reader that has the old file open keeps it whole: the new one takes its name, not its bytes."""
     path = tmp_path / "q.safetensors"
     path.write_bytes(b"an earlier artefact")
@@ -431,13 +337,13 @@ def test_an_earlier_artefact_is_replaced_in_one_step(quantizers: Quantizers, tmp
     assert load_quantizers(path).scheme == quantizers.scheme
 
 
-def test_saving_makes_missing_folders(quantizers: Quantizers, tmp_path: Path) -> None:
+def test_saving_makes_missing_folders(quantizers, tmp_path) -> None:
     quantizers.save(tmp_path / "new" / "folder" / "q.safetensors")
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["q.safetensors"]
 
 
 @pytest.mark.parametrize("place", ["a folder", "below a file"])
-def test_a_place_that_cannot_be_written_is_refused(place: str, quantizers: Quantizers, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused(place: str, quantizers, tmp_path) -> None:
     (tmp_path / "file").write_text("earlier")
     (tmp_path / "folder").mkdir()
     path = tmp_path / "folder" if place == "a folder" else tmp_path / "file" / "q.safetensors"

@@ -2,9 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,12 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradients.cli import UserError
-from quant.artefact import Quantizers
 from quant.evaluate import compare_logits, evaluate, main
 from quant.scheme import Scheme
 from quant.simulate import simulated
-
-MakeTokens = Callable[..., Tensor]
 
 
 def nll_by_hand(model: PreTrainedModel, windows: Tensor) -> tuple[float, int]:
@@ -36,7 +30,7 @@ def random_logits(rows: int, seed: int) -> Tensor:
     return torch.randn(rows, 31, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def test_unquantized_perplexity_is_a_plain_loops(model: PreTrainedModel, make_tokens: MakeTokens) -> None:
+def test_unquantized_perplexity_is_a_plain_loops(model, make_tokens) -> None:
     windows = make_tokens(3, 33)
     result = evaluate(model, windows, None)
     total, count = nll_by_hand(model, windows)
@@ -47,9 +41,7 @@ def test_unquantized_perplexity_is_a_plain_loops(model: PreTrainedModel, make_to
     assert (result["scheme"], result["bits_per_element"]) == ("unquantized", 32)
 
 
-def test_quantized_perplexity_is_the_simulations(
-    model: PreTrainedModel, fit_model: Callable[..., Quantizers], make_tokens: MakeTokens
-) -> None:
+def test_quantized_perplexity_is_the_simulations(model, fit_model, make_tokens) -> None:
     windows, quantizers = make_tokens(2, 33), fit_model(model, Scheme.parse("nuq2-1%"))
     result = evaluate(model, windows, quantizers)
     with simulated(model, quantizers) as usage:
@@ -95,7 +87,7 @@ def test_logits_that_are_nan_are_refused(side: str) -> None:
         compare_logits(**tensors, targets=torch.zeros(300, dtype=torch.long))
 
 
-def test_totals_add_up(make_tokens: MakeTokens) -> None:
+def test_totals_add_up(make_tokens) -> None:
     logits, baseline, targets = random_logits(300, 0), random_logits(300, 1), torch.arange(300) % 31
     whole = compare_logits(logits, baseline, targets)
     parts = compare_logits(logits[:33], baseline[:33], targets[:33]) + compare_logits(
@@ -105,13 +97,7 @@ def test_totals_add_up(make_tokens: MakeTokens) -> None:
 
 
 def test_the_command_reports_and_appends(
-    llama: PreTrainedModel,
-    llama_folder: Path,
-    text_file: Path,
-    quantizers_file: Path,
-    tokenizer: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    llama, llama_folder, text_file, quantizers_file, tokenizer, tmp_path, capsys
 ) -> None:
     rows = tmp_path / "new" / "rows.jsonl"
     arguments = ["--model", str(llama_folder), "--text", f"{text_file}:50-100", "--seqlen", "33", "--windows", "4"]
@@ -133,12 +119,12 @@ def test_the_command_reports_and_appends(
     assert "nuq3-1%" in capsys.readouterr().out
 
 
-def test_without_a_number_of_windows_all_are_evaluated(llama_folder: Path, text_file: Path) -> None:
+def test_without_a_number_of_windows_all_are_evaluated(llama_folder, text_file) -> None:
     result = main(["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "450", "--device", "cpu"])
     assert result["tokens"] == (6000 // 450) * 449
 
 
-def test_float64_is_asked_of_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float64_is_asked_of_the_cpu_only(monkeypatch) -> None:
     """Apple's GPUs have none."""
     moved: list[Tensor] = []
     double = Tensor.double

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -11,13 +10,11 @@ import pytest
 import torch
 from test_quant_artefact import rewrite
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from gradients.__main__ import main as record
 from gradients.cli import UserError
 from gradients.fisher import record_window
 from gradients.models import KINDS, KVSite, kv_sites
-from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
 from quant.codebook import int_codebook, nf_codebook
 from quant.compensate import fit_feedback
@@ -120,7 +117,7 @@ def test_outliers_and_ranges_are_chosen_by_the_numbers_themselves(form: str) -> 
         assert torch.equal(plain.zero, fed.zero)
 
 
-def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch) -> None:
     quantizer = quantizer_of("token", HEADS, DIM)
     x = torch.randn(2, 5, HEADS * DIM, generator=torch.Generator().manual_seed(4))
     whole, targets = quantizer.coded(x)
@@ -211,7 +208,7 @@ def test_feedback_that_cannot_be_is_refused(fault: str) -> None:
         Feedback(order, matrix)
 
 
-def test_moments_are_the_products_of_the_gradients(model: PreTrainedModel, make_tokens: Callable[..., Tensor]) -> None:
+def test_moments_are_the_products_of_the_gradients(model, make_tokens) -> None:
     tokens, gradients = make_tokens(12), {}
 
     def keep(site: KVSite) -> Callable[..., Tensor]:
@@ -240,7 +237,7 @@ def test_moments_are_the_products_of_the_gradients(model: PreTrainedModel, make_
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_fitted_feedback_survives_the_artefact_and_costs_no_bits(
-    name: str, records: Records, llama: PreTrainedModel, make_tokens: Callable[..., Tensor], tmp_path: Path
+    name: str, records, llama, make_tokens, tmp_path
 ) -> None:
     quantizers = fit(records, Scheme.parse(name))
     quantizers.save(tmp_path / "fb.safetensors")
@@ -254,7 +251,7 @@ def test_fitted_feedback_survives_the_artefact_and_costs_no_bits(
             assert sides[kind].feedback.matrix.any()
 
 
-def test_records_without_moments_refuse_feedback_in_one_line(records: Records) -> None:
+def test_records_without_moments_refuse_feedback_in_one_line(records) -> None:
     old = replace(records, manifest=replace(records.manifest, moment_windows=0))
     with pytest.raises(UserError, match="hold no moments of gradients.*record again"):
         fit(old, Scheme.parse("nuq3+fb"))
@@ -272,9 +269,7 @@ def test_q_norm_and_foreign_forms_refuse_feedback() -> None:
 
 
 @pytest.mark.parametrize("fault", ["order", "lower", "missing"])
-def test_artefacts_with_another_feedback_than_was_fitted_are_refused(
-    fault: str, records: Records, tmp_path: Path
-) -> None:
+def test_artefacts_with_another_feedback_than_was_fitted_are_refused(fault: str, records, tmp_path) -> None:
     path = tmp_path / "fb.safetensors"
     fit(records, Scheme.parse("nuq3+fb")).save(path)
 
@@ -291,9 +286,7 @@ def test_artefacts_with_another_feedback_than_was_fitted_are_refused(
         load_quantizers(rewrite(path, tmp_path / "changed.safetensors", change))
 
 
-def test_the_ablation_compares_every_idea_on_windows_it_has_not_seen(
-    record_arguments: list[str], records: Records, tmp_path: Path
-) -> None:
+def test_the_ablation_compares_every_idea_on_windows_it_has_not_seen(record_arguments, records, tmp_path) -> None:
     with pytest.raises(UserError, match="4 windows, 4 of moments; record at least 2, and --moment-windows beyond them"):
         ablate(["--records", str(records.folder)])
     folder, results = tmp_path / "records", tmp_path / "rows.jsonl"

@@ -1,8 +1,6 @@
 """Fitting: quantiles, sink tokens, the objective that nuq minimises, parallel and streamed fits, refusals."""
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,7 +82,7 @@ def test_quantiles_are_torchs(tokens: int, share: float) -> None:
         assert torch.equal(high, x.float().amax(0))
 
 
-def test_the_range_spans_the_quantiles(records: Records) -> None:
+def test_the_range_spans_the_quantiles(records) -> None:
     scheme = Scheme.parse("int4-2%", sink_tokens=3)
     quantizer = fit(records, scheme).layers[1]["key"]
     windows = [records.read(window, 1, "key")[0] for window in range(records.manifest.windows)]
@@ -95,7 +93,7 @@ def test_the_range_spans_the_quantiles(records: Records) -> None:
 
 
 @pytest.mark.parametrize("sinks", [1, 5])
-def test_sink_tokens_do_not_take_part(sinks: int, make_records: Callable[..., Records], tmp_path: Path) -> None:
+def test_sink_tokens_do_not_take_part(sinks: int, make_records, tmp_path) -> None:
     clean = [random_window(33, seed) for seed in range(3)]
     poisoned = [{side: (x.clone(), fisher.clone()) for side, (x, fisher) in window.items()} for window in clean]
     for window in poisoned:
@@ -109,14 +107,14 @@ def test_sink_tokens_do_not_take_part(sinks: int, make_records: Callable[..., Re
     assert one_too_few.layers[0]["key"].scale.min() > 1e3  # the poison works
 
 
-@pytest.mark.parametrize("name", ["nuq3-1%", "nf2"])
-def test_parallel_fit_is_the_serial_one(name: str, records: Records) -> None:
-    scheme = Scheme.parse(name, q_norm=True)
+@pytest.mark.parametrize(("name", "q_norm"), [("nuq3-1%", True), ("nf2", True), ("rdnuq2.5-4%", False)])
+def test_parallel_fit_is_the_serial_one(name: str, q_norm: bool, records) -> None:
+    scheme = Scheme.parse(name, q_norm=q_norm)
     assert_equal_tables(fit(records, scheme, jobs=2), fit(records, scheme, jobs=1))
 
 
 @pytest.mark.parametrize("per_channel", [True, False], ids=["channel", "token"])
-def test_streamed_fit_is_the_whole_one(per_channel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_fit_is_the_whole_one(per_channel: bool, monkeypatch) -> None:
     side = Side(
         *(x.to(dtype) for x, dtype in zip(random_window(257, 0)[0, "key"], (torch.half, torch.bfloat16), strict=True))
     )
@@ -132,7 +130,7 @@ def test_streamed_fit_is_the_whole_one(per_channel: bool, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", ["", "-1%"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_nuq_has_the_least_weighted_error(bits: int, share: str, kind: Kind, records: Records) -> None:
+def test_nuq_has_the_least_weighted_error(bits: int, share: str, kind: Kind, records) -> None:
     for layer in records.manifest.fingerprint.cached_layers:
         side = Side(*records.read_layer(layer, kind, skip_tokens=1))
         error = {}
@@ -160,7 +158,7 @@ def test_each_weighting_minimises_its_own_objective(per_channel: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["int2", "nf2-1%", "nuq2-1%"])
-def test_q_norm_matches_the_calibration_moments(name: str, kind: Kind, records: Records) -> None:
+def test_q_norm_matches_the_calibration_moments(name: str, kind: Kind, records) -> None:
     side = Side(*records.read_layer(0, kind))
     quantizer = fit_side(side, Scheme.parse(name, q_norm=True), kind == "key")
     plain = fit_side(side, Scheme.parse(name), kind == "key")
@@ -184,7 +182,7 @@ def test_q_norm_matches_the_calibration_moments(name: str, kind: Kind, records: 
     [({}, {"key"}), ({"key_axis": "token"}, set()), ({"value_axis": "channel"}, {"key", "value"})],
     ids=["default", "keys per token", "values per channel"],
 )
-def test_axes_decide_the_kind_of_range(options: dict[str, Any], channel_sides: set[str], records: Records) -> None:
+def test_axes_decide_the_kind_of_range(options: dict[str, Any], channel_sides: set[str], records) -> None:
     fitted = fit(records, Scheme.parse("nuq3-1%", **options))
     assert sorted(fitted.layers) == [0, 1]
     for sides in fitted.layers.values():
@@ -208,7 +206,7 @@ def rotated_squares_by_hand(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
-def test_keys_after_the_rotary_embedding_are_turned_as_in_their_window(sinks: int, records: Records) -> None:
+def test_keys_after_the_rotary_embedding_are_turned_as_in_their_window(sinks: int, records) -> None:
     """Every window starts at position 0; sinks are left out after that, not before."""
     scheme = Scheme.parse("nuq3-2%", key_rope="post", sink_tokens=sinks)
     tables = records.read_rope()
@@ -234,7 +232,7 @@ def test_keys_after_the_rotary_embedding_are_turned_as_in_their_window(sinks: in
             assert torch.equal(mine, stored)
 
 
-def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_keys(records: Records) -> None:
+def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_keys(records) -> None:
     scheme = Scheme.parse("nuq3-2%", key_rope="post", sink_tokens=3)
     fitted = fit(records, scheme)
     tables = records.read_rope()
@@ -251,7 +249,7 @@ def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_
             assert torch.equal(table, before["value"].tables[name])
 
 
-def test_keys_after_the_rotary_embedding_need_its_tables(make_records: Callable[..., Records], tmp_path: Path) -> None:
+def test_keys_after_the_rotary_embedding_need_its_tables(make_records, tmp_path) -> None:
     made = make_records(tmp_path, [random_window(31, 0)])
     with pytest.raises(UserError, match=r"rope.safetensors' cannot be read .*run `python -m gradients` again"):
         fit(made, Scheme.parse("nuq3-1%", key_rope="post"))
@@ -268,7 +266,7 @@ def test_matrix_quantiles_are_numpys(share: float) -> None:
 
 
 @pytest.mark.parametrize("key_axis", ["channel", "token"])
-def test_matrix_thresholds_leave_the_share_to_the_matrix(key_axis: str, records: Records) -> None:
+def test_matrix_thresholds_leave_the_share_to_the_matrix(key_axis: str, records) -> None:
     """The share holds for a layer's keys or values as a whole, and not for any channel or token."""
     scheme = Scheme.parse("nuq3-5%", thresholds="matrix", key_axis=key_axis)
     fitted = fit(records, scheme)
@@ -368,7 +366,7 @@ def encoded_zero(encoded: Encoded, axis: Axis, group: int | None) -> Tensor:
     ],
     ids=lambda value: value.describe() if isinstance(value, Scheme) else value,
 )
-def test_nuq_has_the_least_error_in_groups_too(scheme: Scheme, kind: Kind, records: Records) -> None:
+def test_nuq_has_the_least_error_in_groups_too(scheme: Scheme, kind: Kind, records) -> None:
     side = read_side(records, scheme, 1, kind)
     axis = axis_of(scheme, kind)
     x, error = side.activation.float().unflatten(0, (-1, side.sequence)), {}
@@ -381,7 +379,7 @@ def test_nuq_has_the_least_error_in_groups_too(scheme: Scheme, kind: Kind, recor
 
 
 @pytest.mark.parametrize("name", ["nuq3", "nuq3-10%"])
-def test_a_streamed_fit_never_parts_a_sequence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_streamed_fit_never_parts_a_sequence(name: str, monkeypatch) -> None:
     activation, fisher = random_window(7 * 40, 0)[0, "key"]
     side = Side(activation.half(), fisher.bfloat16(), window=40)
     scheme = Scheme.parse(name, channel_range="online", group=16, q_norm=True)
@@ -395,9 +393,7 @@ def test_a_streamed_fit_never_parts_a_sequence(name: str, monkeypatch: pytest.Mo
             assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6), table
 
 
-def test_fewer_windows_fit_as_a_smaller_recording(
-    records: Records, record_arguments: list[str], tmp_path: Path
-) -> None:
+def test_fewer_windows_fit_as_a_smaller_recording(records, record_arguments, tmp_path) -> None:
     output = ["--output", str(tmp_path / "q.safetensors")]
     result = fit_main(["--records", str(records.folder), "--scheme", "nuq3-1%", "--windows", "2", *output])
     record_main([*record_arguments, "--windows", "2", "--output", str(tmp_path / "small")])
@@ -408,14 +404,14 @@ def test_fewer_windows_fit_as_a_smaller_recording(
     assert not torch.equal(all_of_them[0, "key", "scale"], tables_of(small)[0, "key", "scale"])
 
 
-def test_more_windows_than_recorded_are_refused(records: Records, tmp_path: Path) -> None:
+def test_more_windows_than_recorded_are_refused(records, tmp_path) -> None:
     output = tmp_path / "q.safetensors"
     with pytest.raises(UserError, match="5 calibration windows .* hold 4; record more, or ask for fewer"):
         fit_main(["--records", str(records.folder), "--scheme", "nuq3", "--windows", "5", "--output", str(output)])
     assert not output.exists()
 
 
-def test_the_command_takes_presets_and_options(records: Records, tmp_path: Path) -> None:
+def test_the_command_takes_presets_and_options(records, tmp_path) -> None:
     output = tmp_path / "q.safetensors"
     arguments = ["--records", str(records.folder), "--output", str(output), "--scheme", "kivi2"]
     assert fit_main(arguments)["scheme"] == "kivi2"
@@ -431,9 +427,7 @@ def test_the_command_takes_presets_and_options(records: Records, tmp_path: Path)
 
 @pytest.mark.parametrize("what", [0, 1], ids=["activation", "fisher"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_refuses_records_that_are_not_finite(
-    poison: float, what: int, make_records: Callable[..., Records], tmp_path: Path
-) -> None:
+def test_refuses_records_that_are_not_finite(poison: float, what: int, make_records, tmp_path) -> None:
     windows = [random_window(31, seed) for seed in range(2)]
     windows[1][1, "value"][what][30, 23] = poison
     with pytest.raises(UserError, match="layer 1 value has NaN or infinite"):
@@ -441,19 +435,14 @@ def test_refuses_records_that_are_not_finite(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_refuses_records_without_a_window(jobs: int, make_records: Callable[..., Records], tmp_path: Path) -> None:
+def test_refuses_records_without_a_window(jobs: int, make_records, tmp_path) -> None:
     made = make_records(tmp_path, [random_window(31, seed) for seed in range(2)])
     made.path(1).unlink()
     with pytest.raises(UserError, match="window-00001.safetensors' is missing; run"):
         fit(made, Scheme.parse("nuq3-1%"), jobs)
 
 
-def test_refuses_more_sinks_than_tokens(records: Records) -> None:
-    with pytest.raises(UserError, match="--sink-tokens 65 leaves nothing of windows of 65 tokens"):
-        fit(records, Scheme.parse("nuq3-1%", sink_tokens=65))
-
-
-def test_one_calibration_token_is_enough(make_records: Callable[..., Records], tmp_path: Path) -> None:
+def test_one_calibration_token_is_enough(make_records, tmp_path) -> None:
     window = random_window(2, 0)
     fitted = fit(make_records(tmp_path, [window]), Scheme.parse("nuq3-1%"))
     token = window[0, "key"][0][1:].half().float()
@@ -462,7 +451,7 @@ def test_one_calibration_token_is_enough(make_records: Callable[..., Records], t
 
 
 @pytest.mark.parametrize("name", ["atom3", "flexgen3", "nuq3"])
-def test_streamed_fit_of_token_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_fit_of_token_groups(name: str, monkeypatch) -> None:
     """Chunks end with a sequence, whatever their size."""
     x = torch.randn(7 * 40, 24, generator=torch.Generator().manual_seed(0))
     side, scheme = Side(x.half(), x.square().bfloat16(), window=40), Scheme.parse(name, group=8)
@@ -473,7 +462,7 @@ def test_streamed_fit_of_token_groups(name: str, monkeypatch: pytest.MonkeyPatch
         assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_rotary_tables_of_another_length_are_refused(records: Records, tmp_path: Path) -> None:
+def test_rotary_tables_of_another_length_are_refused(records, tmp_path) -> None:
     made = Records.open(shutil.copytree(records.folder, tmp_path / "copied"))
     cos, sin = records.read_rope()
     made.write_rope(cos[:40], sin[:40])

@@ -1,9 +1,8 @@
 """Groups of 16 channels that share a width: how they are formed, priced, stored, and read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import decode_on_cpu
@@ -64,7 +63,7 @@ def test_where_groups_do_not_fit_channels_have_their_own_widths(kind: Any, dim: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_groups_are_hardly_dearer_than_the_best(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_hardly_dearer_than_the_best(kind: str, monkeypatch) -> None:
     """Groups of 2 units, of which every partition can be tried."""
     monkeypatch.setattr(grouping, "GROUP_CHANNELS", 2)
     units = rotary_pairs(12, 6)[None] if kind == "key" else np.arange(6)[None, :, None]
@@ -134,11 +133,11 @@ def wide() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module", params=["rdnuq2.5", "rdnuq2.5+fb", "rdnuq2.5-4%", "rdnuq2.5-0.5%+fb"])
-def fitted(request: pytest.FixtureRequest, wide: PreTrainedModel, fit_model: Callable[..., Quantizers]) -> Quantizers:
+def fitted(request, wide, fit_model) -> Quantizers:
     return fit_model(wide, Scheme.parse(request.param))
 
 
-def test_what_is_fitted_is_grouped_and_within_the_budget(fitted: Quantizers) -> None:
+def test_what_is_fitted_is_grouped_and_within_the_budget(fitted) -> None:
     bits = 0
     for sides in fitted.layers.values():
         for kind, quantizer in sides.items():
@@ -149,7 +148,7 @@ def test_what_is_fitted_is_grouped_and_within_the_budget(fitted: Quantizers) -> 
     assert 2.5 - 0.35 <= bits / (4 * 128) <= 2.5 + 1e-9
 
 
-def test_saved_and_loaded_is_the_same(fitted: Quantizers, tmp_path: Path) -> None:
+def test_saved_and_loaded_is_the_same(fitted, tmp_path) -> None:
     fitted.save(tmp_path / "q.safetensors")
     loaded = load_quantizers(tmp_path / "q.safetensors")
     assert loaded.scheme == fitted.scheme
@@ -175,9 +174,7 @@ def swapped(table: Tensor, one: int, other: int) -> Tensor:
         ("value", lambda places: places.flip(1).roll(8, 1), "differ in width"),
     ],
 )
-def test_another_permutation_is_refused(
-    wide: PreTrainedModel, fit_model: Callable[..., Quantizers], tmp_path: Path, place: str, change: Any, said: str
-) -> None:
+def test_another_permutation_is_refused(wide, fit_model, tmp_path, place: str, change: Any, said: str) -> None:
     """Even if the file is otherwise in order: rewritten with its digest."""
     fit_model(wide, Scheme.parse("rdnuq2.5")).save(tmp_path / "good.safetensors")
     tensors = load_file(tmp_path / "good.safetensors")
@@ -190,9 +187,7 @@ def test_another_permutation_is_refused(
         load_quantizers(tmp_path / "bad.safetensors")
 
 
-def test_rdnuq_of_before_groups_loads_as_widths_of_channels(
-    wide: PreTrainedModel, fit_model: Callable[..., Quantizers], tmp_path: Path
-) -> None:
+def test_rdnuq_of_before_groups_loads_as_widths_of_channels(wide, fit_model, tmp_path) -> None:
     """Such a file has no `groups` in its scheme, says nothing of outliers, and has no places."""
     fit_model(wide, Scheme.parse("rdnuq2.5g1-4%")).save(tmp_path / "now.safetensors")
     tensors = load_file(tmp_path / "now.safetensors")
@@ -212,9 +207,7 @@ def test_rdnuq_of_before_groups_loads_as_widths_of_channels(
 
 
 @pytest.mark.parametrize("chunk", [40, 1])
-def test_packed_is_simulated(
-    wide: PreTrainedModel, fitted: Quantizers, make_tokens: Callable[..., Tensor], chunk: int
-) -> None:
+def test_packed_is_simulated(wide, fitted, make_tokens, chunk: int) -> None:
     ids = make_tokens(1, 120, seed=3)
     with simulated(wide, fitted) as usage:
         expected = wide(input_ids=ids, use_cache=False).logits
@@ -231,9 +224,7 @@ def test_packed_is_simulated(
 
 @pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself runs")
-def test_the_decode_kernel_reads_groups(
-    wide: PreTrainedModel, fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_the_decode_kernel_reads_groups(wide, fit_model, make_tokens) -> None:
     """A step by decode.cu, as host C++, gives what the torch path gives."""
     for name in ("rdnuq2.5", "rdnuq2.5-4%"):
         layer = fit_model(wide, Scheme.parse(name)).layers[1]
@@ -249,23 +240,19 @@ def test_the_decode_kernel_reads_groups(
 
 
 @pytest.mark.parametrize("new", [1, 9])
-def test_the_general_kernels_read_groups(wide: PreTrainedModel, fit_model: Callable[..., Quantizers], new: int) -> None:
+def test_the_general_kernels_read_groups(wide, fit_model, new: int) -> None:
     """With widths that decode.cu has no words for, too."""
     layer = fit_model(wide, Scheme.parse("rdnuq4.5")).layers[1]
     assert run_case(lengths=(70,), new=new, given=(layer["key"], layer["value"])) < 2e-3
 
 
-def test_keys_that_rotate_otherwise_are_stored_by_channel(
-    wide: PreTrainedModel, fit_model: Callable[..., Quantizers]
-) -> None:
+def test_keys_that_rotate_otherwise_are_stored_by_channel(wide, fit_model) -> None:
     key = fit_model(wide, Scheme.parse("rdnuq2.5")).layers[1]["key"]
     orders = [PackedTensor(key, 1, 2, 64, torch.device("cpu"), "key", half).order for half in (32, 16)]
     assert isinstance(orders[0], GroupOrder) and isinstance(orders[1], ChannelOrder)
 
 
-def test_partly_rotated_heads_are_grouped_in_their_pairs(
-    fit_model: Callable[..., Quantizers], make_tokens: Any
-) -> None:
+def test_partly_rotated_heads_are_grouped_in_their_pairs(fit_model, make_tokens) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     half = replace(Fingerprint.of(llama_of().config), rope=str(rope).replace("'", '"')).rotary_half
     assert half == 16

@@ -20,8 +20,6 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import Axis, Scheme
 from quant.simulate import packed_tokens, simulated
 
-MakeTokens = Callable[..., Tensor]
-FitModel = Callable[..., Quantizers]
 ROUNDING = 2e-4  # absolute, on logits of size 1 to 10 in float32
 
 
@@ -210,7 +208,7 @@ POST = {
 
 @pytest.mark.parametrize("name", POST)
 def test_keys_are_quantized_after_their_rotation(
-    name: str, model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, rewriting_rotated_keys: Any
+    name: str, model, fit_model, make_tokens, rewriting_rotated_keys
 ) -> None:
     """By hand: rewrite what the model's own `apply_rotary_pos_emb` returns, in the layers whose past is cached."""
     scheme, ids = POST[name], make_tokens(2, 33, seed=5)
@@ -239,7 +237,7 @@ def test_keys_are_quantized_after_their_rotation(
 
 
 def test_allocated_keys_are_quantized_after_their_rotation(
-    llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, rewriting_rotated_keys: Any
+    llama, fit_model, make_tokens, rewriting_rotated_keys
 ) -> None:
     quantizers, ids = fit_model(llama, Scheme.parse("rdnuq2.4", key_rope="post")), make_tokens(1, 33)
 
@@ -292,9 +290,7 @@ def streaming_attention(model: PreTrainedModel, quantizers: Quantizers) -> Itera
 
 
 @pytest.mark.parametrize("name", STREAMED)
-def test_a_model_with_a_window_is_a_model_that_streams(
-    name: str, model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_model_with_a_window_is_a_model_that_streams(name: str, model, fit_model, make_tokens) -> None:
     quantizers, ids = fit_model(model, STREAMED[name]), make_tokens(1, 21, seed=6)
     plain = logits_of(model, ids)
     with streaming_attention(model, quantizers):
@@ -306,9 +302,7 @@ def test_a_model_with_a_window_is_a_model_that_streams(
 
 
 @pytest.mark.parametrize("residual", [33, 1000])
-def test_a_window_longer_than_the_sequence_changes_nothing(
-    residual: int, model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_window_longer_than_the_sequence_changes_nothing(residual: int, model, fit_model, make_tokens) -> None:
     quantizers, ids = fit_model(model, Scheme.parse("kivi2", sink_tokens=0)), make_tokens(2, 33)
     longer = Quantizers(**vars(quantizers) | {"scheme": quantizers.scheme.with_changes(residual_tokens=residual)})
     with simulated(model, longer) as usage:
@@ -321,9 +315,7 @@ def test_a_window_longer_than_the_sequence_changes_nothing(
 
 @pytest.mark.parametrize("name", ["kivi2", "atom2", "turbo2"])
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_short_sequences(
-    tokens: int, name: str, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_short_sequences(tokens: int, name: str, llama, fit_model, make_tokens) -> None:
     """One token is a sink, and two are a sink and an empty or very small group."""
     with simulated(llama, fit_model(llama, Scheme.parse(name))) as usage:
         got = logits_of(llama, make_tokens(2, tokens))
@@ -332,7 +324,7 @@ def test_short_sequences(
         assert usage.size.bits_per_element == 16
 
 
-def test_batch_rows_are_independent(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_batch_rows_are_independent(model, fit_model, make_tokens) -> None:
     quantizers, ids = fit_model(model, STREAMED["kivi"]), make_tokens(3, 33)
     changed = ids.clone()
     changed[1] = make_tokens(33, seed=9)
@@ -342,7 +334,7 @@ def test_batch_rows_are_independent(model: PreTrainedModel, fit_model: FitModel,
     assert not torch.allclose(one[1], other[1], atol=1e-2)
 
 
-def test_a_window_never_looks_ahead(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_a_window_never_looks_ahead(model, fit_model, make_tokens) -> None:
     """What comes later changes no earlier prediction: groups that a later token completes are not read before."""
     quantizers, ids = fit_model(model, STREAMED["kivi"]), make_tokens(1, 33)
     changed = ids.clone()
@@ -358,9 +350,7 @@ def marks_left(model: PreTrainedModel) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["kivi, no sinks", "per token"])
-def test_the_model_is_itself_again_afterwards(
-    name: str, model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, hook_count: Callable[..., int]
-) -> None:
+def test_the_model_is_itself_again_afterwards(name: str, model, fit_model, make_tokens, hook_count) -> None:
     quantizers, ids, hooks = fit_model(model, RESIDUALS[name]), make_tokens(1, 33), hook_count(model)
     plain, implementation = logits_of(model, ids), model.config._attn_implementation
 
@@ -381,9 +371,7 @@ def test_the_model_is_itself_again_afterwards(
     assert_itself()
 
 
-def test_another_attention_implementation_comes_back(
-    make_model: Callable[[str], PreTrainedModel], fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_another_attention_implementation_comes_back(make_model, fit_model, make_tokens) -> None:
     model, ids = make_model("qwen2"), make_tokens(1, 33)
     quantizers = fit_model(model, STREAMED["kivi"])
     with simulated(model, quantizers):
@@ -394,9 +382,7 @@ def test_another_attention_implementation_comes_back(
     assert model.config._attn_implementation == "eager"
 
 
-def test_the_models_own_scaling_is_used(
-    make_model: Callable[[str], PreTrainedModel], fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_the_models_own_scaling_is_used(make_model, fit_model, make_tokens) -> None:
     """Gemma scales by another number than the head dimension, once its config says so."""
     model, ids = make_model("gemma3"), make_tokens(1, 33)
     before = logits_of(model, ids)
@@ -409,9 +395,7 @@ def test_the_models_own_scaling_is_used(
 
 
 @pytest.mark.parametrize("scheme", [POST["atom"], STREAMED["kivi"]], ids=Scheme.describe)
-def test_layers_that_are_not_given_are_left_alone(
-    scheme: Scheme, make_model: Callable[[str], PreTrainedModel], make_tokens: MakeTokens
-) -> None:
+def test_layers_that_are_not_given_are_left_alone(scheme: Scheme, make_model, make_tokens) -> None:
     model, ids = make_model("llama"), make_tokens(1, 33)
     seen: list[tuple[Kind, tuple[int, ...]]] = []
 
@@ -430,9 +414,7 @@ def test_layers_that_are_not_given_are_left_alone(
     assert seen == [("value", (1, 33, 24))]
 
 
-def test_a_model_of_half_precision_stays_one(
-    make_model: Callable[[str], PreTrainedModel], fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_model_of_half_precision_stays_one(make_model, fit_model, make_tokens) -> None:
     model, ids = make_model("llama"), make_tokens(1, 33)
     for scheme in (STREAMED["kivi"], POST["atom"]):
         quantizers = fit_model(model, scheme)
@@ -445,11 +427,7 @@ def test_a_model_of_half_precision_stays_one(
         assert float((got.float() - expected).abs().mean()) < 0.5 * float(expected.abs().mean())
 
 
-def test_a_residual_window_takes_no_mask(
-    make_model: Callable[[str], PreTrainedModel],
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-) -> None:
+def test_a_residual_window_takes_no_mask(make_model, make_tokens, fit_model) -> None:
     model, tokens = make_model("llama"), make_tokens(1, 40)
     mask = torch.ones_like(tokens)
     with simulated(model, fit_model(model, Scheme.parse("kivi2"))):
@@ -470,9 +448,7 @@ BEFORE_ROPE = {
 
 @pytest.mark.parametrize("name", BEFORE_ROPE)
 @pytest.mark.parametrize("architecture", ["llama", "llama-yarn-mha", "qwen3", "phi3-partial", "gemma3"])
-def test_a_window_over_keys_before_rope(
-    architecture: str, name: str, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_window_over_keys_before_rope(architecture: str, name: str, fit_model, make_tokens) -> None:
     """In a single layer the last token sees what its site would hand on with all but the window rewritten."""
     config, scheme = CONFIGS[architecture](), BEFORE_ROPE[name]
     config.num_hidden_layers = 1

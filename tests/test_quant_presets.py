@@ -3,20 +3,15 @@
 import argparse
 import ast
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
 from gradients.cli import UserError
-from gradients.records import Records
-from quant.artefact import Quantizers
 from quant.fit import fit
 from quant.options import add_scheme_arguments, scheme_from
 from quant.presets import PRESETS
@@ -200,7 +195,7 @@ def test_options_change_what_they_name(name: str, arguments: list[str], fields: 
     ],
     ids=" ".join,
 )
-def test_options_of_another_form_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_another_form_are_refused(arguments: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         parsed(*arguments, name="nuq3")
     assert caught.value.code == 2
@@ -208,7 +203,7 @@ def test_options_of_another_form_are_refused(arguments: list[str], capsys: pytes
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_none_looks_at_calibration_data(name: str, records: Records) -> None:
+def test_none_looks_at_calibration_data(name: str, records) -> None:
     """All windows or one, the tables are the same."""
     scheme = Scheme.parse(f"{name}3")
     one, other = fit(records, scheme), fit(records.first(1), scheme)
@@ -219,9 +214,7 @@ def test_none_looks_at_calibration_data(name: str, records: Records) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_more_bits_stay_closer_to_the_model(
-    name: str, llama: PreTrainedModel, fit_model: Callable[..., Quantizers], make_tokens: Callable[..., Tensor]
-) -> None:
+def test_more_bits_stay_closer_to_the_model(name: str, llama, fit_model, make_tokens) -> None:
     """Groups and windows small enough for 65 tokens."""
     changes = {"kivi": {"group": 8, "residual_tokens": 8}, "atom": {"group": 16}, "flexgen": {"group": 8}}
     ids = make_tokens(1, 65, seed=4)
@@ -246,8 +239,6 @@ def test_more_bits_stay_closer_to_the_model(
         ("datafree4", {}),
     ],
 )
-def test_the_packed_cache_refuses_what_it_cannot_hold(
-    name: str, options: dict[str, Any], records: Records, llama: PreTrainedModel
-) -> None:
+def test_the_packed_cache_refuses_what_it_cannot_hold(name: str, options: dict[str, Any], records, llama) -> None:
     with pytest.raises(UserError, match="exists in simulation only"):
         PackedCache(fit(records, Scheme.parse(name, **options)), llama.config)

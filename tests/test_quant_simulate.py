@@ -1,8 +1,6 @@
 """The simulation: `decode(encode(x))` at every site and nowhere else, sinks apart, its bytes counted by hand."""
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +15,6 @@ from quant.scheme import Scheme
 from quant.simulate import RoundTrip, Usage, packed_tokens, simulated
 from quant.storage import StoredSize, exact_size, packed_size
 
-MakeTokens = Callable[..., Tensor]
-Capture = Callable[[PreTrainedModel], Any]
-FitModel = Callable[..., Quantizers]
-
 
 def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     with torch.no_grad():
@@ -28,9 +22,7 @@ def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 33, 257])
-def test_all_sinks_change_nothing_but_to_fp16(
-    tokens: int, llama: PreTrainedModel, quantizers: Quantizers, make_tokens: MakeTokens
-) -> None:
+def test_all_sinks_change_nothing_but_to_fp16(tokens: int, llama, quantizers, make_tokens) -> None:
     exact = Quantizers(**vars(quantizers) | {"scheme": quantizers.scheme.with_changes(sink_tokens=257)})
     ids = make_tokens(1, tokens)
     with simulated(llama, exact) as usage:
@@ -43,9 +35,7 @@ def test_all_sinks_change_nothing_but_to_fp16(
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 33, 257])
-def test_every_site_hands_on_its_own_round_trip(
-    tokens: int, model: PreTrainedModel, fit_model: FitModel, captured_sites: Capture, make_tokens: MakeTokens
-) -> None:
+def test_every_site_hands_on_its_own_round_trip(tokens: int, model, fit_model, captured_sites, make_tokens) -> None:
     """Layers and sides differ in scheme, so that a quantizer at the wrong site shows."""
     fitted = [fit_model(model, Scheme.parse(name, sink_tokens=3)) for name in ("nuq4-1%", "int3", "nuq2-2%", "nf3-1%")]
     quantizers = Quantizers(
@@ -70,9 +60,7 @@ def test_every_site_hands_on_its_own_round_trip(
         assert tokens <= 3 or not torch.equal(expected, x)
 
 
-def test_sliding_layers_are_left_alone(
-    model: PreTrainedModel, fit_model: FitModel, hook_count: Callable[..., int]
-) -> None:
+def test_sliding_layers_are_left_alone(model, fit_model, hook_count) -> None:
     hooks = hook_count(model)
     with simulated(model, fit_model(model, Scheme.parse("nuq3"))):
         hooked = [
@@ -84,7 +72,7 @@ def test_sliding_layers_are_left_alone(
     assert hook_count(model) == hooks
 
 
-def test_batch_rows_are_independent(model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_batch_rows_are_independent(model, fit_model, make_tokens) -> None:
     quantizers, ids = fit_model(model, Scheme.parse("nuq4-1%")), make_tokens(3, 33)
     changed = ids.clone()
     changed[1] = make_tokens(33, seed=9)
@@ -94,9 +82,7 @@ def test_batch_rows_are_independent(model: PreTrainedModel, fit_model: FitModel,
     assert not torch.allclose(one[1], other[1], atol=1e-2)
 
 
-def test_the_model_is_itself_again_afterwards(
-    model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens, hook_count: Callable[..., int]
-) -> None:
+def test_the_model_is_itself_again_afterwards(model, fit_model, make_tokens, hook_count) -> None:
     quantizers, ids, hooks = fit_model(model, Scheme.parse("nuq2")), make_tokens(1, 33), hook_count(model)
     plain = logits_of(model, ids)
     with simulated(model, quantizers):
@@ -110,9 +96,7 @@ def test_the_model_is_itself_again_afterwards(
     assert torch.equal(logits_of(model, ids), plain)
 
 
-def test_more_bits_stay_closer_to_the_model(
-    model: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_more_bits_stay_closer_to_the_model(model, fit_model, make_tokens) -> None:
     ids = make_tokens(1, 193, seed=17)  # the calibration tokens
     plain = logits_of(model, ids).log_softmax(-1)
     distances = []
@@ -124,18 +108,14 @@ def test_more_bits_stay_closer_to_the_model(
     assert 0 < distances[-1] < 0.5 * distances[0]
 
 
-def test_another_models_quantizers_are_refused(
-    quantizers: Quantizers, make_model: Callable[[str], PreTrainedModel], hook_count: Callable[..., int]
-) -> None:
+def test_another_models_quantizers_are_refused(quantizers, make_model, hook_count) -> None:
     model = make_model("qwen2")
     with pytest.raises(UserError, match="another model"), simulated(model, quantizers):
         pytest.fail("the block was entered")
     assert hook_count(model) == 0
 
 
-def test_bits_per_element_by_hand(
-    llama: PreTrainedModel, quantizers: Quantizers, captured_sites: Capture, make_tokens: MakeTokens
-) -> None:
+def test_bits_per_element_by_hand(llama, quantizers, captured_sites, make_tokens) -> None:
     """Two rows of 70 tokens: 1 sink and 69 packed ones in 2 blocks of 64 slots; C = 24, G = 2, nuq3-1%."""
     ids = make_tokens(2, 70, seed=3)
     with captured_sites(llama) as before, simulated(llama, quantizers) as usage:
@@ -164,7 +144,7 @@ def bits_of(model: PreTrainedModel, quantizers: Quantizers, ids: Tensor) -> Stor
     return usage.size
 
 
-def test_bits_of_kivi_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_bits_of_kivi_by_hand(llama, fit_model, make_tokens) -> None:
     """Two rows of 200 tokens: 1 sink, 71 beyond the window of 128; C = 24, groups of 8 tokens or channels.
 
     Keys leave the window in groups: 64 tokens are packed, in 1 block, and 136 exact. Of values 71, in 2 blocks, and 129.
@@ -183,16 +163,14 @@ def test_bits_of_kivi_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_
     [("atom4", 128, 1), ("atom3", 8, 3), ("flexgen4", 10, 3)],
     ids=["a token in one group", "three groups", "a ragged group"],
 )
-def test_bits_of_groups_by_hand(
-    name: str, group: int, groups: int, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_bits_of_groups_by_hand(name: str, group: int, groups: int, llama, fit_model, make_tokens) -> None:
     """Two rows of 70 tokens: 1 sink and 69 packed ones in 2 blocks of 64 slots; keys and values alike."""
     quantizers = fit_model(llama, Scheme.parse(name, group=group))
     side = 24 * 16 + 2 * 64 * 24 * int(quantizers.scheme.bits) + 69 * groups * (16 + 16)
     assert bits_of(llama, quantizers, make_tokens(2, 70)) == StoredSize(2 * 2 * 2 * side, 2 * 2 * 2 * 70 * 24)
 
 
-def test_bits_of_turbo_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_bits_of_turbo_by_hand(llama, fit_model, make_tokens) -> None:
     """A norm per token and head, no zeros."""
     side = 24 * 16 + 2 * 64 * 24 * 3 + 69 * 2 * 16
     assert bits_of(llama, fit_model(llama, Scheme.parse("turbo3")), make_tokens(2, 70)) == StoredSize(
@@ -200,7 +178,7 @@ def test_bits_of_turbo_by_hand(llama: PreTrainedModel, fit_model: FitModel, make
     )
 
 
-def test_bits_of_online_channels_by_hand(llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens) -> None:
+def test_bits_of_online_channels_by_hand(llama, fit_model, make_tokens) -> None:
     """2 % of outliers: ceil(69 * 1 %) = 1 at each end of a channel, ceil(24 * 1 %) = 1 at each end of a token."""
     lists = 2 * 2 * 32  # blocks, heads
     common = 24 * 16 + 2 * 64 * 24 * 4 + lists
@@ -211,9 +189,7 @@ def test_bits_of_online_channels_by_hand(llama: PreTrainedModel, fit_model: FitM
     )
 
 
-def test_bits_of_matrix_thresholds_by_hand(
-    llama: PreTrainedModel, fit_model: FitModel, captured_sites: Capture, make_tokens: MakeTokens
-) -> None:
+def test_bits_of_matrix_thresholds_by_hand(llama, fit_model, captured_sites, make_tokens) -> None:
     """Tokens differ in how many outliers they have, so they are counted."""
     quantizers, ids = fit_model(llama, Scheme.parse("nuq3-5%", thresholds="matrix")), make_tokens(1, 70, seed=3)
     with captured_sites(llama) as before, simulated(llama, quantizers) as usage:
@@ -249,9 +225,7 @@ def test_what_leaves_the_window(tokens: int, residual: int, step: int, packed: i
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 9, 33])
-def test_a_round_trip_keeps_sinks_and_window(
-    tokens: int, llama: PreTrainedModel, fit_model: FitModel, make_tokens: MakeTokens
-) -> None:
+def test_a_round_trip_keeps_sinks_and_window(tokens: int, llama, fit_model, make_tokens) -> None:
     quantizers = fit_model(llama, Scheme.parse("kivi2", group=4, residual_tokens=5, sink_tokens=3))
     x = torch.randn(2, tokens, 24, generator=torch.Generator().manual_seed(0))
     for site, step in zip(kv_sites(llama), (4, 1), strict=False):
@@ -266,7 +240,7 @@ def test_a_round_trip_keeps_sinks_and_window(
         assert end <= 3 or not torch.equal(got, x)
 
 
-def test_usage_adds_up_over_forwards(llama: PreTrainedModel, quantizers: Quantizers, make_tokens: MakeTokens) -> None:
+def test_usage_adds_up_over_forwards(llama, quantizers, make_tokens) -> None:
     sizes = []
     for ids in (make_tokens(1, 33), make_tokens(1, 65, seed=1)):
         with simulated(llama, quantizers) as usage:

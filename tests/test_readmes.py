@@ -50,7 +50,7 @@ def test_the_main_readme_stays_short() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 180
 
 
-def test_its_python_runs_as_written(llama_folder: Path, quantizers_file: Path, capsys: pytest.CaptureFixture) -> None:
+def test_its_python_runs_as_written(llama_folder, quantizers_file, capsys) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
     quickstart = re.findall(r'"(\.quickstart/[^"]*)"', code)
     assert len(quickstart) == 3

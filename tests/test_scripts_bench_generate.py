@@ -1,6 +1,5 @@
 """`python -m scripts.bench.generate` on a tiny model, and the caches it fills."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +37,7 @@ def tiny() -> PreTrainedModel:
     return random_model(CONFIG, ["cpu"], torch.float32)
 
 
-def test_everything_asked_for_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_asked_for_becomes_a_row(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("scripts.bench.generate._STEPS", (1, 2))
     results = tmp_path / "rows.jsonl"
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "nuq3-1%", "hqq4", "--device", "cpu"]
@@ -55,7 +54,7 @@ def test_everything_asked_for_becomes_a_row(tmp_path: Path, monkeypatch: pytest.
     assert len(read_rows(results)) == len(rows) and read_rows(results)[0]["commit"]
 
 
-def test_what_does_not_fit_is_a_row(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_does_not_fit_is_a_row(monkeypatch, capsys) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 137 GiB")
 
@@ -91,7 +90,7 @@ def test_copied_layers_hold_what_the_filled_one_does(scheme: str) -> None:
         assert streams.index.numel() == int(streams.counts().sum())  # no room
 
 
-def test_a_filled_cache_is_decoded_from(tiny: PreTrainedModel) -> None:
+def test_a_filled_cache_is_decoded_from(tiny) -> None:
     cache = filled_cache(synthetic_artefact(Scheme.parse("nuq3-1%"), CONFIG), CONFIG, 100, 110, CPU)
     with torch.inference_mode(), packed_attention(tiny):
         logits = tiny(input_ids=torch.tensor([[3]]), past_key_values=cache).logits
@@ -100,7 +99,7 @@ def test_a_filled_cache_is_decoded_from(tiny: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("name", ["fp16", "fp16-static"])
 @pytest.mark.parametrize("new", [1, 5])
-def test_full_caches_attend_as_the_dynamic_one(tiny: PreTrainedModel, name: str, new: int) -> None:
+def test_full_caches_attend_as_the_dynamic_one(tiny, name: str, new: int) -> None:
     ids = torch.randint(50, (1, new), generator=torch.Generator().manual_seed(1))
     logits = []
     for each in ("fp16-dynamic", name):

@@ -1,17 +1,14 @@
 """`scripts/bench/processes.py`: how commands are launched, and what is compared of one process and of several."""
 
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from gradients.cli import UserError
-from quant.results import read_rows
 from scripts.bench import processes
-from scripts.bench.processes import Finished, command_line, compare_figures, compare_files
+from scripts.bench.processes import command_line, compare_figures, compare_files
 
 
 def test_several_processes_are_started_by_a_launcher() -> None:
@@ -24,7 +21,7 @@ def test_several_processes_are_started_by_a_launcher() -> None:
     assert on_cpu[2:5] == ["torch.distributed.run", "--nproc_per_node", "3"] and on_cpu[-2:] == ["--device", "cpu"]
 
 
-def test_files_are_compared_byte_by_byte_and_by_norm(tmp_path: Path) -> None:
+def test_files_are_compared_byte_by_byte_and_by_norm(tmp_path) -> None:
     for folder, scale in (("one", 1.0), ("same", 1.0), ("near", 1.25)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "manifest.json").write_text("{}")
@@ -46,45 +43,6 @@ def test_figures_are_compared_without_speeds() -> None:
     assert compare_figures(figures, figures | {"tokens_per_second": 5.0}) == (True, 0.0)
     assert compare_figures(figures, figures | {"nll": 5.0}) == (False, 0.25)
     assert compare_figures(figures, figures | {"tokens": 4}) == (False, 0.0)
-
-
-def test_rows_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With commands that only write down what they would do."""
-    asked: list[list[str]] = []
-
-    def pretended(command: list[str]) -> Finished:
-        asked.append(command)
-        several = "torch.distributed.run" in command
-        if "--output" in command and "gradients" in command:
-            folder = Path(command[command.index("--output") + 1])
-            folder.mkdir()
-            (folder / "manifest.json").write_text("{}")
-        elif "--output" in command:
-            save_file({"levels": torch.ones(2)}, command[command.index("--output") + 1])
-        summary: dict[str, Any] = {"tokens_per_second": 150.0 if several else 100.0, "nll": 2.0}
-        if "gradients" in command:
-            summary |= {"windows": 4, "recorded_now": 2 if several else 4, "tokens_per_second": 90.0}
-        return Finished(summary, 2.0 if several else 3.0)
-
-    monkeypatch.setattr(processes, "run", pretended)
-    arguments = [
-        "--model",
-        "m",
-        "--text",
-        "t",
-        "--windows",
-        "4",
-        "--device",
-        "cpu",
-        "--results",
-        str(tmp_path / "rows"),
-    ]
-    processes.main(arguments)
-    rows = read_rows(tmp_path / "rows")
-    assert [row["command"] for row in rows] == ["gradients", "quant.fit", "quant.evaluate", "deployment.evaluate"]
-    assert [row.get("speedup") for row in rows] == [2.0, None, 1.5, 1.5] and all(row["identical"] for row in rows)
-    assert all(row["world_size"] == 2 and row["commit"] for row in rows) and len(asked) == 8
-    assert [("torch.distributed.run" in command) for command in asked] == [0, 1, 0, 0, 0, 1, 0, 1]
 
 
 def test_a_commands_own_words_are_passed_on() -> None:

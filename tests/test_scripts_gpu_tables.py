@@ -1,7 +1,6 @@
 """What becomes of rows measured on GPUs: tables, and the plot of microseconds against context."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,7 +125,7 @@ def test_a_device_has_a_line_for_each_scheme_and_dtype() -> None:
     assert device_table([row])[1][0][-1] == ""
 
 
-def test_the_plot_shows_times_and_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plot_shows_times_and_limits(tmp_path, monkeypatch) -> None:
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, _path: drawn.append(figure))

@@ -4,7 +4,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Sequence
-from itertools import combinations, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from gradients.models import KINDS
 from gradients.records import Records
 from gradients.rope import rotate
 from quant.fit import fit
-from quant.quantizer import token_range
 from quant.scheme import Scheme
 from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
 
@@ -26,7 +25,7 @@ Draw = Callable[..., tuple[Any, dict[str, Any]]]
 
 
 @pytest.fixture
-def draw(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Draw:
+def draw(monkeypatch, tmp_path) -> Draw:
     """`draw(command, *arguments)` runs a command and returns (its figure, its JSON summary); the PNG was looked at."""
     pytest.importorskip("matplotlib")
     drawn = []
@@ -96,7 +95,7 @@ ROWS = [
 
 
 @pytest.fixture
-def rows_file(tmp_path: Path) -> Callable[[Sequence[dict[str, Any]]], Path]:
+def rows_file(tmp_path) -> Callable[[Sequence[dict[str, Any]]], Path]:
     def write(rows: Sequence[dict[str, Any]]) -> Path:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -120,7 +119,7 @@ def test_a_method_is_a_scheme_without_its_bits(scheme: str, method: str) -> None
     assert plot_methods.method_of(scheme) == method
 
 
-def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None:
+def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
     figure, summary = draw(plot_methods, "--results", str(rows_file(ROWS)))
     (place,) = figure.axes
     lines = {line.get_label(): line for line in place.lines}
@@ -138,25 +137,6 @@ def test_a_line_joins_the_widths_of_a_method(draw: Draw, rows_file: Any) -> None
     assert len(set(looks)) == len(looks)
 
 
-def test_axes_and_labels_of_methods(draw: Draw, rows_file: Any) -> None:
-    figure, _ = draw(plot_methods, "--results", str(rows_file(ROWS)))
-    (place,) = figure.axes
-    assert place.get_yscale() == "log" and "bits" in place.get_xlabel() and "NLL" in place.get_ylabel()
-    assert place.get_xlim()[1] == 9 and place.get_xticks().tolist() == list(range(2, 10))
-    assert "tiny, words.txt, windows of 65 tokens" in place.get_title(loc="left")
-    assert {line.get_label() for line in place.lines} <= set(texts(place))
-    from matplotlib.text import Text
-
-    boxes = [Text.get_window_extent(text) for text in place.texts]  # an annotation's own includes its arrow
-    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
-    assert all(place.bbox.x0 <= box.x0 and box.x1 <= place.bbox.x1 for box in boxes)
-    lines = {line.get_label(): line.get_ydata()[0] for line in place.lines}
-    column = [text for text in place.texts if text.get_ha() == "right"]
-    assert len(column) == 8
-    by_height = sorted(column, key=lambda text: Text.get_window_extent(text).y0)
-    assert sorted(column, key=lambda text: lines[text.get_text()]) == by_height
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -166,7 +146,7 @@ def test_axes_and_labels_of_methods(draw: Draw, rows_file: Any) -> None:
         ([row("two bits", 2.0, 0.1)], "two bits"),
     ],
 )
-def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file: Any, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
         plot_methods.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
@@ -193,7 +173,7 @@ def keys_after_rope(records: Records, layer: int) -> torch.Tensor:
     return torch.cat(turned)
 
 
-def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> None:
+def test_key_ranges_are_those_of_the_channels(draw, records) -> None:
     figure, summary = draw(plot_key_ranges, "--records", str(records.folder), "--layer", "1")
     before, after = figure.axes
     assert before.get_ylim() == after.get_ylim()
@@ -210,7 +190,7 @@ def test_key_ranges_are_those_of_the_channels(draw: Draw, records: Records) -> N
     assert labels == ["minimum to maximum", "0.5 % to 99.5 % of the tokens, centre in white"]
 
 
-def test_fisher_is_drawn_by_layer(draw: Draw, records: Records) -> None:
+def test_fisher_is_drawn_by_layer(draw, records) -> None:
     figure, summary = draw(plot_fisher, "--records", str(records.folder), "--sink-tokens", "2")
     (place,) = figure.axes
     assert place.get_yscale() == "log"
@@ -233,7 +213,7 @@ def tick_rows(place: Any) -> dict[str, list[float]]:
     return rows
 
 
-def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
+def test_levels_are_the_fitted_ones(draw, records) -> None:
     figure, summary = draw(
         plot_levels, "--records", str(records.folder), "--layer", "1", "--schemes", "nuq3-1%", "rdnuq3.4"
     )
@@ -254,22 +234,6 @@ def test_levels_are_the_fitted_ones(draw: Draw, records: Records) -> None:
         assert [line.get_xdata()[0] for line in place.lines] == [-1, 1]
 
 
-def test_densities_of_values_are_those_of_the_records(draw: Draw, records: Records) -> None:
-    figure, summary = draw(plot_levels, "--records", str(records.folder), "--layer", "0", "--schemes", "nuq2-1%")
-    plain, weighted = (patch.get_data().values for patch in figure.axes[1].patches)
-    x, fisher = (part.float() for part in records.read_layer(0, "value", skip_tokens=1))
-    outliers, scale, _ = token_range(x, 0.01)
-    inside = (plot_levels.EDGES[:-1] >= -1) & (plot_levels.EDGES[1:] <= 1)
-    widths = np.diff(plot_levels.EDGES)[inside]
-    kept = outliers.float().mean().item()
-    assert summary["rows"][1]["outliers"] == pytest.approx(kept)
-    assert (plain[inside] * widths).sum() == pytest.approx(1 - kept)
-    weights = (fisher * scale.float().square()).double()
-    inliers = (weights * ~outliers).sum() / weights.sum()
-    assert (weighted[inside] * widths).sum() == pytest.approx(inliers.item())
-    assert not np.allclose(plain, weighted)
-
-
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -281,7 +245,7 @@ def test_densities_of_values_are_those_of_the_records(draw: Draw, records: Recor
     ],
 )
 def test_bad_arguments_are_refused_and_write_nothing(
-    command: Any, arguments: list[str], message: str, records: Records, tmp_path: Path
+    command: Any, arguments: list[str], message: str, records, tmp_path
 ) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
@@ -293,7 +257,7 @@ def test_bad_arguments_are_refused_and_write_nothing(
 
 
 @pytest.mark.parametrize("command", [plot_methods, plot_key_ranges, plot_levels, plot_fisher])
-def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     name = command.__name__.split("plot_")[1]
     needed = {"methods": [], "fisher": ["--records", "."], "key_ranges": ["--records", ".", "--layer", "0"]}
@@ -301,16 +265,6 @@ def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=r"plots need matplotlib.*\[plots\]"):
         command.main([*needed[name], "--output", str(tmp_path / "none.png")])
     assert not list(tmp_path.iterdir())
-
-
-def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name in ("one.png", "two.png"):
-        with figures.style():
-            figure, [[place]] = figures.panels(1, 1, (2, 2))
-            place.plot([1, 2], [3, 4])
-            figures.save(figure, tmp_path / name)
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
 
 
 @pytest.mark.parametrize(

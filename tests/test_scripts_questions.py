@@ -6,7 +6,6 @@ from collections import Counter
 from itertools import permutations, product
 
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from gradients.cli import UserError
 from quant.prompts import Prompter
@@ -19,7 +18,7 @@ LONG = {"cwe": 6500, "fwe": 900, "niah_multiquery": 900}  # what a byte for a to
 
 
 @pytest.fixture
-def prompter(tokenizer: PreTrainedTokenizerFast) -> Prompter:
+def prompter(tokenizer) -> Prompter:
     return Prompter(tokenizer)
 
 
@@ -54,7 +53,7 @@ def test_needles_lie_between_sentences_at_their_depth(depth: float) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "depth"), list(product([400, 511, 2000], [0, 0.5, 1])))
-def test_needle_questions(tokens: int, depth: float, prompter: Prompter) -> None:
+def test_needle_questions(tokens: int, depth: float, prompter) -> None:
     task = NeedleTask(tokens=tokens, depth=depth, seed=5)
     sample = task.sample(prompter)
     assert len(sample.prompt) == tokens
@@ -70,14 +69,14 @@ def test_needle_questions(tokens: int, depth: float, prompter: Prompter) -> None
     assert not any(word in hay.replace(hidden, "") for word in sample.expected)
 
 
-def test_a_needle_in_a_text_of_ones_own(prompter: Prompter) -> None:
+def test_a_needle_in_a_text_of_ones_own(prompter) -> None:
     source = "All work and no play. " * 3
     text = prompter.tokenizer.decode(NeedleTask(tokens=600, depth=0.5, seed=0, source=source).sample(prompter).prompt)
     assert text.count("no play") > 10
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_ruler_questions(task: str, prompter: Prompter) -> None:
+def test_ruler_questions(task: str, prompter) -> None:
     least = LONG.get(task, 600)
     for tokens, seed in product((least, least + 1, 3 * least), (0, 1)):
         sample = TASKS[task](prompter, tokens, seed)
@@ -104,7 +103,7 @@ def text_of(task: str, prompter: Prompter, tokens: int = 3000) -> tuple[str, tup
         ("niah_multiquery", 4, 1, 4),
     ],
 )
-def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: int, prompter: Prompter) -> None:
+def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: int, prompter) -> None:
     text, expected = text_of(task, prompter)
     stated = re.findall(r"The special number of (\S+) is (\d{7})\.", text)
     assert len(stated) == keys * values and len({name for name, _ in stated}) == keys
@@ -114,7 +113,7 @@ def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: in
     assert list(expected) == [number for name in names for key, number in stated if key == name]
 
 
-def test_a_chain_of_variables(prompter: Prompter) -> None:
+def test_a_chain_of_variables(prompter) -> None:
     text, expected = text_of("vt", prompter)
     value: dict[str, str] = {}
     for name, source in re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)\.", text):
@@ -123,7 +122,7 @@ def test_a_chain_of_variables(prompter: Prompter) -> None:
     assert tuple(value) == expected and set(value.values()) == {number} and len(value) == 5
 
 
-def test_common_words(prompter: Prompter) -> None:
+def test_common_words(prompter) -> None:
     for tokens in (6500, 12_000):
         text, expected = text_of("cwe", prompter, tokens)
         counts = Counter(re.findall(r"\d+\. (\S+)", text))
@@ -133,7 +132,7 @@ def test_common_words(prompter: Prompter) -> None:
     assert common[0][1] == 30 and counts.most_common(11)[10][1] == 3
 
 
-def test_frequent_words(prompter: Prompter) -> None:
+def test_frequent_words(prompter) -> None:
     text, expected = text_of("fwe", prompter)
     counts = Counter(text.split("\n\n")[1].split())
     assert [word for word, _ in counts.most_common(3)] == list(expected)
@@ -151,6 +150,6 @@ def test_no_name_hides_in_another() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_too_short_for_the_task(task: str, prompter: Prompter) -> None:
+def test_too_short_for_the_task(task: str, prompter) -> None:
     with pytest.raises(UserError, match="more than the 100 asked for|raise --lengths"):
         TASKS[task](prompter, 100, 0)

@@ -1,17 +1,17 @@
 """The paper's tables as data and as rows: every cell can be run, is run once, and stands beside the paper's figure."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from gradients.records import Records
+import scripts.reproduce_tables
+from gradients.__main__ import main as record_main
+from gradients.cli import UserError
 from quant.results import read_rows
+from scripts.bench.fit_shape import main as fit_shape_main
 from scripts.bench.overhead import main as overhead_main
 from scripts.experiments.paper_tables import MODELS, TABLES, Table, corpus_table
-from scripts.reproduce_tables import paper_model
-
-Command = Callable[..., list[str]]
+from scripts.reproduce_tables import main, paper_model
 
 
 @pytest.mark.parametrize("table", [*TABLES, corpus_table(["c4"])], ids=lambda table: table.name)
@@ -53,12 +53,73 @@ def test_the_papers_models_are_recognised(name: str, expected: str | None) -> No
 
 
 @pytest.fixture
-def command(llama_folder: Path, text_file: Path, records: Records, tmp_path: Path) -> Command:
+def command(llama_folder, text_file, records, tmp_path) -> Callable[..., list[str]]:
     """The command line for some tables on the tiny Llama."""
 
     def build(*options: str) -> list[str]:
-        assert len(read_rows(tmp_path / "shape.jsonl")) == 2
+        where = ["--model", str(llama_folder), "--records", str(records.folder), "--text", f"{text_file}:50-100"]
+        return [*where, "--seqlen", "33", "--windows", "2", "--results", str(tmp_path / "tables.jsonl"), *options]
 
+    return build
+
+
+def test_every_cell_gets_one_row_and_shares_equal_evaluations(command, tmp_path) -> None:
+    assert main(command("--tables", "ranges", "outliers", "datatypes"))["rows_added"] == 4 + 9 + 5
+    rows = read_rows(tmp_path / "tables.jsonl")
+    by_cell = {(row["table"], row["cell"]): row for row in rows}
+    assert len(by_cell) == len(rows)
+    equal = (("ranges", "nuq3, calibrated"), ("outliers", "none"), ("datatypes", "nuq3, Fisher s^2"))
+    same = [by_cell[cell] for cell in equal]
+    assert len({row["nll"] for row in same}) == 1 and same[0]["scheme"] == "nuq3 sink_tokens=0"
+    assert by_cell["ranges", "nuq3, online"]["nll"] != same[0]["nll"]
+    assert all(row["paper"] is None and row["baseline_nll"] == rows[0]["baseline_nll"] for row in rows)
+
+
+def test_a_rerun_runs_only_what_is_missing(command, tmp_path, monkeypatch) -> None:
+    real, calls = scripts.reproduce_tables.evaluate_many, []
+
+    def stop_at_second(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scripts.reproduce_tables, "evaluate_many", stop_at_second)
+        with pytest.raises(KeyboardInterrupt):
+            main(command("--tables", "sinks"))
+    kept = read_rows(tmp_path / "tables.jsonl")
+    assert 0 < len(kept) < 8
+    assert main(command("--tables", "sinks"))["rows_added"] == 8 - len(kept)
+    assert main(command("--tables", "sinks"))["rows_added"] == 0
+    assert read_rows(tmp_path / "tables.jsonl")[: len(kept)] == kept
+
+
+def test_other_lengths_cover_the_same_text(command) -> None:
+    arguments = scripts.reproduce_tables.Namespace(windows=2, seqlen=64)
+    assert [scripts.reproduce_tables.windows_of(seqlen, arguments) for seqlen in (16, 256)] == [8, 1]
+
+
+def test_another_corpus_gets_rows_of_its_own(command, record_arguments, tmp_path) -> None:
+    record_main([*record_arguments, "--seed", "5", "--output", str(tmp_path / "other")])
+    added = main(command("--tables", "corpora", "--other-records", f"noise={tmp_path / 'other'}"))["rows_added"]
+    rows = {row["cell"]: row for row in read_rows(tmp_path / "tables.jsonl")}
+    assert added == len(rows) == 4
+    assert rows["nuq3-1%, calibrated on noise"]["nll"] != rows["nuq3-1%, calibrated on the main text"]["nll"]
+
+
+def test_bad_input_is_refused_by_name(command, llama_folder) -> None:
+    with pytest.raises(UserError, match=r"'c4' is not of the form NAME=FOLDER"):
+        main(command("--other-records", "c4"))
+    with pytest.raises(UserError, match="--results is needed"):
+        main(["--model", str(llama_folder), "--records", "r", "--text", "pydoc"])
+
+
+def test_benchmarks_of_fit_and_overhead_write_their_rows(llama_folder, text_file, tmp_path) -> None:
+    """What they measure is not for a test."""
+    shape = ["--heads", "2", "--head-dim", "8", "--windows", "2", "--seqlen", "64", "--jobs", "1"]
+    (row, _) = fit_shape_main([*shape, "--results", str(tmp_path / "shape")])["rows"]
+    assert row["scaled_minutes"] == pytest.approx(row["seconds"] * 16 / 60) and len(read_rows(tmp_path / "shape")) == 2
     where = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "2", "--results"]
     for what, schemes in (("recording", [None]), ("simulation", ["nuq3-1%", "rdnuq3.4"])):
         overhead_main([what, *where, str(tmp_path / what)])

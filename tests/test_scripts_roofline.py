@@ -30,7 +30,7 @@ def test_the_slowest_resource_is_the_bound(stored: float, instructions: float, b
     assert row["issue_us"] == pytest.approx(1e6 * instructions / 1280, rel=1e-4)
 
 
-def test_rows_put_shape_scheme_and_counts_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_put_shape_scheme_and_counts_together(monkeypatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def compile_for(*arguments: Any, outliers: float) -> dict[str, float]:

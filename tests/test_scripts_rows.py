@@ -10,7 +10,6 @@ import pytest
 from conftest import REPOSITORY
 
 from gradients.cli import UserError
-from gradients.records import Records
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
 from scripts import sweep_schemes
@@ -45,7 +44,7 @@ def test_every_script_has_a_line_in_their_readme() -> None:
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
-def test_help_calls_a_script_by_the_name_it_is_run_by(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_calls_a_script_by_the_name_it_is_run_by(path: Path, capsys) -> None:
     module = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
     imported = importlib.import_module(module)
     with pytest.raises(SystemExit, match="0"):
@@ -54,7 +53,7 @@ def test_help_calls_a_script_by_the_name_it_is_run_by(path: Path, capsys: pytest
     assert f" -m {module}" in imported.__doc__
 
 
-def test_quickstart_table_has_bytes_and_changes(records: Records) -> None:
+def test_quickstart_table_has_bytes_and_changes(records) -> None:
     result = {"scheme": "nuq3-1%", "bits_per_element": 3.5, "perplexity": 11.0, "baseline_nll": math.log(10), "kl": 0.1}
     plain, quantized = table_rows([result], records.manifest.fingerprint)
     elements = 2 * 2 * 24  # keys and values, layers, C
@@ -63,9 +62,7 @@ def test_quickstart_table_has_bytes_and_changes(records: Records) -> None:
     assert quantized["change_percent"] == pytest.approx(10)
 
 
-def test_a_sweep_runs_only_what_is_missing(
-    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path
-) -> None:
+def test_a_sweep_runs_only_what_is_missing(llama_folder, text_file, records, tmp_path) -> None:
     results = tmp_path / "rows.jsonl"
     arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
     arguments += [str(text_file), "--seqlen", "65", "--windows", "2", "--results", str(results), "--schemes"]
@@ -79,9 +76,7 @@ def test_a_sweep_runs_only_what_is_missing(
     assert sweep_main([*arguments, "int4", "--sink-tokens", "0"])["rows_added"] == 1
 
 
-def test_an_interrupted_sweep_goes_on(
-    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_sweep_goes_on(llama_folder, text_file, records, tmp_path, monkeypatch) -> None:
     results, whole = tmp_path / "rows.jsonl", sweep_schemes.evaluate_many
     arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
     arguments += [str(text_file), "--seqlen", "33", "--windows", "2", "--results", str(results), "--together", "2"]
@@ -103,9 +98,7 @@ def test_an_interrupted_sweep_goes_on(
     assert [row["scheme"] for row in read_rows(results)] == ["int2", "int3", "int4"]
 
 
-def test_a_sweep_of_fewer_calibration_windows_is_another(
-    llama_folder: Path, text_file: Path, records: Records, tmp_path: Path
-) -> None:
+def test_a_sweep_of_fewer_calibration_windows_is_another(llama_folder, text_file, records, tmp_path) -> None:
     results = tmp_path / "rows.jsonl"
     arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
     arguments += [str(text_file), "--seqlen", "33", "--windows", "2", "--results", str(results), "--schemes", "nuq2"]
@@ -120,7 +113,7 @@ def test_a_sweep_of_fewer_calibration_windows_is_another(
         sweep_main([*arguments, "--calibration-windows", "5"])
 
 
-def test_rows_say_where_they_come_from(tmp_path: Path) -> None:
+def test_rows_say_where_they_come_from(tmp_path) -> None:
     append_row(tmp_path / "deep" / "rows.jsonl", {"figure": 1.5})
     append_row(None, {"figure": 2.5})
     row = json.loads((tmp_path / "deep" / "rows.jsonl").read_text())

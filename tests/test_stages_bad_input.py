@@ -1,11 +1,9 @@
-"""Every line of the issue's "Bad input" that concerns recording, fitting and simulated evaluation.
+"""Bad input to recording, fitting and simulated evaluation; files that were damaged are test_stages_mutations.py's.
 
 Each command is called as `python -m` calls it, must refuse with a message that names the thing, the value and the
 remedy, and must leave every earlier file as it was.
 """
 
-import json
-import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,22 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import GPT2Config
 
 import gradients.__main__
 import quant.evaluate
 import quant.fit
-from gradients.checked import checksum, digest_of
 from gradients.cli import UserError
-from gradients.records import Records
-from quant.artefact import Quantizers
-
-Snapshot = Callable[[Path], dict[str, bytes]]
-MakeModel = Callable[[str], Any]
-SaveModel = Callable[[Any, Path], Path]
 
 
 @dataclass(frozen=True)
@@ -64,16 +52,14 @@ class Workspace:
 
 
 @pytest.fixture
-def workspace(
-    records: Records, quantizers_file: Path, llama_folder: Path, text_file: Path, tmp_path: Path
-) -> Workspace:
+def workspace(records, quantizers_file, llama_folder, text_file, tmp_path) -> Workspace:
     shutil.copytree(records.folder, tmp_path / "records")
     shutil.copy(quantizers_file, tmp_path / "q.safetensors")
     return Workspace(tmp_path, llama_folder, text_file)
 
 
 @pytest.fixture
-def refuses(workspace: Workspace, snapshot: Snapshot) -> Callable[..., None]:
+def refuses(workspace, snapshot) -> Callable[..., None]:
     """Assert that a command refuses, with all `fragments` in one message, and changes no file."""
 
     def check(command: Callable[..., Any], *options: str, fragments: list[str], error: type = UserError) -> None:
@@ -91,21 +77,21 @@ def commands_with_a_model(workspace: Workspace) -> list[Callable[..., Any]]:
     return [workspace.record, workspace.evaluate]
 
 
-def test_the_workspace_is_sound(workspace: Workspace) -> None:
+def test_the_workspace_is_sound(workspace) -> None:
     """What the other tests spoil works when it is left alone."""
     assert workspace.record()["recorded_now"] == 2
     assert workspace.evaluate()["tokens"] == 64
     assert workspace.fit()["layers"] == 2
 
 
-def test_unsupported_architecture(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_unsupported_architecture(workspace, refuses) -> None:
     GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(workspace.root / "gpt2")
     fragments = ["'gpt2'", "add a row for it to SITES in gradients/models.py", "llama", "phi3"]
     for command in commands_with_a_model(workspace):
         refuses(command, "--model", str(workspace.root / "gpt2"), fragments=fragments, error=NotImplementedError)
 
 
-def test_unknown_architecture(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_unknown_architecture(workspace, refuses) -> None:
     (workspace.root / "new-model").mkdir()
     (workspace.root / "new-model" / "config.json").write_text('{"model_type": "nonesuch"}')
     for command in commands_with_a_model(workspace):
@@ -121,7 +107,7 @@ def test_unknown_architecture(workspace: Workspace, refuses: Callable[..., None]
 @pytest.mark.parametrize(
     "damage", ["no such folder", "no such hub id", "empty folder", "no weights", "config not JSON"]
 )
-def test_missing_model(damage: str, workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_missing_model(damage: str, workspace, refuses) -> None:
     folder = workspace.root / "model"
     name = "nobody/nothing-of-this-name" if damage == "no such hub id" else str(folder)
     if damage == "empty folder":
@@ -136,14 +122,14 @@ def test_missing_model(damage: str, workspace: Workspace, refuses: Callable[...,
         refuses(command, "--model", name, fragments=[name, "give a hub id that is reachable, or a local folder"])
 
 
-def test_damaged_weights(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_damaged_weights(workspace, refuses) -> None:
     folder = Path(shutil.copytree(workspace.model, workspace.root / "model"))
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     refuses(workspace.record, "--model", str(folder), fragments=[str(folder)])
 
 
-def test_gguf_that_is_missing_or_ambiguous(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_gguf_that_is_missing_or_ambiguous(workspace, refuses) -> None:
     folder = workspace.root / "gguf"
     folder.mkdir()
     missing = str(folder / "none.gguf")
@@ -154,15 +140,15 @@ def test_gguf_that_is_missing_or_ambiguous(workspace: Workspace, refuses: Callab
 
 
 @pytest.mark.parametrize("option", [["--dtype", "int8"], ["--dtype", "float99"], ["--dtype", "nn"]])
-def test_unknown_dtype(option: list[str], workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_unknown_dtype(option: list[str], workspace, refuses) -> None:
     refuses(workspace.record, *option, fragments=["dtype", repr(option[1]), "use auto, float32, bfloat16 or float16"])
 
 
-def test_unknown_device(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_unknown_device(workspace, refuses) -> None:
     refuses(workspace.record, "--device", "abacus", fragments=["device", "abacus"])
 
 
-def test_missing_text(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_missing_text(workspace, refuses) -> None:
     for command in commands_with_a_model(workspace):
         name = str(workspace.root / "none.txt")
         refuses(
@@ -173,7 +159,7 @@ def test_missing_text(workspace: Workspace, refuses: Callable[..., None]) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\t "], ids=["empty", "blank"])
-def test_empty_text(content: bytes, workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_empty_text(content: bytes, workspace, refuses) -> None:
     (workspace.root / "empty.txt").write_bytes(content)
     for command in commands_with_a_model(workspace):
         refuses(
@@ -181,7 +167,7 @@ def test_empty_text(content: bytes, workspace: Workspace, refuses: Callable[...,
         )
 
 
-def test_text_of_another_encoding(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_text_of_another_encoding(workspace, refuses) -> None:
     (workspace.root / "latin.txt").write_bytes(b"abc \xe9t\xe9 " * 100)
     refuses(
         workspace.record,
@@ -192,9 +178,7 @@ def test_text_of_another_encoding(workspace: Workspace, refuses: Callable[..., N
 
 
 @pytest.mark.parametrize("corpus", ["wikitext2", "c4", "ptb"])
-def test_unreachable_corpus(
-    corpus: str, workspace: Workspace, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_corpus(corpus: str, workspace, refuses, monkeypatch) -> None:
     import datasets
 
     def offline(*_args: object, **_options: object) -> None:
@@ -206,7 +190,7 @@ def test_unreachable_corpus(
     )
 
 
-def test_text_shorter_than_a_window(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_text_shorter_than_a_window(workspace, refuses) -> None:
     path = workspace.root / "short.txt"
     path.write_text("x" * 65)
     fragments = ["short.txt", "has 65 tokens", "(66)", "lower --seqlen (now 65)"]
@@ -216,7 +200,7 @@ def test_text_shorter_than_a_window(workspace: Workspace, refuses: Callable[...,
     refuses(workspace.evaluate, "--windows", "99", fragments=["holds 92 windows", "99", "lower --windows to 92"])
 
 
-def test_seqlen_beyond_the_models_positions(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_seqlen_beyond_the_models_positions(workspace, refuses) -> None:
     for command in commands_with_a_model(workspace):
         refuses(
             command, "--seqlen", "513", fragments=["--seqlen 513", "512 positions", str(workspace.model), "lower it"]
@@ -224,23 +208,12 @@ def test_seqlen_beyond_the_models_positions(workspace: Workspace, refuses: Calla
         refuses(command, "--seqlen", "1", fragments=["--seqlen 1", "at least 2"])
 
 
-def test_missing_records(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_missing_records(workspace, refuses) -> None:
     missing = str(workspace.root / "none")
     refuses(workspace.fit, "--records", missing, fragments=[missing, "no manifest.json", "run `python -m gradients"])
 
 
-def test_records_of_another_corpus_or_model(
-    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
-) -> None:
-    into = ["--output", str(workspace.records)]
-    part = ["--text", f"{workspace.text}:0-50"]
-    fragments = [str(workspace.records), "belongs to another run", "give another --output or delete the folder"]
-    refuses(workspace.record, *into, *part, fragments=[*fragments, "words.txt:0-50"])
-    other = save_model(make_model("llama-yarn-mha"), workspace.root / "mha")
-    refuses(workspace.record, *into, "--model", str(other), fragments=[*fragments, "heads 2 against 4"])
-
-
-def test_damaged_windows(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_damaged_windows(workspace, refuses) -> None:
     path = workspace.records / "window-00002.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
@@ -252,79 +225,7 @@ def test_damaged_windows(workspace: Workspace, refuses: Callable[..., None]) -> 
     refuses(workspace.fit, fragments=[str(path), "is missing", "run `python -m gradients` again"])
 
 
-def test_quantizers_of_another_model(
-    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
-) -> None:
-    other = save_model(make_model("qwen2"), workspace.root / "qwen2")
-    fragments = [
-        "another model",
-        "architecture 'llama' against 'qwen2'",
-        "record and fit for this model, or give --model",
-    ]
-    refuses(workspace.evaluate, "--model", str(other), fragments=fragments)
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
-    """Change an artefact's tensors or metadata in place."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-        content = json.loads(file.metadata()["kvquant"])
-    change(tensors, content)
-    content["checksums"] = {name: checksum(tensor) for name, tensor in tensors.items()}
-    content["digest"] = digest_of(content)
-    save_file(tensors, path, metadata={"kvquant": json.dumps(content)})
-
-
-def test_quantizers_of_another_schema_or_without_a_layer(workspace: Workspace, refuses: Callable[..., None]) -> None:
-    path = str(workspace.quantizers)
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=7))
-    refuses(workspace.evaluate, fragments=[path, "schema 7", "reads 2", "fit them again"])
-    rewrite(workspace.quantizers, lambda _tensors, content: content.update(schema=2))
-    rewrite(workspace.quantizers, lambda tensors, _content: tensors.pop("layers.1.value.levels"))
-    refuses(workspace.evaluate, fragments=[path, "layers.1.value.levels", "fit them again"])
-
-
-def test_missing_quantizers(workspace: Workspace, refuses: Callable[..., None]) -> None:
-    missing = str(workspace.root / "none.safetensors")
-    refuses(
-        workspace.evaluate, "--quantizers", missing, fragments=[missing, "fit them again with `python -m quant.fit`"]
-    )
-
-
-class Payload:
-    """Unpickling this creates a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, (str(self.path), "w")
-
-
-def test_pickled_quantizers(workspace: Workspace, refuses: Callable[..., None], tmp_path_factory: Any) -> None:
-    witness = tmp_path_factory.mktemp("witness") / "unpickled"
-    path = workspace.root / "quantizers.pickle"
-    path.write_bytes(pickle.dumps({"model.layers.0.self_attn.k_proj": Payload(witness)}))
-    fragments = [str(path), "pickles are never loaded", "fit them again with `python -m quant.fit`"]
-    refuses(workspace.evaluate, "--quantizers", str(path), fragments=fragments)
-    assert not witness.exists()
-
-
-@pytest.mark.parametrize(
-    ("name", "fragments"),
-    [
-        ("kvquant", ["'kvquant'", "{int|nf|nuq}BITS[-P%]", "nuq3-1%"]),
-        ("nuq3-1", ["'nuq3-1'", "nuq3-1%"]),
-        ("fp3", ["'fp'", "int, nf, nuq"]),
-        ("nuq16", ["bits 16", "1-8"]),
-        ("nuq3-60%", ["60.00%", "0-10%"]),
-    ],
-)
-def test_unknown_scheme(name: str, fragments: list[str], workspace: Workspace, refuses: Callable[..., None]) -> None:
-    refuses(workspace.fit, "--scheme", name, fragments=["scheme", *fragments])
-
-
-def test_options_out_of_range(workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_options_out_of_range(workspace, refuses) -> None:
     refuses(workspace.record, "--windows", "0", fragments=["--windows", "0 is not a positive integer", "--help"])
     refuses(workspace.record, "--seed", "-1", fragments=["--seed", "-1 is negative", "--help"])
     refuses(workspace.fit, "--jobs", "many", fragments=["--jobs", "'many'", "--help"])
@@ -336,9 +237,7 @@ def test_options_out_of_range(workspace: Workspace, refuses: Callable[..., None]
 
 
 @pytest.mark.parametrize("stage", ["record", "fit"])
-def test_full_disk(
-    stage: str, workspace: Workspace, refuses: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk(stage: str, workspace, refuses, monkeypatch) -> None:
     def full(_tensors: object, path: Path, **_options: object) -> None:
         Path(path).write_bytes(b"as much as fits")
         raise OSError(28, "No space left on device")
@@ -355,28 +254,20 @@ def test_full_disk(
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file"])
-def test_output_that_cannot_be_a_folder(place: str, workspace: Workspace, refuses: Callable[..., None]) -> None:
+def test_output_that_cannot_be_a_folder(place: str, workspace, refuses) -> None:
     output = workspace.quantizers if place == "a file" else workspace.quantizers / "records"
     refuses(workspace.record, "--output", str(output), fragments=["cannot write", str(output)])
 
 
-def test_output_that_is_a_folder(workspace: Workspace, refuses: Callable[..., None]) -> None:
-    refuses(workspace.fit, "--output", str(workspace.records), fragments=["cannot write", str(workspace.records)])
-
-
 @pytest.fixture(params=[float("nan"), float("inf")], ids=str)
-def poisoned_model(
-    request: pytest.FixtureRequest, workspace: Workspace, make_model: MakeModel, save_model: SaveModel
-) -> str:
+def poisoned_model(request, workspace, make_model, save_model) -> str:
     """A folder of the tiny Llama with one bad weight in the second layer's value projection."""
     model = make_model("llama")
     model.get_decoder().layers[1].self_attn.v_proj.weight[3, 5] = request.param
     return str(save_model(model, workspace.root / "poisoned"))
 
 
-def test_recording_activations_that_are_not_finite(
-    poisoned_model: str, workspace: Workspace, snapshot: Snapshot
-) -> None:
+def test_recording_activations_that_are_not_finite(poisoned_model, workspace, snapshot) -> None:
     before = snapshot(workspace.root)
     with pytest.raises(UserError, match="layer 1 value .*NaN or infinite"):
         workspace.record("--model", poisoned_model)
@@ -386,29 +277,11 @@ def test_recording_activations_that_are_not_finite(
     assert after.keys() - before.keys() <= {"new/manifest.json", "new/rope.safetensors"}
 
 
-def test_evaluating_activations_that_are_not_finite(
-    poisoned_model: str, refuses: Callable[..., None], workspace: Workspace
-) -> None:
+def test_evaluating_activations_that_are_not_finite(poisoned_model, refuses, workspace) -> None:
     refuses(workspace.evaluate, "--model", poisoned_model, fragments=["layer 1 value", "NaN or infinite"])
 
 
-def test_records_that_are_not_finite(
-    workspace: Workspace, quantizers: Quantizers, refuses: Callable[..., None]
-) -> None:
-    opened = Records.open(workspace.records)
-    tensors = {}
-    for layer in quantizers.layers:
-        for kind in ("key", "value"):
-            activation, fisher = opened.read(3, layer, kind)
-            tensors |= {f"layers.{layer}.{kind}.activation": activation, f"layers.{layer}.{kind}.fisher": fisher}
-    tensors["layers.1.key.fisher"][40, 7] = torch.inf
-    opened.write(3, tensors)
-    refuses(workspace.fit, fragments=["layer 1 key", "NaN or infinite", "record again"])
-
-
-def test_a_model_with_sliding_windows_only(
-    workspace: Workspace, refuses: Callable[..., None], make_model: MakeModel, save_model: SaveModel
-) -> None:
+def test_a_model_with_sliding_windows_only(workspace, refuses, make_model, save_model) -> None:
     model = make_model("mistral")
     model.config.sliding_window = 32
     folder = str(save_model(model, workspace.root / "sliding"))

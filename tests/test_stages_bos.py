@@ -1,13 +1,12 @@
 """--bos and --no-bos: what windows and prompts begin with, in every command, and that a mismatch is said."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deployment.evaluate import main as deploy_main
 from gradients.__main__ import main as record_main
@@ -25,7 +24,7 @@ BOS = 0
 
 
 @pytest.fixture
-def adding(llama_folder: Path) -> PreTrainedTokenizerFast:
+def adding(llama_folder) -> PreTrainedTokenizerFast:
     """The byte tokenizer, which begins a text with <bos>."""
     tokenizer: Any = AutoTokenizer.from_pretrained(llama_folder)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
@@ -33,16 +32,14 @@ def adding(llama_folder: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def folder(llama: PreTrainedModel, adding: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def folder(llama, adding, tmp_path) -> Path:
     """The tiny Llama with that tokenizer."""
     llama.save_pretrained(tmp_path / "llama")
     adding.save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
 
 
-def test_default_is_what_the_tokenizer_does(
-    tokenizer: PreTrainedTokenizerFast, adding: PreTrainedTokenizerFast
-) -> None:
+def test_default_is_what_the_tokenizer_does(tokenizer, adding) -> None:
     assert (adds_bos(tokenizer), adds_bos(adding)) == (False, True)
     assert [bos_token(tokenizer, wanted) for wanted in (None, False, True)] == [None, None, BOS]
     assert [bos_token(adding, wanted) for wanted in (None, False, True)] == [BOS, None, BOS]
@@ -52,9 +49,7 @@ def test_default_is_what_the_tokenizer_does(
         bos_token(without, True)
 
 
-def test_every_window_begins_with_it_and_holds_one_token_less_of_text(
-    adding: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast, text_file: Path
-) -> None:
+def test_every_window_begins_with_it_and_holds_one_token_less_of_text(adding, tokenizer, text_file) -> None:
     plain = load_corpus(str(text_file), "evaluation", tokenizer)
     corpus = load_corpus(str(text_file), "evaluation", adding, None)
     assert torch.equal(corpus.tokens, plain.tokens) and corpus.bos == BOS
@@ -68,7 +63,7 @@ def test_every_window_begins_with_it_and_holds_one_token_less_of_text(
     assert whole[:, 0].tolist().count(BOS) == 1 and whole[0, 0] == BOS
 
 
-def test_prompts_begin_with_it_if_asked(adding: PreTrainedTokenizerFast, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_begin_with_it_if_asked(adding, tokenizer) -> None:
     for own, by_itself in ((adding, True), (tokenizer, False)):
         text = own("abc", add_special_tokens=False).input_ids
         for bos, begins in ((None, by_itself), (True, True), (False, False)):
@@ -76,9 +71,7 @@ def test_prompts_begin_with_it_if_asked(adding: PreTrainedTokenizerFast, tokeniz
             assert prompter.tokens("abc") == [BOS] * begins + text and prompter.begins_with_bos == begins
 
 
-def test_is_recorded_and_a_mismatch_is_said(
-    folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_is_recorded_and_a_mismatch_is_said(folder, text_file, tmp_path, capsys) -> None:
     model = ["--model", str(folder), "--text", str(text_file), "--seqlen", "33", "--windows", "2"]
     record_main([*model, "--output", str(tmp_path / "records")])
     assert Records.open(tmp_path / "records").manifest.bos
@@ -99,15 +92,13 @@ def test_is_recorded_and_a_mismatch_is_said(
 
 
 @pytest.mark.parametrize("option", [[], ["--bos"], ["--no-bos"]])
-def test_retrieval_rows_say_whether_they_began_with_it(option: list[str], folder: Path, tmp_path: Path) -> None:
+def test_retrieval_rows_say_whether_they_began_with_it(option: list[str], folder, tmp_path) -> None:
     arguments = ["--model", str(folder), "--lengths", "330", "--samples", "1", "--results", str(tmp_path / "rows")]
     assert passkey_main([*arguments, *option])["rows_added"] == 1
     assert read_rows(tmp_path / "rows")[0]["bos"] == (option != ["--no-bos"])
 
 
-def test_reproducing_the_papers_tables_is_without(
-    folder: Path, records: Records, text_file: Path, tmp_path: Path, make_model: Callable[[str], Any]
-) -> None:
+def test_reproducing_the_papers_tables_is_without(folder, records, text_file, tmp_path, make_model) -> None:
     from scripts.reproduce_tables import main
 
     arguments = ["--model", str(folder), "--records", str(records.folder), "--text", str(text_file), "--seqlen", "33"]

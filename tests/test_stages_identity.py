@@ -6,23 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import quant.results
 from gradients.__main__ import main as record_main
 from gradients.cli import UserError
-from gradients.records import Records
 from quant.evaluate import main as evaluate_main
 from quant.results import is_of, read_rows
 from scripts.reproduce_tables import main as tables_main
 from scripts.retrieval.passkey import main as passkey_main
 from scripts.sweep_schemes import main as sweep_main
 
-SaveModel = Callable[[PreTrainedModel, Path], Path]
-
 
 @pytest.fixture
-def checkpoints(make_model: Callable[[str], PreTrainedModel], save_model: SaveModel, tmp_path: Path) -> list[Path]:
+def checkpoints(make_model, save_model, tmp_path) -> list[Path]:
     """Two checkpoints of one config in folders of one name; the first is the tiny Llama that was recorded."""
     later = make_model("llama")
     with torch.no_grad():
@@ -34,7 +30,7 @@ def checkpoints(make_model: Callable[[str], PreTrainedModel], save_model: SaveMo
 
 @pytest.mark.parametrize("command", ["sweep", "tables", "retrieval"])
 def test_rows_of_another_checkpoint_of_the_same_name_are_its_own(
-    command: str, checkpoints: list[Path], records: Records, text_file: Path, tmp_path: Path
+    command: str, checkpoints, records, text_file, tmp_path
 ) -> None:
     results = ["--records", str(records.folder), "--results", str(tmp_path / "rows.jsonl")]
     text = ["--text", str(text_file), "--seqlen", "33", "--windows", "2"]
@@ -52,9 +48,7 @@ def test_rows_of_another_checkpoint_of_the_same_name_are_its_own(
     assert "nan" not in str(rows) and rows[0]["weights"] == records.manifest.weights
 
 
-def test_rows_of_another_text_of_the_same_name_are_its_own(
-    llama_folder: Path, records: Records, text_file: Path, tmp_path: Path
-) -> None:
+def test_rows_of_another_text_of_the_same_name_are_its_own(llama_folder, records, text_file, tmp_path) -> None:
     other = tmp_path / text_file.name
     other.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     arguments = ["--model", str(llama_folder), "--records", str(records.folder), "--seqlen", "33", "--windows", "2"]
@@ -62,9 +56,7 @@ def test_rows_of_another_text_of_the_same_name_are_its_own(
     assert [sweep_main([*arguments, str(text)])["rows_added"] for text in (text_file, other, text_file)] == [1, 1, 0]
 
 
-def test_rows_without_digests_count_with_a_note(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rows_without_digests_count_with_a_note(monkeypatch, capsys) -> None:
     quant.results._note_old_rows.cache_clear()
     identity = {"model": "m", "weights": "ab", "text_digest": "cd", "bos": False}
     assert is_of(identity | {"nll": 1.0}, identity)
@@ -76,7 +68,7 @@ def test_rows_without_digests_count_with_a_note(
     assert not is_of({"model": "n", "nll": 1.0}, identity)
 
 
-def test_recording_does_not_go_on_with_other_weights(checkpoints: list[Path], text_file: Path, tmp_path: Path) -> None:
+def test_recording_does_not_go_on_with_other_weights(checkpoints, text_file, tmp_path) -> None:
     arguments = ["--text", str(text_file), "--windows", "2", "--seqlen", "33", "--output", str(tmp_path / "records")]
     record_main(["--model", str(checkpoints[0]), *arguments])
     (tmp_path / "records" / "window-00001.safetensors").unlink()
@@ -86,7 +78,7 @@ def test_recording_does_not_go_on_with_other_weights(checkpoints: list[Path], te
 
 
 def test_quantizers_of_other_weights_are_evaluated_with_a_warning(
-    checkpoints: list[Path], quantizers_file: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints, quantizers_file, text_file, capsys
 ) -> None:
     arguments = ["--quantizers", str(quantizers_file), "--text", str(text_file), "--seqlen", "33", "--windows", "1"]
     for model, warned in zip(checkpoints, (False, True), strict=True):

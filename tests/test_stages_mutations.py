@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
@@ -86,21 +85,14 @@ def same(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
 
 
 @pytest.fixture
-def quiet(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+def quiet(capsys) -> Iterator[None]:
     """Notes of thousands of files are not looked at."""
     yield
     capsys.readouterr()
 
 
 @pytest.fixture(params=["window", "manifest", "quantizers", "rdnuq", "cache"])
-def subject(
-    request: pytest.FixtureRequest,
-    records: Records,
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    make_tokens: Callable[..., torch.Tensor],
-    tmp_path: Path,
-) -> Subject:
+def subject(request, records, llama, quantizers, make_tokens, tmp_path) -> Subject:
     if request.param in ("window", "manifest"):
         for file in records.folder.iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -195,7 +187,7 @@ def mutated(draw: st.DataObject, content: bytes) -> bytes:
 
 @given(draw=st.data())
 @FEW
-def test_a_changed_file_is_refused_or_says_what_was_written(subject: Subject, draw: st.DataObject) -> None:
+def test_a_changed_file_is_refused_or_says_what_was_written(subject, draw: st.DataObject) -> None:
     subject.put(subject.original)
     expected = subject.read()
     if subject.path.suffix == ".json":
@@ -213,9 +205,7 @@ def test_a_changed_file_is_refused_or_says_what_was_written(subject: Subject, dr
 
 @given(draw=st.data())
 @FEW
-def test_metadata_that_cannot_be_are_refused_though_their_digest_is_right(
-    subject: Subject, draw: st.DataObject
-) -> None:
+def test_metadata_that_cannot_be_are_refused_though_their_digest_is_right(subject, draw: st.DataObject) -> None:
     if subject.path.suffix == ".json":
         changed = altered(draw, json.loads(subject.original))
         if isinstance(changed, dict):

@@ -1,13 +1,9 @@
 """--max-positions: linear RoPE scaling, the same in every stage."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import CONFIGS, build_model
-from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config
+from transformers import Qwen2Config
 
 from deployment.generate import main as generate_main
 from gradients.__main__ import main as record_main
@@ -21,7 +17,7 @@ from quant.evaluate import main as evaluate_main
 from quant.fit import main as fit_main
 
 
-def test_angles_are_those_of_positions_divided(llama_folder: Path, make_tokens: Callable[..., Tensor]) -> None:
+def test_angles_are_those_of_positions_divided(llama_folder, make_tokens) -> None:
     stock = load_model(str(llama_folder), device="cpu").model
     extended = load_model(str(llama_folder), device="cpu", max_positions=2048).model
     assert extended.config.max_position_embeddings == 2048
@@ -65,9 +61,7 @@ def test_positions_of_yarn(original: int | None, held: int, usable: int) -> None
     assert usable_positions(Qwen2Config(max_position_embeddings=512, rope_parameters=linear)) == 512
 
 
-def test_yarn_is_used_to_its_end(
-    save_model: Callable[[PreTrainedModel, Path], Path], text_file: Path, tmp_path: Path
-) -> None:
+def test_yarn_is_used_to_its_end(save_model, text_file, tmp_path) -> None:
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
     config = CONFIGS["qwen2"]()
     config.max_position_embeddings, config.rope_parameters = 128, yarn
@@ -90,9 +84,7 @@ def test_partial_rotary_embeddings_stay_partial() -> None:
     build_model(config)(torch.arange(3, 40)[None])
 
 
-def test_all_stages_see_the_same_model(
-    llama: PreTrainedModel, llama_folder: Path, text_file: Path, quantizers_file: Path, tmp_path: Path
-) -> None:
+def test_all_stages_see_the_same_model(llama, llama_folder, text_file, quantizers_file, tmp_path) -> None:
     model = ["--model", str(llama_folder), "--device", "cpu"]
     longer = [*model, "--max-positions", "1024"]
     text = ["--text", str(text_file), "--windows", "1", "--seqlen", "600"]

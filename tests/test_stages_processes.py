@@ -1,20 +1,15 @@
 """Several processes share the windows: together they write the files, and report the figures, of one."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launched import launched
-from transformers import PreTrainedModel
 
 import scripts.reproduce_tables
 from deployment.evaluate import main as deployed_main
 from gradients.cli import UserError
 from gradients.processes import gathered, own_share, require_one_process
-from gradients.records import Records
-from quant.artefact import Quantizers
 from quant.evaluate import evaluate
 from quant.evaluate import main as evaluate_main
 from quant.results import read_rows
@@ -49,14 +44,7 @@ def without_speed(result: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def test_two_processes_do_the_work_of_one(
-    record_arguments: list[str],
-    records: Records,
-    llama_folder: Path,
-    text_file: Path,
-    quantizers_file: Path,
-    tmp_path: Path,
-    snapshot: Callable[[Path], dict[str, bytes]],
-    monkeypatch: pytest.MonkeyPatch,
+    record_arguments, records, llama_folder, text_file, quantizers_file, tmp_path, snapshot, monkeypatch
 ) -> None:
     """`accelerate launch` starts several only where there are several accelerators; `torchrun` does anywhere."""
     model = ["--model", str(llama_folder), "--device", "cpu"]
@@ -121,7 +109,7 @@ class Several:
         self.process_index = index
 
 
-def test_shares_are_disjoint_and_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shares_are_disjoint_and_complete(monkeypatch) -> None:
     shares = []
     for index in (0, 1):
         monkeypatch.setattr("gradients.processes.process_state", lambda index=index: Several(index))
@@ -138,14 +126,7 @@ def test_one_process_gathers_what_it_has() -> None:
     require_one_process("this")
 
 
-def test_other_processes_append_nothing(
-    llama: PreTrainedModel,
-    quantizers: Quantizers,
-    llama_folder: Path,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_other_processes_append_nothing(llama, quantizers, llama_folder, text_file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("quant.evaluate.process_state", lambda: Several(1))
     arguments = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "2"]
     assert evaluate_main([*arguments, "--device", "cpu", "--results", str(tmp_path / "rows")]) is None
@@ -153,7 +134,7 @@ def test_other_processes_append_nothing(
     assert evaluate(llama, torch.full((1, 9), 5), quantizers)["tokens"] == 8
 
 
-def test_a_map_and_several_processes_are_refused(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_map_and_several_processes_are_refused(llama_folder, monkeypatch) -> None:
     monkeypatch.setattr("gradients.placement.process_state", lambda: Several(1))
     with pytest.raises(
         UserError, match="--device-map auto spreads a model that each of 2 processes has its own device"

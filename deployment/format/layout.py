@@ -30,7 +30,6 @@ from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
 
 PAGE_BLOCKS = 8  # of the smallest page
-STRETCH_BLOCKS = 16  # of what is dequantized at once: a CPU's second cache should hold it
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index

@@ -13,6 +13,7 @@ from deployment.cache import PackedCache
 from deployment.format.layout import Page
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, synthetic_quantizers
+from deployment.step.append import append, append_with_kernels
 from deployment.step.dispatch import runs_kernels
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, cached_layers, kv_shape
@@ -62,9 +63,9 @@ def fill(layer: PackedLayer, heads: int, head_dim: int, tokens: int, device: tor
     for begin in range(0, tokens, _CHUNK):
         key, value = (drawn(min(_CHUNK, tokens - begin)) for _ in KINDS)
         if kernels:
-            layer.append_with_kernels(key, value, padding, layer.no_padding)
+            append_with_kernels(layer, key, value, padding)
         else:
-            layer.append(key, value, padding)
+            append(layer, key, value, padding)
     for packed in layer.packed.values():
         for page in packed.pages:
             if page.outliers is not None:

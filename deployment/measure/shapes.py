@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
-from deployment.format.layout import STRETCH_BLOCKS
+from deployment.format.stretches import STRETCH_BLOCKS
 from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape

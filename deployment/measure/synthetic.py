@@ -16,6 +16,7 @@ from deployment.format.room import ROOM_SHARE, ROOM_TOKENS
 from deployment.format.streams import OutlierStreams
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
+from deployment.step.append import append, append_with_kernels
 from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError
 from gradients.models import Kind, decoder_config
@@ -130,9 +131,9 @@ def make_case(shape: Shape, scheme: Scheme, context: int, batch: int, device: to
     for part in torch.arange(context).split(_FILL):
         chunk = slice(int(part[0]), int(part[-1]) + 1)
         if kernels:
-            layer.append_with_kernels(key[:, :, chunk], value[:, :, chunk], [0] * batch, layer.no_padding)
+            append_with_kernels(layer, key[:, :, chunk], value[:, :, chunk], [0] * batch)
         else:
-            layer.append(key[:, :, chunk], value[:, :, chunk], [0] * batch)
+            append(layer, key[:, :, chunk], value[:, :, chunk], [0] * batch)
     sizes = {"hidden_size": shape.heads * shape.head_dim, "num_attention_heads": shape.heads}
     config = LlamaConfig(**sizes, head_dim=shape.head_dim, max_position_embeddings=context + SPARE_TOKENS)
     return Case(layer, key, value, Rope(LlamaRotaryEmbedding(config).to(device)))
@@ -155,7 +156,7 @@ def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torc
     tokens = layer.sink_tokens + period * BLOCK_TOKENS
     key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=drawn).half() for _ in range(2))
     few.lazy_initialization(key.to(device), value.to(device))
-    few.append(key.to(device), value.to(device), [0])
+    append(few, key.to(device), value.to(device), [0])
     if layer.window is not None:
         recent = {kind: torch.randn(x.shape, generator=drawn).to(x) for kind, x in layer.window.recent.items()}
         layer.window = layer.window.of_recent(recent)

@@ -10,6 +10,7 @@ from deployment.devices import current
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
+from deployment.step.append import append, join_window
 from deployment.step.asked import Step
 from deployment.step.dispatch import attend_and_store, runs_kernels
 from deployment.step.reference import Segment, attend_torch
@@ -41,12 +42,12 @@ def attend_step(step: Step) -> Tensor:
 def _with_torch(step: Step, padding: list[int]) -> Tensor:
     """Attend over packed past and chunk, and store the chunk; `[B, H, S, D]` in float32, or float64 for such a query."""
     layer, key, value = step.layer, step.key, step.value
-    joined, before = layer.joined(key, value, padding), list(layer.lengths)
+    joined, before = join_window(layer, key, value, padding), list(layer.lengths)
     if layer.exact_chunk:
         output = attend_with_torch(layer, step.rope, step.query, joined, padding, step.scaling, before)
-        layer.append(key, value, padding, joined)
+        append(layer, key, value, padding, joined)
         return output
-    layer.append(key, value, padding, joined)
+    append(layer, key, value, padding, joined)
     chunk = joined if layer.residual_tokens else None
     return attend_with_torch(layer, step.rope, step.query, chunk, padding, step.scaling, before)
 

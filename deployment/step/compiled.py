@@ -4,7 +4,7 @@
 
 What happens inside, growing pages and counting tokens, is no business of a compiler, but that something happens is: the
 operator declares to write to `effects` of the layer (see `handles.py`). It is marked unsafe for the CUDA graphs that a
-compiler records by itself, since the host must count along; `PackedLayer.reserve` is for those who record their own.
+compiler records by itself, since the host must count along; recount.py is for those who record their own.
 Outside of compilation the step is called directly. There is no backward: the cache holds codes.
 """
 

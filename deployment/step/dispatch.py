@@ -16,6 +16,7 @@ from torch import Tensor
 from deployment.devices import is_capturing
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
+from deployment.step.append import append_with_kernels, join_window
 from deployment.step.asked import Backend, Step
 from gradients.cli import UserError
 
@@ -83,13 +84,13 @@ def attend_and_store(step: Step, padding: Sequence[int]) -> Tensor:
     Returns `[B, S, H, D]` in the query's dtype.
     """
     layer, pads = step.layer, step.layer.pads_of(padding)
-    joined = layer.joined(step.key, step.value, padding, with_kernels=True)
+    joined = join_window(layer, step.key, step.value, padding, with_kernels=True)
     if layer.exact_chunk:
         output = attend(layer, step.rope, step.query, joined, padding, step.scaling)
-        layer.append_with_kernels(step.key, step.value, padding, pads, joined)
+        append_with_kernels(layer, step.key, step.value, padding, joined)
         return output
     origins = layer.stored - pads
-    layer.append_with_kernels(step.key, step.value, padding, pads, joined)
+    append_with_kernels(layer, step.key, step.value, padding, joined)
     window = (joined[0][:, :, 1:], joined[1][:, :, 1:]) if layer.residual_tokens else None
     return attend(layer, step.rope, step.query, window, padding, step.scaling, origins)
 

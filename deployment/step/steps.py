@@ -29,9 +29,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deployment.cache import PackedCache
 from deployment.devices import current, is_capturing
 from deployment.kept import kept
-from deployment.layer import PackedLayer, recount
+from deployment.layer import PackedLayer
 from deployment.step.asked import Backend
 from deployment.step.recording import Assumed, Recorder, obstacle
+from deployment.step.recount import recount, reserve
 
 _MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once
 _WORTH = 16  # replays that have paid for a recording
@@ -228,7 +229,7 @@ class Steps:
             recount(self._layers)
         try:
             for layer in self._layers:
-                layer.reserve(room)
+                reserve(layer, room)
         except torch.OutOfMemoryError:
             self.settle()
             self._unfix()

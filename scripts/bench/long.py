@@ -41,6 +41,7 @@ from gradients.models import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import load_quantizers
 from quant.evaluate import append_result
+from scripts.bench.fp16_caches import stored_bytes
 
 # backend of QuantizedCache -> the package it needs, the axis it groups along
 BACKENDS = {"quanto": ("optimum.quanto", 0), "hqq": ("hqq", 1)}
@@ -67,26 +68,6 @@ def make_cache(name: str, config: PreTrainedConfig, tokens: int) -> Cache:
         axis = BACKENDS[backend][1]
         return QuantizedCache(backend, config, nbits=bits, axis_key=axis, axis_value=axis)
     return PackedCache(load_quantizers(name), config, capacity=tokens)
-
-
-def tensor_bytes(thing: object, seen: set[int]) -> int:
-    """Bytes of every tensor that a cache's layers reach, counted once; tensors made of tensors as these."""
-    if isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(thing, name), seen) for name in thing.__tensor_flatten__()[0])
-    if isinstance(thing, Tensor):
-        new = thing.numel() and thing.data_ptr() not in seen
-        seen.add(thing.data_ptr())
-        return thing.nbytes if new else 0
-    if isinstance(thing, dict):
-        return sum(tensor_bytes(each, seen) for each in thing.values())
-    return sum(tensor_bytes(each, seen) for each in thing) if isinstance(thing, list | tuple) else 0
-
-
-def cache_bytes(cache: Cache) -> int:
-    """What is held for cached tokens."""
-    if isinstance(cache, PackedCache):
-        return cache.nbytes()
-    return tensor_bytes([vars(layer) for layer in cache.layers], set())
 
 
 def resident(field: str) -> int:
@@ -140,7 +121,7 @@ def measure(loaded: LoadedModel, name: str, tokens: Tensor, chunk: int) -> dict[
         "cache": cache_name(name),
         "context": context,
         "prefill_chunk": chunk,
-        "cache_bytes": cache_bytes(cache),
+        "cache_bytes": cache.nbytes() if isinstance(cache, PackedCache) else stored_bytes(cache),
         "extra_peak_rss": resident("VmHWM") - before,
         "model_rss": before,
         "tokens_per_second": round(context / wall, 1),
@@ -227,8 +208,8 @@ def within(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
     parser = command_parser("scripts.bench.long", __doc__)
     add_model_arguments(parser)
     parser.add_argument("--text", required=True, help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
@@ -239,12 +220,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill-chunk", type=positive_int, default=512, help="tokens per forward")
     parser.add_argument("--results", help="append a row per measurement to this JSONL file")
     parser.add_argument("--within", nargs="+", help="context and caches: one measurement, in this process")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     if arguments.within:
         return {"benchmark": "long", "rows": within(arguments)}
     given, rows = list(sys.argv[1:] if argv is None else argv), []

@@ -6,7 +6,6 @@ Each file holds the JSON line of one `python -m quant.evaluate`, all of the same
 model with an fp16 cache, comes from the same runs: they score the unquantized model beside the quantized one.
 """
 
-import argparse
 import json
 import math
 from collections.abc import Sequence
@@ -64,19 +63,14 @@ def read_result(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """The command; returns its JSON summary."""
     parser = command_parser("scripts.report.quickstart_table", __doc__)
     parser.add_argument(
         "--records", required=True, help="folder written by `python -m gradients`; tells the model's shape"
     )
     parser.add_argument("results", type=Path, nargs="+", help="JSON lines of `python -m quant.evaluate`, a file each")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """The command; returns its JSON summary."""
-    arguments = parse_arguments(argv)
+    arguments = parser.parse_args(argv)
     fingerprint = Records.open(arguments.records).manifest.fingerprint
     rows = table_rows([read_result(path) for path in arguments.results], fingerprint)
     print(format_table([shown(row) for row in rows]))

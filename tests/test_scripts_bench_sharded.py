@@ -1,28 +1,26 @@
-"""`scripts/bench/multi_gpu.sh` and what it calls: caches filled with blocks, sharded decoding, processes compared."""
+"""`python -m scripts.bench.sharded`, and the caches of blocks and models of random weights it is run on."""
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
 
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
 from deployment.rope import Rope
+from deployment.step.append import append_with_kernels
 from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend
+from deployment.step.recount import recount
 from gradients.cli import run_command
 from gradients.models import KINDS, load_model
 from quant.results import read_rows
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.bench import random_model
-from scripts.bench.random_model import config_of, device_map_of, spread
+from scripts.bench.random_model import config_of
 from scripts.bench.sharded import add_equality, largest, main
 from scripts.bench.sharded_decoding import Request, Sharded, rounded_context
 
@@ -58,7 +56,7 @@ def test_blocks_repeat_what_was_encoded(scheme: str) -> None:
     assert layer.lengths == [37 * BLOCK_TOKENS + layer.sink_tokens] and layer.stored.tolist() == layer.lengths
 
 
-def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_read_and_continue_what_was_filled(monkeypatch) -> None:
     monkeypatch.setenv("KVQUANT_BACKEND", "triton")
     shape = Shape(heads=2, kv_heads=1, head_dim=128)  # 8 blocks are a period
     layer = filled("nuq3-1%", 9, 10 * BLOCK_TOKENS, shape)
@@ -70,8 +68,8 @@ def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPat
     kernels = attend(layer, rope, query, (key, value), [0], 0.1)
     with_torch = attend_with_torch(layer, rope, query, (key, value), [0], 0.1, list(layer.lengths))
     torch.testing.assert_close(kernels.transpose(1, 2).float(), with_torch, rtol=2e-2, atol=2e-3)
-    layer.append_with_kernels(key, value, [0], layer.no_padding)
-    layer.recount()
+    append_with_kernels(layer, key, value, [0])
+    recount([layer])
     for kind, states in zip(KINDS, (key, value), strict=True):
         packed = layer.packed[kind]
         stored = packed.read(packed.pages[0], 9, 1)[0, 0, 0]
@@ -79,7 +77,7 @@ def test_kernels_read_and_continue_what_was_filled(monkeypatch: pytest.MonkeyPat
     assert all(page.outliers.index is outliers.index for page, outliers in before), "streams have moved: no room"
 
 
-def test_a_split_computes_what_one_device_computes(tmp_path: Path) -> None:
+def test_a_split_computes_what_one_device_computes(tmp_path) -> None:
     config = config_of("tiny")
     request = Request(Scheme.parse("nuq3-1%"), rounded_context(Scheme.parse("nuq3-1%"), 300), 6)
     for filled_with in ("synthetic", "prefill"):
@@ -116,23 +114,11 @@ def test_the_search_comes_close(first: int, fits: int) -> None:
     assert found in asked and len(asked) <= 16 and len(set(asked)) == len(asked)
 
 
-def test_a_search_may_find_nothing() -> None:
-    assert largest(lambda _: False, 1000, 20) == 0 and largest(lambda _: False, 1000, 2) == 0
-
-
-def test_layers_are_spread_evenly() -> None:
-    config = config_of("llama-7b")
-    assert [spread(config, list("abcdefgh")).count(place) for place in range(8)] == [4] * 8
-    assert sorted(spread(config, list("abc")).count(place) for place in range(3)) == [10, 11, 11]
-    places = device_map_of(config_of("tiny"), ["cpu", "disk"])
-    assert places["model.layers.1"] == "cpu" and places["model.layers.2"] == places["lm_head"] == "disk"
-
-
 def options(tmp_path: Path, *more: str) -> list[str]:
     return ["--shape", "tiny", "--layers", "2", "--new-tokens", "4", "--results", str(tmp_path / "rows"), *more]
 
 
-def test_the_command_compares_with_one_device_and_the_plan(tmp_path: Path) -> None:
+def test_the_command_compares_with_one_device_and_the_plan(tmp_path) -> None:
     split = ["--devices", "cpu", "disk", "--against-one", "--contexts", "200", "longest", "--device-memory", "5MiB"]
     result = main(options(tmp_path, *split, "--attempts", "2"))
     rows = read_rows(tmp_path / "rows")
@@ -148,7 +134,7 @@ def test_the_command_compares_with_one_device_and_the_plan(tmp_path: Path) -> No
     assert rows[2]["tokens_equal_one_device"] is False
 
 
-def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
+def test_what_does_not_fit_is_a_row(tmp_path) -> None:
     main(options(tmp_path, "--devices", "cpu", "--contexts", "300", "--device-memory", "0.1MB"))
     (row,) = read_rows(tmp_path / "rows")
     assert row["fits"] is False and row["context"] == 1 + 320 and "tokens_per_second" not in row
@@ -176,7 +162,7 @@ def test_what_does_not_fit_is_a_row(tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    module: str, arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str, arguments: list[str], said: str, monkeypatch, capsys
 ) -> None:
     given = {"sharded": ["--shape", "tiny"], "processes": ["--model", "none"]}.get(module, [])
     if "--devices" not in arguments and module == "sharded":
@@ -188,7 +174,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert stopped.value.code == 2 and said in error and len(error.splitlines()) == 1
 
 
-def test_a_random_model_can_be_loaded(tmp_path: Path) -> None:
+def test_a_random_model_can_be_loaded(tmp_path) -> None:
     result = random_model.main(["--shape", "tiny", "--layers", "1", "--device", "cpu", "--output", str(tmp_path)])
     loaded = load_model(str(tmp_path))
     assert loaded.model.num_parameters() == result["parameters"]
@@ -196,61 +182,3 @@ def test_a_random_model_can_be_loaded(tmp_path: Path) -> None:
     again = random_model.random_model(config_of("tiny", 1), ["cpu"], torch.bfloat16)
     for mine, other in zip(loaded.model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, other.float())
-
-
-def run_script(folder: Path, *arguments: str, code: int = 0, **variables: str) -> tuple[Any, list[str]]:
-    """(the finished script, what its interpreter was asked for); the interpreter does nothing but write that down."""
-    stub, log = folder / "python", folder / "log"
-    stub.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexit {code}\n')
-    stub.chmod(0o755)
-    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), *arguments]
-    environment = {**os.environ, "PYTHON": str(stub), "GPUS": "8", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    return done, log.read_text().splitlines() if log.exists() else []
-
-
-def test_the_script_asks_for_every_part(tmp_path: Path) -> None:
-    done, asked = run_script(tmp_path, str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    sharded = [line for line in asked if "--part sharded" in line]
-    longest = [line for line in asked if "--part longest" in line]
-    assert all("--devices cuda:0 cuda:1 --against-one" in line for line in sharded)
-    assert any("--filled prefill" in line for line in sharded) and any("128K longest" in line for line in sharded)
-    assert all("cuda:7" in line for line in longest) and any("--contexts 10000000 longest" in line for line in longest)
-    assert any("--device-memory" in line for line in longest) and {"nuq2", "nuq3-1%"} <= set(" ".join(longest).split())
-    assert any("scripts.bench.random_model" in line for line in asked)
-    assert any("scripts.bench.processes" in line and "--processes 2" in line for line in asked)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "variables", "exit_code", "said"),
-    [
-        ([], {}, 2, "SCHEMES"),
-        (["out"], {"GPUS": "1"}, 2, "error: GPUS 1: several are needed; DRY=1 goes without"),
-        (["out"], {"PARTS": "shraded"}, 2, "error: PARTS shraded: there are sharded, longest and processes"),
-        (["out"], {"BUDGET": "0", "PARTS": "sharded"}, 0, "left out"),
-    ],
-)
-def test_what_the_script_refuses(
-    arguments: list[str], variables: dict[str, str], exit_code: int, said: str, tmp_path: Path
-) -> None:
-    done, asked = run_script(tmp_path, *[str(tmp_path / name) for name in arguments], **variables)
-    assert done.returncode == exit_code and said in done.stdout + done.stderr
-    assert exit_code == 0 or not asked
-    if variables and exit_code:
-        assert len(done.stderr.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_the_script_dry(tmp_path: Path) -> None:
-    """Everything it does, tiny and on a CPU, in two gloo processes where there are several."""
-    environment = {**os.environ, "PYTHON": sys.executable, "DRY": "1", "BUDGET": "1500", "SCHEMES": "nuq3-1%"}
-    command = ["bash", str(REPOSITORY / "scripts" / "bench" / "multi_gpu.sh"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    sharded, processes, longest = (
-        read_rows(tmp_path / f"gpu-multi-{part}.jsonl") for part in ("sharded", "processes", "longest")
-    )
-    assert all(row["tokens_equal_one_device"] for row in sharded if row["world_size"] > 1 and row["asked"] != "longest")
-    assert all(row["identical"] for row in processes) and {row["processes"] for row in processes} == {1, 2}
-    assert all(row["fits"] and row["filled"] == "synthetic" for row in longest)
