@@ -40,25 +40,11 @@ def test_losses_stand_beside_times_of_the_same_budget_and_outliers() -> None:
     assert [line[5:] for line in lines] == [["230 (3.04x)", ""], ["", "140 (5.00x)"], ["", ""]]
 
 
-def test_what_a_window_finds_is_averaged_over_cells_that_all_were_asked() -> None:
-    names = ["nuq2+fb", "nuq2+fb sink_tokens=32 residual_tokens=128"]
-    rows = [row(name, 0.1, bits_per_element=bits) for name, bits in zip(names, (2.11, 2.65), strict=True)]
-    cells = [(names[0], 1024, 0.5), (names[1], 1024, 1.0), (names[0], 8192, 0.0), ("nuq4", 2048, 1.0)]
-    asked = [
-        {
-            "scheme": name,
-            "mode": "simulated",
-            "context": context,
-            "found": found,
-            "retrieved": found,
-            "nll_per_token": 1.0,
-        }
-        for name, context, found in cells
-    ]
-    header, lines = window_table(rows, {"needle": [*asked, {**asked[0], "mode": "packed", "found": 0.0}]})
-    assert header[-1] == "needle"
-    assert [line[:3] for line in lines] == [["nuq2+fb", "1", "0"], ["nuq2+fb", "32", "128"]]
-    assert [line[-1] for line in lines] == ["50 % (1.00)", "100 % (1.00)"]
+def test_a_line_for_every_window() -> None:
+    name = "nuq2+fb sink_tokens=32 residual_tokens=128"
+    header, (line,) = window_table([row(name, 0.1, bits_per_element=2.65, top1_agreement=0.9)])
+    assert header[3:5] == ["bits at 4K", "bits at 128K"]
+    assert line[:4] == ["nuq2+fb", "32", "128", "2.650"] and line[5:] == ["+0.1000", "0.0100", "90.0 %"]
 
 
 def test_exact_tokens_weigh_less_the_longer_the_context() -> None:

@@ -1,7 +1,7 @@
 """The tables behind the default scheme: sparse or dense, and what a recent window buys. Each is a header and lines of cells."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from quant.scheme import Scheme
@@ -37,44 +37,16 @@ def _budget(name: str) -> tuple[float, float]:
     return scheme.bits, scheme.outliers
 
 
-def window_table(rows: Sequence[Row], retrieval: Mapping[str, Sequence[Row]]) -> Table:
-    """Sinks and recent tokens kept exact: simulated loss, what is found, and bits per element at two lengths of context.
-
-    `retrieval` are rows of each test; what is found is averaged over those cells that every scheme shown was asked.
-    """
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
-    found = {test: _found(of_test, schemes) for test, of_test in retrieval.items()}
+def window_table(rows: Sequence[Row]) -> Table:
+    """Sinks and recent tokens kept exact: simulated loss, and bits per element at two lengths of context."""
     lines = []
     for row in rows:
         scheme = parsed(row["scheme"])
-        increase = f"{row['nll'] - row['baseline_nll']:+.4f}"
         bits = [f"{bits_at(row, scheme, tokens):.3f}" for tokens in _CONTEXTS.values()]
-        shares = [of_test.get(row["scheme"], "") for of_test in found.values()]
-        what = [str(scheme.with_changes(sink_tokens=1, residual_tokens=0)), str(scheme.sink_tokens)]
-        lines.append([*what, str(scheme.residual_tokens), *bits, increase, f"{row['kl']:.4f}", *shares])
-    header = ["scheme", "sinks", "recent tokens", *(f"bits at {name}" for name in _CONTEXTS), "NLL increase", "KL"]
-    return [*header, *found], lines
-
-
-def _found(rows: Sequence[Row], schemes: Sequence[str]) -> dict[str, str]:
-    """The mean share found, and the mean NLL per token, of each scheme that was asked at all."""
-    simulated = [row for row in rows if row["mode"] == "simulated"]
-    cells = {
-        scheme: {
-            (row["context"], row.get("depth"), row.get("task")): row for row in simulated if row["scheme"] == scheme
-        }
-        for scheme in schemes
-    }
-    asked = [own.keys() for own in cells.values() if own]
-    shared = set.intersection(*map(set, asked)) if asked else set()
-    shown = {}
-    for scheme, own in cells.items():
-        some = [own[cell] for cell in shared if cell in own]
-        if some:
-            share = sum(row.get("found", row["retrieved"]) for row in some) / len(some)
-            nll = sum(row["nll_per_token"] for row in some) / len(some)
-            shown[scheme] = f"{100 * share:.0f} % ({nll:.2f})"
-    return shown
+        loss = [f"{row['nll'] - row['baseline_nll']:+.4f}", f"{row['kl']:.4f}", f"{100 * row['top1_agreement']:.1f} %"]
+        lines.append([row["scheme"].split()[0], str(scheme.sink_tokens), str(scheme.residual_tokens), *bits, *loss])
+    header = ["scheme", "sinks", "recent tokens", *(f"bits at {name}" for name in _CONTEXTS)]
+    return [*header, "NLL increase", "KL", "top-1 agreement"], lines
 
 
 def parsed(described: str) -> Scheme:
