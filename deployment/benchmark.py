@@ -4,10 +4,11 @@
     python -m deployment.benchmark --shape llama-3-8b --scheme rdnuq2.4 --contexts 128K --batch 4 --ops decode
     python -m deployment.benchmark --shape ./smollm2 --scheme nuq4-1% --contexts 2048
 
-`append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill` attends a chunk of
-1024 over the context and itself, launches included. Bytes are those stored: of the packed cache, and of K and V in fp16 for the stock attention, the fastest way to
-attend that is known (measure/fp16.py; `fp16_way` says which). Their rate is compared with that of large copies measured on
-the same device. Several copies of the layer are visited in turn, so that no cache of the device holds the data.
+`append` stores one token per sequence, `chunk` 1024, `decode` attends one query per head and sequence, `prefill`
+attends a chunk of 1024 over the context and itself, launches included. Bytes are those stored: of the packed cache, and
+of K and V in fp16 for the stock attention, the fastest way to attend that is known (measure/fp16.py; `fp16_way` says
+which). Their rate is compared with that of large copies measured on the same device. Several copies of the layer are
+visited in turn, so that no cache of the device holds the data.
 Numbers are random: what is timed does not depend on them, apart from the share of outliers, which is as the scheme
 says.
 """
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from deployment.devices import current
 from deployment.measure.fp16 import decode_calls, prefill_calls
-from deployment.measure.synthetic import SHAPES, SPARE_TOKENS, Case, Shape, make_case, stored_bytes
+from deployment.measure.shapes import SHAPES, shape_config
+from deployment.measure.synthetic import SPARE_TOKENS, Case, Shape, make_case, stored_bytes
 from deployment.measure.timing import copy_rate, fastest, microseconds
 from deployment.plan import parse_tokens
 from deployment.step.append import append, append_with_kernels, join_window
@@ -166,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows of all contexts, printed and appended to the results one by one."""
     device = torch.device(arguments.device)
-    scheme, shape = scheme_from(arguments.scheme, arguments), Shape.named(arguments.shape)
+    scheme, shape = scheme_from(arguments.scheme, arguments), Shape.of(shape_config(arguments.shape))
     rate, rows = copy_rate(device), []
     for context in arguments.contexts:
         row = {"shape": arguments.shape, "scheme": scheme.describe(), "batch": arguments.batch, "context": context}

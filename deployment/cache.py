@@ -102,13 +102,15 @@ class PackedCache(Cache):
     def packed_size(self) -> StoredSize:
         """What the packed layers alone take: the size that a scheme decides, and a simulation reports.
 
-        Room for outliers to come, which kernels need, is in `nbytes` only.
+        Room for outliers to come, which kernels need, is in `nbytes` only. So are copies: the ranges of tokens, which every process of a
+        tensor-parallel model holds, are counted by the first.
         """
         bits = elements = 0
         for layer in self.layers:
             if isinstance(layer, PackedLayer) and layer.is_initialized:
                 streams = [page.outliers for packed in layer.packed.values() for page in packed.pages]
                 room = sum(each.unused_bytes() for each in streams if each is not None)
-                bits += 8 * (sum(tensor.nbytes for tensor in layer.tensors()) - room)
+                copied = sum(packed.copied_bytes() for packed in layer.packed.values())
+                bits += 8 * (sum(tensor.nbytes for tensor in layer.tensors()) - room - copied)
                 elements += 2 * sum(layer.lengths) * layer.packed["key"].heads * layer.packed["key"].head_dim
         return StoredSize(bits, elements)

@@ -119,7 +119,7 @@ class Checked:
         return padding
 
     def _is_expected(self, mask: Tensor, hidden: list[int]) -> Tensor:
-        """Whether `[B or 1, T]`, 0 or 1, hides the first tokens of each row, so many; a scalar on the device."""
+        """Whether `[B or 1, T]`, 0 or 1, hides exactly the first `hidden` tokens of each row; a scalar on the device."""
         if not any(hidden):
             return mask.all()
         tokens = mask.shape[1]

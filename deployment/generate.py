@@ -49,7 +49,7 @@ from gradients.cli import (
     require_text,
     run_command,
 )
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from gradients.parallel import Part, add_tensor_parallel_argument, own_part, summed
 from gradients.processes import process_state, require_one_process
 from quant.artefact import load_quantizers

@@ -6,7 +6,7 @@
 
 Cached bytes are those that `deployment/format/layout.py` stores when the capacity is known in advance. Outliers are counted
 exactly where a token has a fixed number, else as the share that calibration aims at; rdnuq keeps its average over all
-layers. Only layers that cache their whole past count as cache; what sliding windows keep enters the fit alone. A GPU
+layers. The room that kernels keep for outliers to come is told and counted apart. Only layers that cache their whole past count as cache; what sliding windows keep enters the fit alone. A GPU
 holds whole layers, weights and cache, as `--device auto` places them, or with `--tensor-parallel N` an N-th of the heads of every
 layer, of which all bytes are then told; and the activations of a prefill chunk, estimated in `deployment/measure/shapes.py`. GB is 10^9 bytes, GiB 2^30 (an A100-80GB has 80 GiB); K and M of tokens are 1024 and 1024^2.
 
@@ -52,9 +52,10 @@ class Plan:
         shape, cache = self.shape, self.shape.cache_bytes(self.scheme, tokens)
         return cache | {
             "cache": sum(cache.values()),
+            "outlier_room": len(shape.cached) * shape.room_bytes(self.scheme, tokens, self.prefill_chunk),
             "sliding_windows": (len(shape.layers) - len(shape.cached)) * shape.window_bytes(tokens),
             "weights": shape.weight_bytes(self.weight_bits),
-            "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk)),
+            "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), 1, tokens),
             "decode_activations": shape.activation_bytes(self.scheme, 1),
         }
 
@@ -63,12 +64,13 @@ class Plan:
 
         Of a tensor-parallel model all of its parts' GPUs, or None.
         """
-        room = self.gpu_memory - self.shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), batch)
+        new = min(tokens, self.prefill_chunk)
+        room = self.gpu_memory - self.shape.activation_bytes(self.scheme, new, batch, tokens)
         if self.shape.parts > 1:
-            held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch))
+            held = sum(self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=new))
             return self.shape.parts if held <= room else None
         needed, free = 1, room
-        for size in self.shape.pieces(self.scheme, tokens, self.weight_bits, batch):
+        for size in self.shape.pieces(self.scheme, tokens, self.weight_bits, batch, room=new):
             if size > room:
                 return None
             if size > free:

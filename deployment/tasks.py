@@ -24,7 +24,7 @@ from deployment.step.asked import Backend
 from deployment.text.saved import quantizers_digest
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
 from quant.options import add_exact_arguments, exact_from
 from quant.results import append_row, is_of, read_rows
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if quantizers is not None:
         quantizers.check_run(loaded)
     identities = {name: _identity(arguments, loaded, quantizers, name) for name in names}
-    rows = read_rows(arguments.results) if arguments.results else []
+    rows = read_rows(arguments.results)
     missing = [name for name in names if not any(is_of(row, identities[name]) for row in rows)]
     lm = PackedLM(
         loaded.model,

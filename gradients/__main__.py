@@ -19,13 +19,15 @@ from typing import Any
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
-from gradients.models import LoadedModel, decoder_config, holds_gguf, kv_sites, load_model
+from gradients.loading import LoadedModel, holds_gguf, load_model
+from gradients.manifest import Manifest
+from gradients.models import decoder_config, kv_sites
 from gradients.parallel import WHOLE, Part
 from gradients.placement import STRATEGIES
 from gradients.positions import usable_positions
 from gradients.processes import own_share, process_state
 from gradients.progress import progress
-from gradients.records import Manifest, Records, claimed
+from gradients.records import Records, claimed
 from gradients.rope import rope_tables
 from gradients.text import Corpus, load_corpus
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gradients.cli import UserError
+from gradients.manifest import ACTIVATION_DTYPE, FISHER_DTYPE, MOMENT_DTYPE, What
 from gradients.models import KVSite, kv_sites
 from gradients.placement import input_device
-from gradients.records import ACTIVATION_DTYPE, FISHER_DTYPE, MOMENT_DTYPE, What
 
 # lifts fp16 gradients out of the subnormals; a power of two, so dividing it out again is exact
 _FP16_LOSS_SCALE = 2.0**12

@@ -60,7 +60,7 @@ def share_found(expected: tuple[str, ...], text: str) -> float:
 
 @torch.inference_mode()
 def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantizers, new_tokens: int = 0) -> Reply:
-    """The reply of the model quantized in simulation, with so many greedy `new_tokens`. Raises `UserError` for NaN."""
+    """The reply of the model quantized in simulation, with `new_tokens` greedy tokens. Raises `UserError` for NaN."""
     device = input_device(model)
     prompt, answer = sample.prompt.to(device), sample.answer.to(device)
     tokens = torch.cat([prompt, answer[:-1]])[None]

@@ -1,4 +1,4 @@
-"""What happens to one number: to the normalised axis and back, and to fp16. float32, each operation rounded on its own."""
+"""Normalise, denormalise, round to fp16: elementwise arithmetic in float32, each operation rounded on its own."""
 
 import torch
 from torch import Tensor

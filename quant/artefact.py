@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig
 from gradients.checked import Artefact, CheckedFile, Expected, open_checked, write_checked
 from gradients.cli import UserError, note
 from gradients.fingerprint import Fingerprint
-from gradients.models import KINDS, Kind, LoadedModel
+from gradients.loading import LoadedModel
+from gradients.models import KINDS, Kind
 from quant.codebook import Codebook
 from quant.feedback import Feedback
 from quant.grouped import GroupQuantizer
@@ -87,7 +88,7 @@ class Quantizers:
             return self
         layers: dict[int, dict[Kind, Quantizer]] = {
             layer: {
-                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))  # type: ignore[type-var]
+                kind: replace(quantizer, scheme=quantizer.scheme.with_changes(**changes))
                 for kind, quantizer in sides.items()
             }
             for layer, sides in self.layers.items()

@@ -153,11 +153,7 @@ def _coded(
     """(encoded, targets, scale, zero, weight of a squared error of the normalised axis) of some tokens at a time."""
     for activation, fisher in side.chunks():
         encoded, targets = quantizer.coded(activation)
-        if isinstance(quantizer, TokenQuantizer):
-            assert encoded.scale is not None and encoded.zero is not None
-            scale, zero = encoded.scale.float(), encoded.zero.float()
-        else:
-            scale, zero = quantizer.scale, quantizer.zero
+        scale, zero = quantizer.ranges(encoded)
         weights = without(encoded.outliers, kmeans_weights(quantizer.scheme, fisher, scale) * left)
         yield encoded, targets, scale, zero, weights
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from gradients.__main__ import add_bos_argument, add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.finite import require_finite
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from gradients.placement import input_device
 from gradients.precision import widened
 from gradients.processes import gathered, own_share, process_state

@@ -7,22 +7,20 @@ A group of tokens is quantized as a whole here, so its first ones profit from th
 is at least as good as what a cache could do. Outliers are a share of each group, at least one at each end.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from quant.codebook import Codebook
-from quant.quantizer import Encoded, as_stored, denormalise, normalise, put_exact, token_range
-from quant.scheme import Axis, Scheme
+from quant.quantizer import Encoded, Quantizer, as_stored, codebook_tables, denormalise, normalise, token_range
+from quant.scheme import Axis
 
 
 @dataclass(frozen=True)
-class GroupQuantizer:
+class GroupQuantizer(Quantizer):
     """Dynamic ranges of groups of `scheme.group` elements (None: the whole vector) along `axis`."""
 
-    scheme: Scheme
     codebook: Codebook
     axis: Axis
 
@@ -33,29 +31,16 @@ class GroupQuantizer:
         codes = self.codebook.encode(normalise(x, *self._spread(x.shape, scale, zero)))
         return Encoded(codes, outliers, None if outliers is None else as_stored(x[outliers]), scale, zero)
 
-    @property
-    def channels(self) -> Mapping[int, slice | Tensor]:
-        """The channels of each width: all have the same."""
-        return {int(self.scheme.bits): slice(None)}
-
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`, outliers not yet put in their place."""
         assert encoded.scale is not None and encoded.zero is not None
         levels = self.codebook.decode(encoded.codes)
         return denormalise(levels, *self._spread(levels.shape, encoded.scale, encoded.zero))
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
-        return put_exact(self.dense(encoded), encoded)
-
-    def to(self, device: torch.device | str) -> "GroupQuantizer":
-        """The same quantizer on a device."""
-        return replace(self, codebook=self.codebook.to(device))
-
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
-        return {"levels": self.codebook.levels, "boundaries": self.codebook.boundaries}
+        return codebook_tables(self.codebook)
 
     def _spread(self, shape: torch.Size, *tables: Tensor) -> list[Tensor]:
         return [spread(table.float(), shape, self.axis, self.scheme.group) for table in tables]

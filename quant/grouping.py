@@ -1,6 +1,6 @@
 """Which channels of a KV head share a width: groups of 16 that need about as much.
 
-The decode kernel reads groups of 16 channels at full speed (deployment/format/order.py), so a head's channels are permuted: values one by
+The decode kernel reads groups of 16 channels at full speed (deployment/format/groups.py), so a head's channels are permuted: values one by
 one, keys by rotary pairs, whose first halves make a group and their second halves the next, each with its own width. Given what every
 width would cost every channel, errors and bits at a price together, groups are formed from several sorted orders, and then improved:
 each takes the width that is best for it, and any two exchange members until no exchange pays. The best of all is kept.

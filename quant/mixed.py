@@ -6,27 +6,25 @@ other elements decode to the channel's one level.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from quant.arithmetic import denormalise, normalise
+from quant.arithmetic import normalise
 from quant.codebook import Codebook
 from quant.feedback import ChannelBooks, Feedback
-from quant.quantizer import Encoded, feedback_tables, kept_exactly, put_exact
-from quant.scheme import Scheme
+from quant.quantizer import Encoded, FedBack, feedback_tables, kept_exactly
 
 
 @dataclass(frozen=True)
-class MixedQuantizer:
+class MixedQuantizer(FedBack):
     """`widths` `[C]` uint8, `scale` and `zero` `[C]` float32, and a codebook for every width that occurs.
 
     `places` `[G, D]` uint8 are each head's channels in groups of 16 of one width; None where each has its own.
     """
 
-    scheme: Scheme
     codebooks: dict[int, Codebook]
     widths: Tensor
     scale: Tensor
@@ -55,10 +53,6 @@ class MixedQuantizer:
     def _codebooks(self) -> list[Codebook]:
         return list(self.codebooks.values())
 
-    def encode(self, x: Tensor) -> Encoded:
-        """Quantize `x`, `[..., T, C]`, in float32."""
-        return self.coded(x)[0]
-
     def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
         """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
         x = x.float()
@@ -82,29 +76,15 @@ class MixedQuantizer:
             which[channels] = number
         return ChannelBooks.of(self._codebooks, which)
 
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
+        return self.scale, self.zero
 
     def levels(self, codes: Tensor) -> Tensor:
-        """What codes `[..., C]` stand for on the normalised axis, float32."""
+        """See `FedBack`."""
         sides = codes.index_select(-1, self._by_width).split(self._counts, dim=-1)
         levels = [codebook.decode(side) for codebook, side in zip(self._codebooks, sides, strict=True)]
         return torch.cat(levels, dim=-1).index_select(-1, self._back)
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
-        return put_exact(self.dense(encoded), encoded)
-
-    def to(self, device: torch.device | str) -> "MixedQuantizer":
-        """The same quantizer on a device."""
-        return replace(
-            self,
-            codebooks={width: codebook.to(device) for width, codebook in self.codebooks.items()},
-            **{name: getattr(self, name).to(device) for name in ("widths", "scale", "zero")},
-            feedback=self.feedback and self.feedback.to(device),
-            places=None if self.places is None else self.places.to(device),
-        )
 
     @property
     def tables(self) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The fields of a `Scheme` as command line options, spelled alike in every command that fits."""
 
 import argparse
+from dataclasses import fields
 from typing import get_args
 
 from gradients.cli import non_negative_int, positive_int
@@ -46,24 +47,7 @@ def exact_from(quantizers: Quantizers, arguments: argparse.Namespace) -> Quantiz
     return quantizers.with_exact(arguments.sink_tokens, arguments.residual_tokens)
 
 
-_OPTIONS = (
-    "sink_tokens",
-    "q_norm",
-    "weights",
-    "key_axis",
-    "value_axis",
-    "channel_range",
-    "group",
-    "key_rope",
-    "thresholds",
-    "outlier_cap",
-    "residual_tokens",
-    "feedback",
-    "groups",
-)
-
-
 def scheme_from(name: str, arguments: argparse.Namespace) -> Scheme:
     """The named scheme with the options of `add_scheme_arguments`. Raises `UserError` for an unknown name."""
-    given = {option: getattr(arguments, option) for option in _OPTIONS}
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(Scheme)}
     return Scheme.parse(name, **{option: value for option, value in given.items() if value is not None})

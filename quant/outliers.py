@@ -18,7 +18,7 @@ def outliers_per_end(channels: int, share: float) -> int:
 
 
 def extreme_elements(x: Tensor, per_end: int) -> Tensor:
-    """Mask of the `per_end` largest and `per_end` smallest elements along the last axis; exactly so many.
+    """Mask of the `per_end` largest and `per_end` smallest elements along the last axis, ties broken so that there are no more.
 
     Raises ValueError when they would leave no element over.
     """

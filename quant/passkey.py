@@ -43,7 +43,7 @@ class PasskeyTask:
         return random.Random(self.seed).randint(10_000, 99_999)
 
     def text(self, garbage: int) -> str:
-        """The prompt with so many characters of garbage."""
+        """The prompt with a given number of characters of garbage."""
         before = round(self.depth * garbage)
         endless = GARBAGE * (garbage // len(GARBAGE) + 1)
         information = INFORMATION.format(key=self.key)

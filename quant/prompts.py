@@ -1,4 +1,4 @@
-r"""Prompts of exactly so many tokens, for tests of retrieval: a question, what answers it, and filler until it fits.
+r"""Prompts of an exact number of tokens, for tests of retrieval: a question, what answers it, and filler until it fits.
 
 A retrieval test is a function from an amount of filler to a text. How many tokens a text has is known only to the
 tokenizer, so the amount is searched: bisection over characters, then a look around, because the next character may

@@ -9,10 +9,11 @@ their range comes from: a `ChannelQuantizer` calibrated one range per channel (t
 With `feedback` (quant/feedback.py) codes are those of targets: x, and the errors that channels before have handed on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,37 +46,82 @@ class Encoded:
         return 0 if self.exact is None else self.exact.numel()
 
 
-class Quantizer(Protocol):
-    """What every quantizer can do; `channels` says which channels have codes of how many bits."""
-
-    @property
-    def scheme(self) -> Scheme: ...  # noqa: D102
-    @property
-    def channels(self) -> Mapping[int, slice | Tensor]: ...  # noqa: D102
-    @property
-    def tables(self) -> dict[str, Tensor]: ...  # noqa: D102
-    def encode(self, x: Tensor) -> Encoded: ...  # noqa: D102
-    def dense(self, encoded: Encoded) -> Tensor: ...  # noqa: D102
-    def decode(self, encoded: Encoded) -> Tensor: ...  # noqa: D102
-    def to(self, device: torch.device | str) -> "Quantizer": ...  # noqa: D102
-
-
 @dataclass(frozen=True)
-class ChannelQuantizer:
-    """Static ranges, one per channel: `scale` and `zero`, `[C]` float32; beyond them lie the outliers."""
+class Quantizer(ABC):
+    """What every quantizer can do; `tables` are its fitted tensors, by the name they have in the artefact."""
 
     scheme: Scheme
-    codebook: Codebook
-    scale: Tensor
-    zero: Tensor
-    feedback: Feedback | None = None
+
+    @property
+    @abstractmethod
+    def tables(self) -> dict[str, Tensor]: ...  # noqa: D102
+    @abstractmethod
+    def encode(self, x: Tensor) -> Encoded:
+        """Quantize `x`, `[..., T, C]`, in float32."""
+
+    @abstractmethod
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Float32 values, `[..., T, C]`."""
+        dense = self.dense(encoded)
+        if encoded.outliers is not None:
+            assert encoded.exact is not None
+            dense[encoded.outliers] = encoded.exact.float()
+        return dense
+
+    @property
+    def channels(self) -> Mapping[int, slice | Tensor]:
+        """The channels whose codes have each number of bits: usually all have the same."""
+        return {int(self.scheme.bits): slice(None)}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same quantizer on a device."""
+        return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
+
+
+def _moved(thing: Any, device: torch.device | str) -> Any:
+    if isinstance(thing, dict):
+        return {name: _moved(part, device) for name, part in thing.items()}
+    return thing.to(device) if isinstance(thing, Tensor | Codebook | Feedback) else thing
+
+
+class FedBack(Quantizer):
+    """A quantizer that may hand errors on, whose codes are then those of targets."""
+
+    @abstractmethod
+    def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
+        """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
+
+    @abstractmethod
+    def levels(self, codes: Tensor) -> Tensor:
+        """What codes `[..., C]` stand for on the normalised axis, float32."""
+
+    @abstractmethod
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """(scale, zero) float32 of that axis: the channels' `[C]`, or the tokens' `[..., T, 1]` as stored."""
 
     def encode(self, x: Tensor) -> Encoded:
         """Quantize `x`, `[..., T, C]`, in float32."""
         return self.coded(x)[0]
 
+    def dense(self, encoded: Encoded) -> Tensor:
+        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+        return denormalise(self.levels(encoded.codes), *self.ranges(encoded))
+
+
+@dataclass(frozen=True)
+class ChannelQuantizer(FedBack):
+    """Static ranges, one per channel: `scale` and `zero`, `[C]` float32; beyond them lie the outliers."""
+
+    codebook: Codebook
+    scale: Tensor
+    zero: Tensor
+    feedback: Feedback | None = None
+
     def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
-        """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
+        """See `FedBack`; outliers are what lies beyond the channel's range."""
         x = x.float()
         normalised = normalise(x, self.scale, self.zero)
         outliers = self._outliers(normalised)
@@ -98,57 +144,33 @@ class ChannelQuantizer:
     def _books(self) -> ChannelBooks:
         return ChannelBooks.shared(self.codebook, len(self.scale))
 
-    @property
-    def channels(self) -> Mapping[int, slice | Tensor]:
-        """The channels of each width: all have the same."""
-        return {int(self.scheme.bits): slice(None)}
-
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
-        return denormalise(self.levels(encoded.codes), self.scale, self.zero)
-
     def levels(self, codes: Tensor) -> Tensor:
-        """What codes stand for on the normalised axis, float32."""
+        """See `FedBack`."""
         return self.codebook.decode(codes)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
-        return put_exact(self.dense(encoded), encoded)
-
-    def to(self, device: torch.device | str) -> "ChannelQuantizer":
-        """The same quantizer on a device."""
-        return replace(
-            self,
-            codebook=self.codebook.to(device),
-            scale=self.scale.to(device),
-            zero=self.zero.to(device),
-            feedback=self.feedback and self.feedback.to(device),
-        )
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
+        return self.scale, self.zero
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
         ranges = {"scale": self.scale, "zero": self.zero}
-        return {**_codebook_tables(self.codebook), **ranges, **feedback_tables(self.feedback)}
+        return {**codebook_tables(self.codebook), **ranges, **feedback_tables(self.feedback)}
 
 
 @dataclass(frozen=True)
-class TokenQuantizer:
+class TokenQuantizer(FedBack):
     """Dynamic ranges: each token's own, from the elements that are left when its outliers are set aside.
 
     `thresholds` `[2]` float32 are those of a layer's whole matrix, where the scheme wants such. With a `part` of the heads,
     C are the channels of these; ranges and outliers are those of the token in all heads, which is gathered.
     """
 
-    scheme: Scheme
     codebook: Codebook
     thresholds: Tensor | None = None
     feedback: Feedback | None = None
     part: Part = WHOLE
-
-    def encode(self, x: Tensor) -> Encoded:
-        """Quantize `x`, `[..., T, C]`, in float32."""
-        return self.coded(x)[0]
 
     def coded(self, x: Tensor) -> tuple[Encoded, Tensor]:
         """`encode(x)`, and the targets float32 `[..., T, C]` whose codes these are."""
@@ -170,35 +192,20 @@ class TokenQuantizer:
         assert self.feedback is not None
         return ChannelBooks.shared(self.codebook, self.feedback.order.numel())
 
-    @property
-    def channels(self) -> Mapping[int, slice | Tensor]:
-        """The channels of each width: all have the same."""
-        return {int(self.scheme.bits): slice(None)}
+    def levels(self, codes: Tensor) -> Tensor:
+        """See `FedBack`."""
+        return self.codebook.decode(codes)
 
-    def dense(self, encoded: Encoded) -> Tensor:
-        """Float32 values `[..., T, C]`, outliers not yet put in their place."""
+    def ranges(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
+        """See `FedBack`."""
         assert encoded.scale is not None and encoded.zero is not None
-        scale, zero = encoded.scale.float(), encoded.zero.float()
-        return denormalise(self.codebook.decode(encoded.codes), scale, zero)
-
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
-        return put_exact(self.dense(encoded), encoded)
-
-    def to(self, device: torch.device | str) -> "TokenQuantizer":
-        """The same quantizer on a device."""
-        return replace(
-            self,
-            codebook=self.codebook.to(device),
-            thresholds=None if self.thresholds is None else self.thresholds.to(device),
-            feedback=self.feedback and self.feedback.to(device),
-        )
+        return encoded.scale.float(), encoded.zero.float()
 
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
         matrix = {} if self.thresholds is None else {"thresholds": self.thresholds}
-        return {**_codebook_tables(self.codebook), **matrix, **feedback_tables(self.feedback)}
+        return {**codebook_tables(self.codebook), **matrix, **feedback_tables(self.feedback)}
 
 
 def keeps_outliers(quantizer: Quantizer) -> bool:
@@ -243,13 +250,6 @@ def feedback_tables(feedback: Feedback | None) -> dict[str, Tensor]:
     return {} if feedback is None else feedback.tables
 
 
-def put_exact(dense: Tensor, encoded: Encoded) -> Tensor:
-    """`dense` with the outliers put in their place, in place."""
-    if encoded.outliers is not None:
-        assert encoded.exact is not None
-        dense[encoded.outliers] = encoded.exact.float()
-    return dense
-
-
-def _codebook_tables(codebook: Codebook) -> dict[str, Tensor]:
+def codebook_tables(codebook: Codebook) -> dict[str, Tensor]:
+    """The tensors of a codebook, by the name they have in the artefact."""
     return {"levels": codebook.levels, "boundaries": codebook.boundaries}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gradients.cli import note
+from gradients.cli import UserError, note
 
 _SINCE_DIGESTS = ("weights", "text_digest")
 
@@ -46,10 +46,16 @@ def _driver() -> str:
     return (run.stdout.split() or ["unknown"])[0]
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none if it does not exist."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_rows(path: str | Path | None) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, none if there is none. Raises `UserError` when it cannot be read or holds anything else."""
+    if path is None or not Path(path).exists():
+        return []
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"results {str(path)!r} cannot be read ({error}); give a JSONL file or a new name") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"results {str(path)!r} holds a line that is no row ({error}); remove that line") from error
 
 
 def is_of(row: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:

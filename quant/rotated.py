@@ -4,8 +4,7 @@ A random rotation makes the coordinates of any vector nearly Gaussian, so one co
 every head vector once its norm is divided out. Stored: codes, and one fp16 scale per token and head.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -14,18 +13,16 @@ from torch import Tensor
 
 from quant.codebook import Codebook, nuq_codebook
 from quant.kmeans import Histogram
-from quant.quantizer import Encoded, as_stored
-from quant.scheme import Scheme
+from quant.quantizer import Encoded, Quantizer, as_stored, codebook_tables
 
 _WIDEST = 6.0  # standard deviations; 2e-9 of a Gaussian's mass lies beyond
 _SEED = 0
 
 
 @dataclass(frozen=True)
-class RotatedQuantizer:
+class RotatedQuantizer(Quantizer):
     """`rotation` `[D, D]` float32, orthogonal; the codebook's unit is a coordinate's root mean square."""
 
-    scheme: Scheme
     codebook: Codebook
     rotation: Tensor
 
@@ -36,29 +33,16 @@ class RotatedQuantizer:
         unit = turned / scale.float().clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         return Encoded(self.codebook.encode(unit.flatten(-2)), None, None, scale)
 
-    @property
-    def channels(self) -> Mapping[int, slice | Tensor]:
-        """The channels of each width: all have the same."""
-        return {int(self.scheme.bits): slice(None)}
-
     def dense(self, encoded: Encoded) -> Tensor:
         """Float32 values `[..., T, C]`; there are no outliers."""
         assert encoded.scale is not None
         levels = self.codebook.decode(encoded.codes).unflatten(-1, (-1, len(self.rotation)))
         return ((levels * encoded.scale.float()[..., None]) @ self.rotation.T).flatten(-2)
 
-    def decode(self, encoded: Encoded) -> Tensor:
-        """Float32 values, `[..., T, C]`."""
-        return self.dense(encoded)
-
-    def to(self, device: torch.device | str) -> "RotatedQuantizer":
-        """The same quantizer on a device."""
-        return replace(self, codebook=self.codebook.to(device), rotation=self.rotation.to(device))
-
     @property
     def tables(self) -> dict[str, Tensor]:
         """The fitted tensors, by the name they have in the artefact."""
-        return {"levels": self.codebook.levels, "boundaries": self.codebook.boundaries, "rotation": self.rotation}
+        return {**codebook_tables(self.codebook), "rotation": self.rotation}
 
 
 @cache

@@ -56,8 +56,8 @@ class Scheme:
         group: elements that share one dynamic range: tokens of a channel, or channels of a token; None for all.
         key_rope: the side of the rotary embedding on which keys are quantized (section 3.2).
         thresholds: beyond which elements are outliers: one pair per channel or token, or one for a layer's matrix.
-        outlier_cap: at most so many outliers per token on a channel-wise axis, None for no limit.
-        residual_tokens: the recent window: a query sees its own token and those right before it exactly, so many in all (KIVI).
+        outlier_cap: most outliers per token on a channel-wise axis, None for no limit.
+        residual_tokens: size of the recent window, the last tokens up to its own that a query sees exactly (KIVI).
         feedback: errors are handed on within a head, by the Fisher matrix that the records hold (quant/feedback.py).
         groups: channels of a KV head that share a width, for rdnuq: 16, or 1.
     """

@@ -54,7 +54,7 @@ class Side:
             yield activation.float(), fisher.float()
 
     def thinned(self, tokens: int) -> "Side":
-        """About so many tokens, evenly spaced, if there are more; each is then a sequence of its own."""
+        """About `tokens` tokens, evenly spaced, if there are more; each is then a sequence of its own."""
         step = len(self.activation) // tokens
         if step < 2:
             return self

@@ -29,7 +29,7 @@ class Usage:
     size: StoredSize = field(default_factory=StoredSize)
 
     def add(self, site: KVSite, quantizer: Quantizer, encoded: Encoded, exact: int) -> None:
-        """Count one tensor of `B` sequences: `encoded` tokens, and so many `exact` ones around them."""
+        """Count one tensor of `B` sequences: `encoded` tokens, and the number of `exact` ones around them."""
         batch, tokens, channels = encoded.codes.shape
         per_token = isinstance(quantizer, TokenQuantizer)
         per_sequence = exact_size(exact, channels) + packed_size(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradients.cli import command_parser, run_command
-from gradients.models import load_model
+from gradients.loading import load_model
 
 
 def convert(source: str, output: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from gradients.processes import process_state
 from gradients.records import Records
 from gradients.text import Corpus

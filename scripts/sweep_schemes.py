@@ -4,7 +4,7 @@ r"""Fit several schemes to the same records and evaluate them on the same window
         --windows 40 --schemes nuq4-1% nf4-1% int4-1% --results scripts/results/schemes.jsonl
 
 One JSONL row per scheme; schemes that the results file already holds for this model and text are not run again.
-So many as `--together` are fitted and evaluated side by side, since the unquantized logits of a window are computed once for all of
+As many as `--together` says are fitted and evaluated side by side, since the unquantized logits of a window are computed once for all of
 them; then their rows are written, and an interrupted sweep goes on from there.
 """
 
@@ -24,8 +24,7 @@ from quant.scheme import Scheme
 
 def missing(schemes: Sequence[Scheme], results: str | None, identity: dict[str, Any]) -> list[Scheme]:
     """The schemes without a row of this identity in the results file."""
-    rows = read_rows(results) if results else []
-    done = {row["scheme"] for row in rows if is_of(row, identity)}
+    done = {row["scheme"] for row in read_rows(results) if is_of(row, identity)}
     return [scheme for scheme in schemes if scheme.describe() not in done]
 
 

@@ -29,7 +29,6 @@ if not torch.cuda.is_available():
 from hypothesis import settings
 from interpreter import quicken
 from recorders import Recording
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -48,12 +47,14 @@ from deployment.cache import PackedCache
 from gradients.__main__ import main as record_main
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
+from gradients.manifest import Manifest
 from gradients.models import KINDS, Kind, KVSite, decoder, kv_sites
-from gradients.records import Manifest, Records
+from gradients.records import Records
 from gradients.rope import rope_tables
 from quant.artefact import Quantizers
 from quant.fit import fit
 from quant.scheme import Scheme
+from scripts.bench.random_model import byte_tokenizer
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     quicken(pytest.MonkeyPatch())  # never undone
@@ -129,6 +130,16 @@ def build_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Of a whole text, read at once without a cache."""
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[[str], PreTrainedModel]:
     """Build a fresh tiny model by its name in `CONFIGS`, for tests that change it."""
@@ -148,6 +159,12 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def wide() -> PreTrainedModel:
+    """A tiny Llama whose heads have 64 channels, as groups and tensor cores want them; leave it as it is."""
+    return build_model(LlamaConfig(**_SIZES | {"initializer_range": 0.1}, head_dim=64))
+
+
+@pytest.fixture(scope="session")
 def make_tokens() -> Callable[..., Tensor]:
     """Random token ids of any shape, without special tokens: `make_tokens(2, 33, seed=1)`."""
 
@@ -160,14 +177,9 @@ def make_tokens() -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte."""
-    vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2}
-    for character in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[character] = len(vocabulary)
-    assert len(vocabulary) == VOCABULARY
-    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made = byte_tokenizer()
+    assert len(made) == VOCABULARY
+    return made
 
 
 @pytest.fixture(scope="session")

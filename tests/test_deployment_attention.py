@@ -36,15 +36,6 @@ def test_quantization_off_equals_stock_attention_exactly(model, make_tokens, pad
     assert torch.equal(logits[mask.bool()], expected[mask.bool()])
 
 
-def test_identity_is_not_vacuous(make_model, make_tokens) -> None:
-    """Control for the test above: without rotation the logits are far away."""
-    model, tokens = make_model("llama"), make_tokens(1, 33)
-    expected = model(input_ids=tokens).logits
-    rotary = model.model.rotary_emb
-    rotary.register_forward_hook(lambda _m, _i, out: (torch.ones_like(out[0]), torch.zeros_like(out[1])))
-    assert (model(input_ids=tokens).logits - expected).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
 @pytest.mark.parametrize("chunk", [1, 7, 70])
 def test_a_cache_of_sinks_only_equals_stock_attention(model, make_tokens, fit_model, chunk: int, padded: bool) -> None:
@@ -162,21 +153,6 @@ def test_the_past_is_dequantized_a_page_at_a_time(
     assert most <= 2
 
 
-def test_padded_row_equals_the_same_text_alone(make_model, make_tokens, fit_model) -> None:
-    model, tokens = make_model("llama"), make_tokens(2, 140)
-    quantizers = fit_model(model, Scheme.parse("nuq4-5%"))
-    mask = left_padded(tokens, 75)
-    with packed_attention(model):
-        both, alone = PackedCache(quantizers, model.config), PackedCache(quantizers, model.config)
-        for start, end in ((0, 60), (60, 130), (130, 140)):
-            batched = model(input_ids=tokens[:, start:end], attention_mask=mask[:, :end], past_key_values=both).logits
-            if end > 75:
-                part = tokens[:1, max(start, 75) : end]
-                single = model(input_ids=part, past_key_values=alone).logits
-    assert torch.allclose(batched[:1], single, atol=0.02)
-    assert both.layers[0].lengths == [65, 140] and alone.layers[0].lengths == [65]
-
-
 @pytest.mark.parametrize("mask", [[1, 1, 0, 1], [1, 1, 1, 0]], ids=["hole", "right padding"])
 def test_other_masks_are_refused(make_model, make_tokens, fit_model, mask: list[int]) -> None:
     model = make_model("llama")
@@ -220,22 +196,6 @@ def test_model_is_as_it_was_afterwards(make_model, make_tokens, hook_count) -> N
     assert hook_count(model) == hooks
     assert not any(hasattr(module, "kvquant_context") for module in model.modules())
     assert torch.equal(model(input_ids=tokens).logits, expected)
-
-
-def test_a_cache_outside_the_context_is_noticed(make_model, make_tokens, fit_model) -> None:
-    model = make_model("llama")
-    cache = PackedCache(fit_model(model, Scheme.parse("int4")), model.config)
-    with pytest.raises(RuntimeError, match="packed_attention"):
-        model(input_ids=make_tokens(1, 4), past_key_values=cache)
-
-
-def test_unknown_architecture_says_what_to_add() -> None:
-    from transformers import AutoModelForCausalLM, GPTNeoXConfig
-
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(GPTNeoXConfig(**sizes, num_attention_heads=2))
-    with pytest.raises(NotImplementedError, match=r"gpt_neox.*SITES in gradients/models\.py"), packed_attention(model):
-        pass
 
 
 @pytest.mark.parametrize("heads_per_kv_head", [1, 3])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deployment.format.bits import Places, places_of
-from deployment.format.order import ChannelOrder, GroupOrder, Order, rotary_groups, uniform_order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import ChannelOrder, Order, rotary_groups, uniform_order
 
 HEADS = 2
 

@@ -16,7 +16,7 @@ from deployment.text.chat import Chat, PlainText
 from deployment.text.saved import load_cache
 from deployment.text.session import Session
 from gradients.cli import UserError
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
 

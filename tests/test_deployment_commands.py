@@ -11,7 +11,6 @@ from deployment.evaluate import evaluate_packed, packed_nll
 from deployment.evaluate import main as evaluate_main
 from deployment.generate import main as generate_main
 from gradients.cli import UserError
-from gradients.models import LoadedModel
 from quant.evaluate import evaluate
 from quant.evaluate import main as simulate_main
 from quant.scheme import Scheme
@@ -24,16 +23,16 @@ def arguments(llama_folder, quantizers_file) -> list[str]:
 
 
 def window_arguments(text_file: Path) -> list[str]:
-    return ["--text", str(text_file), "--seqlen", "150", "--windows", "6"]
+    return ["--text", str(text_file), "--seqlen", "150", "--windows", "3"]
 
 
-@pytest.mark.parametrize("options", [["--prefill-chunk", "1"], ["--prefill-chunk", "64", "--batch", "4"]])
+@pytest.mark.parametrize("options", [["--prefill-chunk", "1"], ["--prefill-chunk", "64", "--batch", "2"]])
 def test_packed_and_simulated_evaluation_agree(arguments, text_file, options: list[str]) -> None:
     simulated = simulate_main([*arguments, *window_arguments(text_file)])
     packed = evaluate_main([*arguments, *window_arguments(text_file), "--no-exact-chunk", *options])
     assert simulated is not None
     assert packed["nll"] == pytest.approx(simulated["nll"], rel=1e-3)
-    assert packed["tokens"] == simulated["tokens"] == 6 * 149
+    assert packed["tokens"] == simulated["tokens"] == 3 * 149
     # a few elements may land on the other side of an outlier threshold, nothing else can differ
     assert packed["bits_per_element"] == pytest.approx(simulated["bits_per_element"], rel=1e-4)
 
@@ -56,14 +55,6 @@ def test_in_float64_packed_and_simulated_evaluation_are_the_same(
     assert abs(packed["nll"] - simulated["nll"]) < 1e-9
     assert packed["bits_per_element"] == simulated["bits_per_element"]
     assert abs(simulated["nll"] - simulated["baseline_nll"]) > 1e-6  # it is quantized
-
-
-def test_in_float64_the_commands_agree(arguments, text_file) -> None:
-    options = [*arguments, *window_arguments(text_file), "--dtype", "float64"]
-    simulated = simulate_main(options)
-    packed = evaluate_main([*options, "--no-exact-chunk", "--prefill-chunk", "40"])
-    assert simulated is not None and packed is not None
-    assert abs(packed["nll"] - simulated["nll"]) < 1e-6
 
 
 def test_bits_of_quantized_layers_and_of_the_whole_cache_are_told_apart(
@@ -161,7 +152,3 @@ def test_nan_weights_are_named(make_model, quantizers, make_tokens) -> None:
         model.lm_head.weight[0] = torch.nan
     with pytest.raises(UserError, match="logits are NaN"):
         evaluate_packed(model, make_tokens(1, 20), quantizers, chunk=20, exact_chunk=True)
-
-
-def test_a_loaded_model_knows_its_device(llama, tokenizer) -> None:
-    assert LoadedModel("tiny", llama, tokenizer).device == torch.device("cpu")  # type: ignore[arg-type]

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 import deployment.step.attend
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.devices import current
 from deployment.generate import main as generate_main
 from deployment.rope import Rope
 from deployment.step.asked import Step
 from deployment.text.saved import load_cache, save_cache
 from gradients.cli import UserError
 from gradients.fisher import record_window
-from gradients.models import LoadedModel, decoder, load_model
+from gradients.loading import LoadedModel, load_model
+from gradients.models import decoder
 from gradients.placement import Placement, read_device_map
 from gradients.rope import rope_tables
 from quant.artefact import Quantizers
@@ -162,14 +162,6 @@ def test_kernels_run_with_the_layers_device_current(llama, quantizers, make_toke
     with torch.inference_mode(), packed_attention(llama, "triton"):
         llama(input_ids=make_tokens(1, 2), past_key_values=PackedCache(quantizers, llama.config))
     assert attended == [[torch.device("cpu")]] * 2
-
-
-def test_current_is_cudas_own(monkeypatch) -> None:
-    asked: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "device", asked.append)
-    current(torch.device("cuda", 1))
-    current(torch.device("cpu"))
-    assert asked == [torch.device("cuda", 1)]
 
 
 def write(path: Path, content: object) -> str:

@@ -15,7 +15,7 @@ from deployment.step.graphed import _STEPS, graphed
 from deployment.step.steps import Steps
 from deployment.text.session import Session
 from gradients.cli import UserError
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cpu = pytest.mark.skipif(DEVICE.type == "cuda", reason="what replaces a CUDA graph where there is none")
@@ -84,7 +84,7 @@ def test_several_tokens_at_once_and_recorded_steps_take_turns(llama, quantizers,
 @on_cpu
 def test_a_conversation_with_recorded_steps_says_the_same(llama, tokenizer, quantizers, automatic, monkeypatch) -> None:
     """Turn after turn on one cache, recorded anew in each; more tokens than there is room for at once; a text that departs."""
-    monkeypatch.setattr("deployment.step.automatic._STEPS", 7)
+    monkeypatch.setattr("deployment.step.automatic.GRAPH_TOKENS", 7)
     loaded = LoadedModel("tiny", llama, tokenizer)
     said = []
     for graphs in (False, True):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployment.format.order import half_words, uniform_order
+from deployment.format.groups import half_words
+from deployment.format.order import uniform_order
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step import native
@@ -80,20 +81,20 @@ def rope_of(make_model) -> Callable[[int], Rope]:
 
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (4, 2)])
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_widths_and_heads(monkeypatch, rope_of, bits: tuple[int, int], dim: int) -> None:
+def test_all_widths_and_head_sizes_agree_with_torch(monkeypatch, rope_of, bits: tuple[int, int], dim: int) -> None:
     mine, expected = both_ways(monkeypatch, rope_of(dim), bits=bits, dim=dim)
     assert_close(mine, expected)
 
 
 @pytest.mark.parametrize("axes", [("channel", "channel"), ("token", "token"), ("token", "channel")])
 @pytest.mark.parametrize("share", [0.0, 0.1])
-def test_axes_and_outliers(monkeypatch, rope_of, axes: tuple[str, str], share: float) -> None:
+def test_all_axes_and_outliers_agree_with_torch(monkeypatch, rope_of, axes: tuple[str, str], share: float) -> None:
     mine, expected = both_ways(monkeypatch, rope_of(64), axes=axes, share=share)
     assert_close(mine, expected)
 
 
 @pytest.mark.parametrize("exact_chunk", [True, False])
-def test_batches_and_several_queries(monkeypatch, rope_of, exact_chunk: bool) -> None:
+def test_batches_and_several_queries_agree_with_torch(monkeypatch, rope_of, exact_chunk: bool) -> None:
     mine, expected = both_ways(
         monkeypatch, rope_of(64), lengths=(1200, 130, 70), queries=4, exact_chunk=exact_chunk, share=0.1
     )

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployment.format.packing import GROUP, pack, pack_spare_bits, planes, unpack, unpack_spare_bits
+from deployment.format.packing import GROUP, pack, planes, unpack
 
 
 def hexadecimal(words: torch.Tensor) -> list[str]:
@@ -49,21 +49,3 @@ def test_unpack_reads_a_strided_slice() -> None:
 def test_codes_that_fill_no_whole_group_are_refused() -> None:
     with pytest.raises(ValueError, match="33 codes"):
         pack(torch.zeros(33, dtype=torch.uint8), 4)
-
-
-def test_spare_bits_hold_the_last_quarter() -> None:
-    quarters = torch.zeros(4, 32, dtype=torch.uint8)
-    quarters[0, 0], quarters[1, 0], quarters[2, 31], quarters[3, 0], quarters[3, 31] = 5, 6, 7, 0b011, 0b100
-    # bits 0 and 1 of the first code go to the first nibbles of quarters 0 and 1, bit 2 of the last to the last of 2
-    words = hexadecimal(pack_spare_bits(quarters.flatten()))
-    assert words == ["0000000d", *["00000000"] * 3, "0000000e", *["00000000"] * 6, "f0000000"]
-
-
-@given(data=st.data())
-def test_spare_bits_come_back(data: st.DataObject) -> None:
-    groups = data.draw(st.integers(1, 2)) * 4
-    codes = data.draw(st.lists(st.integers(0, 7), min_size=GROUP * groups, max_size=GROUP * groups))
-    tensor = torch.tensor(codes, dtype=torch.uint8).expand(2, -1)
-    words = pack_spare_bits(tensor)
-    assert words.dtype == torch.int32 and words.shape == (2, groups * 3)
-    assert torch.equal(unpack_spare_bits(words), tensor)

@@ -100,6 +100,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
         if name == "generate":
             assert ours["text"] == theirs["text"] and ours["new_tokens"] == 24
             assert printed.count(ours["text"]) >= 1
+            assert ours["bits_per_element"] == theirs["bits_per_element"], "what both hold counts once"
         else:
             assert ours["nll"] == pytest.approx(theirs["nll"], rel=1e-9)
     assert printed.count("cache_bits_per_element") == len(commands), "the other process is quiet"

@@ -11,11 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.format.order import ChannelOrder, GroupOrder, uniform_order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import ChannelOrder, uniform_order
 from deployment.layer import PackedLayer
 from deployment.text.pages import one_page
 from deployment.text.saved import load_cache, quantizers_digest, save_cache
@@ -27,16 +28,6 @@ from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 
 SCHEMES = ["nuq3-1%", "nuq2", "int4-5%", "rdnuq2.4", "rdnuq2.4g1-4%", "nuq2-1%+fb"]
-
-
-@pytest.fixture(scope="module")
-def wide() -> PreTrainedModel:
-    """Heads of 64 channels, whose codes lie in the order of tensor cores."""
-    from conftest import build_model
-
-    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 259}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    return build_model(LlamaConfig(**sizes, **heads, initializer_range=0.1))
 
 
 def fill(model: PreTrainedModel, cache: PackedCache, tokens: Tensor, chunk: int = 50, padding: int = 0) -> None:
@@ -135,7 +126,9 @@ def test_many_pages_and_kernels_room_become_one_page_without_room(llama, make_to
 
 @pytest.mark.parametrize("capacity", [None, 100])
 @pytest.mark.parametrize("tokens", [2, 6, 7], ids=["within the sinks", "one packed", "all packed"])
-def test_few_tokens(tokens: int, capacity: int | None, llama, make_tokens, fit_model, tmp_path) -> None:
+def test_texts_shorter_than_a_block_are_restored(
+    tokens: int, capacity: int | None, llama, make_tokens, fit_model, tmp_path
+) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-5%", sink_tokens=5))
     cache, text = PackedCache(quantizers, llama.config), make_tokens(1, tokens)
     fill(llama, cache, text)
@@ -164,7 +157,7 @@ def test_sliding_windows_are_saved_as_they_are(make_model, make_tokens, fit_mode
     assert torch.equal(got.logits, expected.logits)
 
 
-@pytest.mark.parametrize("capacity", [None, 140], ids=["grows", "reserved"])
+@pytest.mark.parametrize("capacity", [None, pytest.param(140, marks=pytest.mark.slow)])
 def test_kernels_go_on_with_a_loaded_cache(capacity: int | None, wide, make_tokens, fit_model, tmp_path) -> None:
     quantizers, tokens = fit_model(wide, Scheme.parse("nuq3-5%")), make_tokens(1, 128)
     cache, more = PackedCache(quantizers, wide.config), make_tokens(1, 4, seed=2)

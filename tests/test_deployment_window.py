@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CONFIGS, build_model
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.benchmark import benchmark
@@ -189,7 +189,7 @@ def test_an_interrupted_forward_gives_the_window_back(double, fit_model, make_to
 
 
 @pytest.mark.parametrize("removed", [0, 7])
-def test_saved_and_restored(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
+def test_a_saved_window_is_restored_bit_for_bit(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-1%", sink_tokens=3))
     tokens, mask = make_tokens(2, 90), torch.ones(2, 90, dtype=torch.int64)
     mask[0, :75] = 0  # that row is shorter than the window
@@ -228,24 +228,21 @@ def test_a_plan_is_what_is_held(dtype: torch.dtype, fit_model, llama, make_token
     assert plan.largest_context() % 64 == 44 and plan.largest_context() > 44
 
 
-def test_native_attention_sees_the_window(fit_model, make_tokens, monkeypatch) -> None:
-    sizes = {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 64, "vocab_size": 259}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    model = build_model(LlamaConfig(**sizes, **heads, initializer_range=0.1))
-    quantizers = fit_model(model, Scheme.parse("nuq3-1%", sink_tokens=3, residual_tokens=10))
+def test_native_attention_sees_the_window(wide, fit_model, make_tokens, monkeypatch) -> None:
+    quantizers = fit_model(wide, Scheme.parse("nuq3-1%", sink_tokens=3, residual_tokens=10))
     tokens, mask = make_tokens(2, 100), torch.ones(2, 100, dtype=torch.int64)
     mask[0, :60] = 0
     for exact_chunk in (True, False):
         logits = []
         for switch in ("1", "0"):
             monkeypatch.setenv(native.VARIABLE, switch)
-            cache = PackedCache(quantizers, model.config, exact_chunk=exact_chunk)
-            logits.append(read(model, cache, tokens, [90, 4, 1, 1, 4], mask)[:, 90:])
+            cache = PackedCache(quantizers, wide.config, exact_chunk=exact_chunk)
+            logits.append(read(wide, cache, tokens, [90, 4, 1, 1, 4], mask)[:, 90:])
             assert native.takes(cache.layers[0], torch.zeros(2, 4, 1, 64)) == (switch == "1")
         assert torch.allclose(*logits, atol=1e-3)
 
 
-def test_commands(llama_folder, quantizers_file, text_file) -> None:
+def test_commands_take_a_window_and_report_its_bytes(llama_folder, quantizers_file, text_file) -> None:
     common = ["--model", str(llama_folder), "--quantizers", str(quantizers_file), "--device", "cpu"]
     windows = [*common, "--text", str(text_file), "--seqlen", "60", "--windows", "1", "--residual-tokens", "10"]
     simulated_row = simulate_main(windows)
@@ -289,7 +286,7 @@ def test_benchmarks_fill_layers_with_windows(window: int) -> None:
     assert (row["bits_per_element"] > 4.5) == (window > 0)
 
 
-def test_every_architecture(model, fit_model, make_tokens) -> None:
+def test_packed_is_simulated_in_every_architecture(model, fit_model, make_tokens) -> None:
     """Sliding-window layers beside it, partial and scaled rotary embeddings, norms of keys."""
     quantizers = fit_model(model, Scheme.parse("nuq4-5%", sink_tokens=2, residual_tokens=11))
     tokens = make_tokens(1, 60)
@@ -300,7 +297,7 @@ def test_every_architecture(model, fit_model, make_tokens) -> None:
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 2}], ids=["beams", "prompt lookup"])
-def test_what_transformers_generates(options: dict[str, int], llama, fit_model, make_tokens) -> None:
+def test_generation_equals_the_unquantized_cache(options: dict[str, int], llama, fit_model, make_tokens) -> None:
     """With 8 bits the text is the unquantized cache's, as rows are reordered and guesses taken back."""
     quantizers = fit_model(llama, Scheme.parse("int8-5%", sink_tokens=2, residual_tokens=8))
     tokens = make_tokens(1, 6).repeat(1, 4)

@@ -92,30 +92,11 @@ def test_help_shows_the_examples(main: Main, capsys) -> None:
     assert "\n    python -m " in capsys.readouterr().out
 
 
-def test_a_process_given_bad_input(tmp_path) -> None:
-    finished = subprocess.run(
-        [sys.executable, "-m", "quant.fit", "--records", "none", "--scheme", "nuq3-1%", "--output", "q.safetensors"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert finished.returncode == 2
-    assert finished.stdout == ""
-    assert "Traceback" not in finished.stderr
-    last = finished.stderr.splitlines()[-1]
-    assert last.startswith("error: records 'none': no manifest.json")
-    assert finished.stderr.count("error:") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_gguf_weights_point_at_the_conversion(llama_folder, text_file, tmp_path, monkeypatch, capsys) -> None:
     def stop(*_: object, **__: object) -> None:
         raise UserError("loaded enough")
 
-    monkeypatch.setattr("gradients.models._load_or_explain", stop)
+    monkeypatch.setattr("gradients.loading._load_or_explain", stop)
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     for folder in (llama_folder, tmp_path):
         with pytest.raises(UserError, match="loaded enough"):

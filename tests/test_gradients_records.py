@@ -265,7 +265,9 @@ def test_a_full_disk_loses_nothing(record_arguments, records, snapshot, tmp_path
     arguments = [*record_arguments, "--output", str(tmp_path / "records")]
     with monkeypatch.context() as patched:
         patched.setattr(gradients.checked, "save_file", full_at_third)
-        with pytest.raises(UserError, match=r"cannot write .*window-00002.safetensors: .*No space left"):
+        with pytest.raises(
+            UserError, match=r"cannot write .*window-00002.safetensors: .*No space left.*earlier files are untouched"
+        ):
             main(arguments)
     complete = snapshot(records.folder)
     assert snapshot(tmp_path / "records") == {
@@ -329,7 +331,9 @@ def test_two_commands_at_once_say_so(folder, record_arguments, snapshot) -> None
             text=True,
             check=False,
         )
-    assert run.returncode == 2 and "is being recorded by another process; wait for it" in run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 2 and last.startswith("error: ") and run.stdout == ""
+    assert "is being recorded by another process; wait for it" in last and "Traceback" not in run.stderr
     assert snapshot(folder) == before
     assert main(arguments)["recorded_now"] == 1
 

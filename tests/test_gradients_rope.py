@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import gaussian
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,10 +12,6 @@ from gradients.models import cached_layers, decoder, kv_shape
 from gradients.rope import rope_tables, rotate, rotate_squares
 
 TOKENS = 33
-
-
-def gaussian(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def by_heads(x: Tensor, model: PreTrainedModel) -> Tensor:
@@ -46,28 +43,6 @@ def test_rotating_is_what_the_model_does(model, keys) -> None:
         assert not torch.allclose(key, after[layer], atol=0.1)
 
 
-def test_tables_have_the_rotary_dimension(model) -> None:
-    cos, sin = rope_tables(model, TOKENS)
-    partial = decoder(model).config.rope_parameters.get("partial_rotary_factor", 1.0)
-    rotary = int(kv_shape(model.config)[1] * partial)
-    assert cos.shape == sin.shape == (TOKENS, rotary)
-    assert cos.dtype == sin.dtype == torch.float32
-    assert not cos.requires_grad and cos.device.type == "cpu"
-    # position 0 turns nothing; yarn only lengthens
-    assert (sin[0] == 0).all() and torch.equal(cos[0], cos[0, :1].expand(rotary))
-
-
-def test_tables_grow_from_the_front(model) -> None:
-    for few, many in zip(rope_tables(model, 7), rope_tables(model, TOKENS), strict=True):
-        assert torch.equal(few, many[:7])
-
-
-@pytest.mark.parametrize(("name", "scale"), [("llama", 1.0), ("llama-yarn-mha", 1.1386294)])
-def test_tables_include_the_attention_scaling(name: str, scale: float, make_model) -> None:
-    cos, sin = rope_tables(make_model(name), TOKENS)  # yarn: 0.1 ln(4) + 1
-    assert torch.allclose(cos.square() + sin.square(), torch.full_like(cos, scale**2), rtol=1e-5)
-
-
 def test_gemmas_tables_are_those_of_the_layers_that_are_cached(make_model) -> None:
     """Its sliding layers turn with another base frequency."""
     model = make_model("gemma3")
@@ -89,20 +64,6 @@ def test_pairs_turn_by_hand() -> None:
     turned = rotate(x[None, None, None], cos, sin)[0, 0, 0]
     whirl = torch.polar(torch.ones(2), angle) * torch.complex(x[:2], x[2:4])
     assert torch.allclose(turned, torch.cat([whirl.real, whirl.imag, x[4:]]), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama", "phi3-partial"])
-def test_rotating_keeps_the_length_of_pairs(name: str, make_model) -> None:
-    cos, sin = (table[None] for table in rope_tables(make_model(name), TOKENS))
-    rotary = cos.shape[-1]
-    x = gaussian(2, 3, TOKENS, 16)
-    turned = rotate(x, cos, sin)
-
-    def lengths(y: Tensor) -> Tensor:
-        return y[..., : rotary // 2].square() + y[..., rotary // 2 : rotary].square()
-
-    assert torch.allclose(lengths(turned), lengths(x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(turned[..., rotary:], x[..., rotary:])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-yarn-mha", "phi3-partial", "gemma3"])
@@ -127,29 +88,3 @@ def test_rotated_squares_are_the_expectation(name: str, make_model) -> None:
     assert torch.allclose(turned, expected, rtol=1e-4, atol=1e-5)
     assert (turned >= 0).all()
     assert not torch.allclose(turned, squares[0], atol=0.1)  # a single draw is not its mean
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3-partial", "gemma3"])
-def test_gradients_turn_as_keys_do(name: str, make_model, rewriting_rotated_keys, make_tokens) -> None:
-    """Why Fisher information may be rotated: a rotation is its own inverse transpose (without attention scaling)."""
-    model = make_model(name)
-    before: dict[int, Tensor] = {}
-    after: dict[int, Tensor] = {}
-    cos, sin = (table[None] for table in rope_tables(model, TOKENS))
-
-    def again(layer: int, key: Tensor) -> Tensor:
-        if layer not in cached_layers(model.config):
-            return key
-        # undo the rotation, and do it again where autograd can see it
-        before[layer] = rotate(key.detach(), cos, -sin).requires_grad_()
-        after[layer] = rotate(before[layer], cos, sin)
-        after[layer].retain_grad()
-        return after[layer]
-
-    with rewriting_rotated_keys(model, again), torch.enable_grad():
-        model(input_ids=make_tokens(1, TOKENS), use_cache=False).logits.logsumexp(-1).sum().backward()
-    assert list(after) == cached_layers(model.config)
-    for layer, key in after.items():
-        gradient = before[layer].grad
-        assert gradient is not None and key.grad is not None and key.grad.abs().max() > 1e-3
-        assert torch.allclose(rotate(gradient, cos, sin), key.grad, rtol=1e-3, atol=1e-4 * float(key.grad.abs().max()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from gradients.models import load_model
+from gradients.loading import load_model
 from gradients.weights import SAMPLE, _sample, weights_digest
 
 

@@ -1,7 +1,6 @@
 """Compiling decode.cu: what is kept, and what is said where it cannot be done. No compiler is asked here."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
+def asked(monkeypatch, tmp_path) -> list[tuple[str, str]]:
     """What is compiled: macros and architecture."""
     found: list[tuple[str, str]] = []
 
@@ -28,7 +27,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, st
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch) -> None:
     """A GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "a GPU")
@@ -36,9 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _device: nullcontext())
 
 
-def test_each_shape_is_compiled_once_and_kept(
-    asked: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_shape_is_compiled_once_and_kept(asked, tmp_path, monkeypatch) -> None:
     one = Shape(128, 1, 4, 16, 16, 1, 0, 0, 0)
     first = decode._built("decode", "source", one.defines(), "sm_80")
     assert decode._built("decode", "source", one.defines(), "sm_80") == first and len(asked) == 1
@@ -52,9 +49,7 @@ def test_each_shape_is_compiled_once_and_kept(
     assert len(list((tmp_path / "kvquant").iterdir())) == 5
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(
-    asked: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_written_is_no_obstacle(asked, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="compiled anew by every process"):
@@ -62,7 +57,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
 
 @pytest.mark.usefixtures("gpu", "asked")
-def test_what_is_missing_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said_once(monkeypatch) -> None:
     def missing(*_: Any) -> Any:
         raise ImportError("No module named 'cuda'")
 
@@ -75,7 +70,7 @@ def test_what_is_missing_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu", "asked")
-def test_old_drivers_and_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_drivers_and_old_gpus_are_named(monkeypatch) -> None:
     class Status(int):
         name = "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"
 

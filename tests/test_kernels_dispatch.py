@@ -17,7 +17,6 @@ from deployment.evaluate import evaluate_packed
 from deployment.step import dispatch
 from deployment.step.dispatch import VARIABLE, runs_kernels
 from gradients.cli import UserError
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,13 +53,7 @@ def wide_llama() -> PreTrainedModel:
     ("exact_chunk", "scheme"),
     all_pairs([True, False], ["nuq3-5%", "rdnuq2.4"], lambda exact, scheme: exact == (scheme == "nuq3-5%")),
 )
-def test_logits_equal_the_torch_path(
-    wide_llama: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    scheme: str,
-    exact_chunk: bool,
-) -> None:
+def test_logits_equal_the_torch_path(wide_llama, make_tokens, fit_model, scheme: str, exact_chunk: bool) -> None:
     quantizers = fit_model(wide_llama.cpu(), Scheme.parse("nuq3-5%"))
     if scheme == "rdnuq2.4":  # as an allocation might look like
         mixed = {kind: make_quantizer(64, "mixed", 1, 0.0).to("cpu") for kind in ("key", "value")}
@@ -81,12 +74,7 @@ def test_logits_equal_the_torch_path(
         assert same > 0.98  # a rounding error before a boundary may flip a code
 
 
-def test_perplexity_equals_the_torch_path(
-    wide_llama: PreTrainedModel,
-    make_tokens: Callable[..., Tensor],
-    fit_model: Callable[..., Quantizers],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_perplexity_equals_the_torch_path(wide_llama, make_tokens, fit_model, monkeypatch) -> None:
     """What `deployment.evaluate` reports, with chunks of many queries."""
     quantizers = fit_model(wide_llama.cpu(), Scheme.parse("nuq3-5%"))
     wide_llama.to(DEVICE)
@@ -98,9 +86,7 @@ def test_perplexity_equals_the_torch_path(
     assert nll[1] == pytest.approx(nll[0], rel=1e-4)
 
 
-def test_left_padding_cropping_and_growing(
-    wide_llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> None:
+def test_left_padding_cropping_and_growing(wide_llama, make_tokens, fit_model) -> None:
     quantizers = fit_model(wide_llama.cpu(), Scheme.parse("int8-5%"))
     wide_llama.to(DEVICE)
     tokens = make_tokens(2, 12).to(DEVICE)
@@ -122,9 +108,7 @@ def test_left_padding_cropping_and_growing(
         assert error.abs().max() < 1e-3
 
 
-def test_variable_argument_and_fallback(
-    llama: PreTrainedModel, exact_layer: PackedCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_variable_argument_and_fallback(llama, exact_layer, monkeypatch) -> None:
     layer, cpu = exact_layer.layers[0], torch.device("cpu")
     assert not runs_kernels(None, layer, cpu)
     monkeypatch.setenv(VARIABLE, "triton")
@@ -144,7 +128,7 @@ def caught_warnings(run: Callable[[], object]) -> list[str]:
 
 @pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
 def test_gpus_before_ampere_take_the_torch_path_with_one_warning(
-    exact_layer: PackedCache, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], runs: bool
+    exact_layer, monkeypatch, capability: tuple[int, int], runs: bool
 ) -> None:
     gpu = torch.device("cuda", capability[0])  # no such one is asked anything but this
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -158,7 +142,7 @@ def test_gpus_before_ampere_take_the_torch_path_with_one_warning(
     dispatch._too_old.cache_clear()
 
 
-def test_heads_too_wide_for_the_kernels_are_said(monkeypatch: pytest.MonkeyPatch, exact_layer: PackedCache) -> None:
+def test_heads_too_wide_for_the_kernels_are_said(monkeypatch, exact_layer) -> None:
     monkeypatch.setattr(dispatch, "_no_triton", lambda _: "")
     monkeypatch.setattr(exact_layer.layers[0].packed["key"], "head_dim", 320)
     dispatch._warn_once.cache_clear()
@@ -167,17 +151,13 @@ def test_heads_too_wide_for_the_kernels_are_said(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def exact_layer(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> PackedCache:
+def exact_layer(llama, make_tokens, fit_model) -> PackedCache:
     cache = PackedCache(fit_model(llama, Scheme.parse("int4")), llama.config)
     logits_in_chunks(llama, cache, make_tokens(1, 4), [4], "torch")
     return cache
 
 
-def test_what_kernels_cannot_do_falls_back_with_one_warning(
-    llama: PreTrainedModel, make_tokens: Callable[..., Tensor], fit_model: Callable[..., Quantizers]
-) -> None:
+def test_what_kernels_cannot_do_falls_back_with_one_warning(llama, make_tokens, fit_model) -> None:
     if DEVICE.type != "cpu":
         pytest.skip("the tiny model stays on the CPU, where Triton runs interpreted")
     quantizers = fit_model(llama, Scheme.parse("int4-5%", outlier_cap=2))

@@ -85,9 +85,7 @@ def assert_holds_the_same(layer: PackedLayer, other: PackedLayer) -> None:
         pytest.param(9, 31, 1, id="a token that came back does not leave again"),
     ],
 )
-def test_steps_do_not_need_what_the_host_has_counted(
-    window: int, past: int, cropped: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_do_not_need_what_the_host_has_counted(window: int, past: int, cropped: int, monkeypatch) -> None:
     """As in a graph's replays: the host's lengths stay at those of the recording."""
     steps = 2
     recorded, direct = (Decoder(past + cropped, window=window) for _ in range(2))

@@ -19,7 +19,7 @@ from torch import Tensor
 from deployment.kernels import library, masked, prefill
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import attend_many, stretch_blocks
+from deployment.kernels.prefill import attend_many, next_stretch, stretch_blocks
 from deployment.kernels.unpacking import unpack
 
 
@@ -106,10 +106,24 @@ def test_scratch_is_bounded() -> None:
         assert tokens % library.PLANNED == 0 or tokens < library.PLANNED
         assert (
             2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token
-            or tokens == 16384
+            or tokens == 65536
         )
     assert stretch_blocks(prefill.SCRATCH_BYTES // 2000) == 15
     assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
+
+
+def test_what_is_left_is_halved_so_that_few_lengths_are_planned_for() -> None:
+    def stretches(most: int, left: int) -> list[int]:
+        taken = []
+        while left:
+            taken.append(next_stretch(most, left))
+            left -= taken[-1]
+        return taken
+
+    assert stretches(1024, 3000) == [1024, 1024, 512, 256, 184]
+    assert stretches(256, 700) == [256, 256, 188] and stretches(192, 200) == [192, 8] and stretches(1024, 3) == [3]
+    lengths = {blocks for left in range(1, 2048) for blocks in stretches(1024, left)}
+    assert lengths == {*range(1, 257), 512, 1024}
 
 
 @WAYS

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from gradients.cli import UserError
 from quant.allocate import SHARES, WIDTHS, ChannelHistograms, Options, allocate, bind, price
 from quant.codebook import Codebook
 from quant.fit import fit
@@ -79,16 +78,6 @@ def test_prices_are_what_quantizing_costs(data, width: int, share: float) -> Non
     assert np.allclose(error, expected, rtol=0.02)
 
 
-def test_important_channels_get_the_bits(data) -> None:
-    activation, _ = data
-    fisher = torch.ones_like(activation)
-    fisher[:, 3] = 1000.0
-    histograms = ChannelHistograms.of(torch.randn_like(activation.float()).half(), fisher)
-    chosen = allocate([price(histograms, WITH_OUTLIERS)], budget=2.5)[0]
-    widths = np.array(WIDTHS)[chosen // len(SHARES)]
-    assert widths[3] > np.delete(widths, 3).max()
-
-
 def make_mixed(widths: list[int]) -> MixedQuantizer:
     used = {
         width: Codebook.from_levels(torch.linspace(-0.9, 0.9, 2**width) if width else torch.zeros(1))
@@ -155,9 +144,3 @@ def test_allocation_loses_less_than_uniform_bits(records, allocated) -> None:
         return total
 
     assert error(allocated) < 0.8 * error(fit(records, Scheme.parse("nuq2-1%")))
-
-
-@pytest.mark.parametrize("name", ["rdnuq2.4g4", "nuq2.5", "rdnuq0.5", "rdnuq9"])
-def test_schemes_that_make_no_sense(name: str) -> None:
-    with pytest.raises(UserError, match="scheme"):
-        Scheme.parse(name)

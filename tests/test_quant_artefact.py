@@ -139,7 +139,7 @@ def test_tables_of_another_shape_are_refused(
         load_quantizers(path)
 
 
-def test_a_file_written_before_these_fields_loads(quantizers, quantizers_file, tmp_path) -> None:
+def test_a_file_written_before_these_fields_loads_with_a_note(quantizers, quantizers_file, tmp_path, capsys) -> None:
     """As files were before there were groups, ranges, thresholds and windows to choose, and digests."""
 
     def without(_tensors: object, content: dict[str, Any]) -> None:
@@ -147,7 +147,12 @@ def test_a_file_written_before_these_fields_loads(quantizers, quantizers_file, t
         for field in ("channel_range", "group", "thresholds", "residual_tokens"):
             del content["scheme"][field]
 
-    assert_same(load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", without)), quantizers)
+    loaded = load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", without))
+    assert_same(loaded, quantizers)
+    assert (loaded.weights, loaded.bos) == ("", None)
+    assert "q.safetensors' is of an older version" in capsys.readouterr().err
+    load_quantizers(quantizers_file)
+    assert capsys.readouterr().err == ""
 
 
 def test_layers_and_sides_may_depart_from_the_scheme(records, tmp_path) -> None:
@@ -219,20 +224,15 @@ def test_a_pickle_is_refused_and_never_unpickled(form: str, tmp_path) -> None:
     assert witness.exists()
 
 
-def test_a_missing_file_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"none.safetensors' cannot be read .*`python -m quant.fit`"):
-        load_quantizers(tmp_path / "none.safetensors")
-
-
-def test_a_folder_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match="python -m quant.fit"):
-        load_quantizers(tmp_path)
-
-
-def test_another_safetensors_file_is_refused(tmp_path) -> None:
+def test_a_file_of_something_else_or_none_is_refused(tmp_path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"model.safetensors' lacks our metadata"):
-        load_quantizers(tmp_path / "model.safetensors")
+    for name, message in (
+        ("none.safetensors", r"none.safetensors' cannot be read .*`python -m quant.fit`"),
+        (".", "python -m quant.fit"),
+        ("model.safetensors", r"model.safetensors' lacks our metadata"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_quantizers(tmp_path / name)
 
 
 def _spoil(tensors: dict[str, torch.Tensor], name: str, index: int, value: float) -> None:
@@ -272,15 +272,6 @@ def test_a_file_of_another_form_is_refused(damage: str, quantizers_file, tmp_pat
     with pytest.raises(UserError) as caught:
         load_quantizers(path)
     assert fragment in str(caught.value)
-
-
-def test_a_file_without_a_digest_loads_with_a_note(quantizers, quantizers_file, tmp_path, capsys) -> None:
-    loaded = load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", as_schema_1))
-    assert_same(loaded, quantizers)
-    assert (loaded.weights, loaded.bos) == ("", None)
-    assert "q.safetensors' is of an older version" in capsys.readouterr().err
-    load_quantizers(quantizers_file)
-    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

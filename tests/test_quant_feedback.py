@@ -14,11 +14,11 @@ from torch import Tensor
 from gradients.__main__ import main as record
 from gradients.cli import UserError
 from gradients.fisher import record_window
-from gradients.models import KINDS, KVSite, kv_sites
+from gradients.models import KVSite, kv_sites
 from quant.artefact import Quantizers, load_quantizers
 from quant.codebook import int_codebook, nf_codebook
 from quant.compensate import fit_feedback
-from quant.feedback import ChannelBooks, Feedback
+from quant.feedback import Feedback
 from quant.fit import fit
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -90,7 +90,7 @@ def test_codes_and_targets_are_those_of_a_loop_over_single_numbers(form: str) ->
 
 
 @pytest.mark.parametrize("form", ["channel", "token", "mixed"])
-def test_the_kernel_of_the_simulation_is_the_loop_bit_for_bit(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_of_the_simulation_is_the_loop_bit_for_bit(form: str, monkeypatch) -> None:
     feedback_kernel = pytest.importorskip("quant.feedback_kernel", exc_type=ImportError)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
     quantizer = quantizer_of(form, HEADS, DIM).to(device)
@@ -106,17 +106,6 @@ def test_the_kernel_of_the_simulation_is_the_loop_bit_for_bit(form: str, monkeyp
     assert torch.equal(encoded.exact, looped.exact)
 
 
-@pytest.mark.parametrize("form", ["channel", "token", "mixed"])
-def test_outliers_and_ranges_are_chosen_by_the_numbers_themselves(form: str) -> None:
-    quantizer = quantizer_of(form, HEADS, DIM)
-    x = torch.randn(50, HEADS * DIM, generator=torch.Generator().manual_seed(3))
-    plain, fed = replace(quantizer, feedback=None).encode(x), quantizer.encode(x)
-    assert torch.equal(plain.outliers, fed.outliers)
-    if form == "token":
-        assert torch.equal(plain.scale, fed.scale)
-        assert torch.equal(plain.zero, fed.zero)
-
-
 def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch) -> None:
     quantizer = quantizer_of("token", HEADS, DIM)
     x = torch.randn(2, 5, HEADS * DIM, generator=torch.Generator().manual_seed(4))
@@ -128,21 +117,6 @@ def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch) -> Non
     assert torch.equal(tiled.codes, whole.codes)
     assert torch.equal(tiled_targets, targets)
     assert quantizer.encode(x[:, :0]).codes.shape == (2, 0, HEADS * DIM)
-
-
-def test_a_matrix_of_zeros_hands_nothing_on() -> None:
-    quantizer = quantizer_of("mixed", HEADS, DIM)
-    silent = Feedback(quantizer.feedback.order, torch.zeros(HEADS, DIM, DIM, dtype=torch.float16))
-    x = torch.randn(20, HEADS * DIM, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(
-        replace(quantizer, feedback=silent).encode(x).codes, replace(quantizer, feedback=None).encode(x).codes
-    )
-
-
-def test_channels_of_fewer_levels_are_padded() -> None:
-    books = ChannelBooks.of([int_codebook(1), int_codebook(4)], torch.tensor([1, 0]))
-    assert books.levels.tolist()[1] == [0.0, *[float("inf")] * 3]
-    assert books.boundaries.tolist()[1] == [float("inf")] * 3
 
 
 def correlated_moment(dim: int, seed: int = 0) -> Tensor:
@@ -196,18 +170,6 @@ def test_a_head_without_gradients_hands_nothing_on() -> None:
     assert torch.equal(left, torch.ones(4))
 
 
-@pytest.mark.parametrize("fault", ["order", "lower", "nan"])
-def test_feedback_that_cannot_be_is_refused(fault: str) -> None:
-    feedback = random_feedback(HEADS, DIM)
-    order, matrix = feedback.order.clone(), feedback.matrix.clone()
-    if fault == "order":
-        order[1, 0] = order[1, 1]
-    else:
-        matrix[1, 2, 1 if fault == "lower" else 4] = 0.5 if fault == "lower" else torch.nan
-    with pytest.raises(ValueError, match="permutation" if fault == "order" else "strictly upper triangular"):
-        Feedback(order, matrix)
-
-
 def test_moments_are_the_products_of_the_gradients(model, make_tokens) -> None:
     tokens, gradients = make_tokens(12), {}
 
@@ -233,22 +195,6 @@ def test_moments_are_the_products_of_the_gradients(model, make_tokens) -> None:
         moment = recorded[f"layers.{site.layer}.{site.kind}.moment"]
         assert moment.dtype == torch.float32
         torch.testing.assert_close(moment.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("name", SCHEMES)
-def test_fitted_feedback_survives_the_artefact_and_costs_no_bits(
-    name: str, records, llama, make_tokens, tmp_path
-) -> None:
-    quantizers = fit(records, Scheme.parse(name))
-    quantizers.save(tmp_path / "fb.safetensors")
-    loaded = load_quantizers(tmp_path / "fb.safetensors")
-    assert str(loaded.scheme) == name
-    x = torch.randn(30, 24, generator=torch.Generator().manual_seed(8))
-    for layer, sides in quantizers.layers.items():
-        for kind in KINDS:
-            one, other = sides[kind].encode(x), loaded.layers[layer][kind].encode(x)
-            assert torch.equal(one.codes, other.codes)
-            assert sides[kind].feedback.matrix.any()
 
 
 def test_records_without_moments_refuse_feedback_in_one_line(records) -> None:

@@ -58,10 +58,7 @@ def weighted_normalised_error(quantizer: Quantizer, side: Side, weighting: str) 
     """The objective of a weighting, over the inliers: the sum of w * (x^ - Q(x^))^2 in float64."""
     x, fisher = side.activation.float(), side.fisher.double()
     encoded = quantizer.encode(x)
-    if isinstance(quantizer, ChannelQuantizer):
-        scale, zero = quantizer.scale.expand_as(x), quantizer.zero
-    else:
-        scale, zero = encoded.scale.float().expand_as(x), encoded.zero.float()
+    scale, zero = quantizer.ranges(encoded)
     weights = {"fisher*s^2": fisher * scale.double() ** 2, "fisher": fisher, "none": torch.ones_like(fisher)}[weighting]
     error = normalise(x, scale, zero).double() - quantizer.codebook.decode(encoded.codes).double()
     inliers = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
@@ -164,10 +161,7 @@ def test_q_norm_matches_the_calibration_moments(name: str, kind: Kind, records) 
     plain = fit_side(side, Scheme.parse(name), kind == "key")
     x = side.activation.float()
     encoded = quantizer.encode(x)
-    if isinstance(quantizer, ChannelQuantizer):
-        normalised = normalise(x, quantizer.scale, quantizer.zero)
-    else:
-        normalised = normalise(x, encoded.scale.float(), encoded.zero.float()).clamp(-1, 1)
+    normalised = normalise(x, *quantizer.ranges(encoded)).clamp(-1, 1)
     inliers = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
     dequantized = quantizer.codebook.decode(encoded.codes)[inliers].double().numpy()
     wanted = normalised[inliers].double().numpy()
@@ -230,23 +224,6 @@ def test_keys_after_the_rotary_embedding_are_turned_as_in_their_window(sinks: in
             (values.activation, values.fisher), records.read_layer(layer, "value", sinks), strict=True
         ):
             assert torch.equal(mine, stored)
-
-
-def test_static_ranges_after_the_rotary_embedding_span_the_quantiles_of_rotated_keys(records) -> None:
-    scheme = Scheme.parse("nuq3-2%", key_rope="post", sink_tokens=3)
-    fitted = fit(records, scheme)
-    tables = records.read_rope()
-    for layer in (0, 1):
-        windows = [records.read(window, layer, "key")[0] for window in range(records.manifest.windows)]
-        turned = torch.cat([rotated_by_hand(window, *tables)[3:] for window in windows])
-        low, high = torch.quantile(turned, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
-        quantizer = fitted.layers[layer]["key"]
-        assert torch.allclose(quantizer.scale.double(), (high - low) / 2, rtol=1e-3)
-        assert torch.allclose(quantizer.zero.double(), (high + low) / 2, rtol=1e-3, atol=1e-3)
-        before = fit(records, scheme.with_changes(key_rope="pre")).layers[layer]
-        assert not torch.allclose(quantizer.scale, before["key"].scale, rtol=0.05)
-        for name, table in fitted.layers[layer]["value"].tables.items():
-            assert torch.equal(table, before["value"].tables[name])
 
 
 def test_keys_after_the_rotary_embedding_need_its_tables(make_records, tmp_path) -> None:
@@ -378,17 +355,21 @@ def test_nuq_has_the_least_error_in_groups_too(scheme: Scheme, kind: Kind, recor
     assert 0 < error["nuq"] < min(error["int"], error["nf"])
 
 
-@pytest.mark.parametrize("name", ["nuq3", "nuq3-10%"])
-def test_a_streamed_fit_never_parts_a_sequence(name: str, monkeypatch) -> None:
+@pytest.mark.parametrize("per_channel", [True, False], ids=["channel", "token"])
+@pytest.mark.parametrize("name", ["nuq3", "nuq3-10%", "atom3", "flexgen3"])
+def test_a_streamed_fit_never_parts_a_sequence(name: str, per_channel: bool, monkeypatch) -> None:
     activation, fisher = random_window(7 * 40, 0)[0, "key"]
     side = Side(activation.half(), fisher.bfloat16(), window=40)
-    scheme = Scheme.parse(name, channel_range="online", group=16, q_norm=True)
-    whole = fit_side(side, scheme, True)
+    options = (
+        {"group": 8} if name in ("atom3", "flexgen3") else {"channel_range": "online", "group": 16, "q_norm": True}
+    )
+    scheme = Scheme.parse(name, **options)
+    whole = fit_side(side, scheme, per_channel)
     for tokens in (1, 97):  # less than a sequence, and two of them and a bit
         monkeypatch.setattr(quant.side, "_CHUNK_ELEMENTS", tokens * 24)
         sizes = [len(x) for x, _ in side.chunks(whole_sequences=True)]
         assert sizes == ([40] * 7 if tokens == 1 else [80] * 3 + [40])
-        streamed = fit_side(side, scheme, True)
+        streamed = fit_side(side, scheme, per_channel)
         for table, expected in whole.tables.items():
             assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6), table
 
@@ -448,18 +429,6 @@ def test_one_calibration_token_is_enough(make_records, tmp_path) -> None:
     token = window[0, "key"][0][1:].half().float()
     quantizer = fitted.layers[0]["key"]
     assert torch.equal(quantizer.decode(quantizer.encode(token)), token)
-
-
-@pytest.mark.parametrize("name", ["atom3", "flexgen3", "nuq3"])
-def test_streamed_fit_of_token_groups(name: str, monkeypatch) -> None:
-    """Chunks end with a sequence, whatever their size."""
-    x = torch.randn(7 * 40, 24, generator=torch.Generator().manual_seed(0))
-    side, scheme = Side(x.half(), x.square().bfloat16(), window=40), Scheme.parse(name, group=8)
-    whole = fit_side(side, scheme, False)
-    monkeypatch.setattr(quant.side, "_CHUNK_ELEMENTS", 97 * 24)
-    streamed = fit_side(side, scheme, False)
-    for table, expected in whole.tables.items():
-        assert torch.allclose(streamed.tables[table], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rotary_tables_of_another_length_are_refused(records, tmp_path) -> None:

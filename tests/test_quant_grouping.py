@@ -9,16 +9,15 @@ import decode_on_cpu
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
 from safetensors.torch import load_file
 from test_kernels_attention import run_case
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
-from deployment.format.order import ChannelOrder, GroupOrder
+from deployment.format.order import ChannelOrder
 from deployment.kernels.decode import host
 from deployment.measure.shapes import ModelShape
 from gradients.checked import open_checked, write_checked
@@ -116,20 +115,6 @@ def test_groups_are_as_wide_as_the_kernel_reads_where_the_budget_allows_it(name:
     widths, shares = choices(Scheme.parse(name))
     assert widths == tuple(range(widest + 1))
     assert max(shares) <= (Scheme.parse(name).outliers or 0.08)
-
-
-def llama_of(**changes: Any) -> PreTrainedModel:
-    sizes = {
-        "vocab_size": 259, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "initializer_range": 0.3,
-    }  # fmt: skip
-    return build_model(LlamaConfig(**sizes | changes))
-
-
-@pytest.fixture(scope="module")
-def wide() -> PreTrainedModel:
-    """A tiny Llama whose heads have 64 channels, as groups want them."""
-    return llama_of()
 
 
 @pytest.fixture(scope="module", params=["rdnuq2.5", "rdnuq2.5+fb", "rdnuq2.5-4%", "rdnuq2.5-0.5%+fb"])
@@ -252,9 +237,9 @@ def test_keys_that_rotate_otherwise_are_stored_by_channel(wide, fit_model) -> No
     assert isinstance(orders[0], GroupOrder) and isinstance(orders[1], ChannelOrder)
 
 
-def test_partly_rotated_heads_are_grouped_in_their_pairs(fit_model, make_tokens) -> None:
+def test_partly_rotated_heads_are_grouped_in_their_pairs(wide) -> None:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    half = replace(Fingerprint.of(llama_of().config), rope=str(rope).replace("'", '"')).rotary_half
+    half = replace(Fingerprint.of(wide.config), rope=str(rope).replace("'", '"')).rotary_half
     assert half == 16
     places = form_groups(random_costs(1, 128), units_of("key", 2, 64, half))  # type: ignore[arg-type]
     assert are_groups(places % 64, rotary_pairs(64, 16)) and not are_groups(places % 64, rotary_pairs(64, 32))

@@ -88,11 +88,6 @@ def test_a_name_stands_for_fields(name: str, bits: int) -> None:
     assert expected.sink_tokens == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_descriptions_name_departures_only(name: str) -> None:
-    assert Scheme.parse(f"{name}3", sink_tokens=5).describe() == f"{name}3 sink_tokens=5"
-
-
 @pytest.mark.parametrize(
     ("scheme", "description"),
     [

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from conftest import logits_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -12,13 +13,8 @@ from gradients.models import KINDS, kv_sites
 from quant.artefact import Quantizers
 from quant.quantizer import normalise
 from quant.scheme import Scheme
-from quant.simulate import RoundTrip, Usage, packed_tokens, simulated
+from quant.simulate import RoundTrip, Usage, simulated
 from quant.storage import StoredSize, exact_size, packed_size
-
-
-def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens, use_cache=False).logits
 
 
 @pytest.mark.parametrize("tokens", [1, 31, 33, 257])
@@ -70,16 +66,6 @@ def test_sliding_layers_are_left_alone(model, fit_model, hook_count) -> None:
         ]
     assert hooked == sorted({site.layer for site in kv_sites(model)})
     assert hook_count(model) == hooks
-
-
-def test_batch_rows_are_independent(model, fit_model, make_tokens) -> None:
-    quantizers, ids = fit_model(model, Scheme.parse("nuq4-1%")), make_tokens(3, 33)
-    changed = ids.clone()
-    changed[1] = make_tokens(33, seed=9)
-    with simulated(model, quantizers):
-        one, other = logits_of(model, ids), logits_of(model, changed)
-    assert torch.equal(one[[0, 2]], other[[0, 2]])
-    assert not torch.allclose(one[1], other[1], atol=1e-2)
 
 
 def test_the_model_is_itself_again_afterwards(model, fit_model, make_tokens, hook_count) -> None:
@@ -204,24 +190,6 @@ def test_bits_of_matrix_thresholds_by_hand(llama, fit_model, captured_sites, mak
         outliers += int((normalise(before[layer, "key"][:, 1:], key.scale, key.zero).abs() > 1).sum())
     sides = 4 * (24 * 16 + 2 * 64 * 24 * 3 + 2 * 2 * 32)
     assert usage.size == StoredSize(sides + 2 * 2 * 64 * 32 + outliers * 32, 4 * 70 * 24)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "residual", "step", "packed"),
-    [
-        pytest.param(0, 0, 1, 0, id="nothing"),
-        pytest.param(33, 0, 1, 33, id="no window"),
-        pytest.param(33, 0, 32, 33, id="no window, a ragged group"),
-        pytest.param(33, 33, 1, 0, id="all within the window"),
-        pytest.param(33, 100, 1, 0, id="a window longer than that"),
-        pytest.param(34, 33, 1, 1, id="one beyond the window"),
-        pytest.param(159, 128, 32, 0, id="one short of a group"),
-        pytest.param(160, 128, 32, 32, id="a group beyond the window"),
-        pytest.param(191, 128, 32, 32, id="one short of two groups"),
-    ],
-)
-def test_what_leaves_the_window(tokens: int, residual: int, step: int, packed: int) -> None:
-    assert packed_tokens(tokens, residual, step) == packed
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 9, 33])

@@ -50,3 +50,18 @@ def test_a_commands_own_words_are_passed_on() -> None:
         processes.run([sys.executable, "-c", "import sys; print('error: that was bad', file=sys.stderr); sys.exit(2)"])
     with pytest.raises(RuntimeError, match="ended with 3"):
         processes.run([sys.executable, "-c", "raise SystemExit(3)"])
+
+
+def test_given_quantizers_are_evaluated_and_nothing_is_fitted(monkeypatch, tmp_path) -> None:
+    asked: list[list[str]] = []
+
+    def run(command):
+        asked.append(command)
+        return processes.Finished({"nll": 4.0, "tokens_per_second": 9.0 * len(asked)}, 1.0)
+
+    monkeypatch.setattr(processes, "run", run)
+    given = ["--model", "tiny", "--quantizers", "nuq3.safetensors", "--device", "cpu"]
+    rows = processes.main(given)["rows"]
+    assert [row["command"] for row in rows] == ["quant.evaluate", "deployment.evaluate"]
+    assert all(row["identical"] for row in rows) and len(asked) == 4
+    assert all(command[command.index("--quantizers") + 1] == "nuq3.safetensors" for command in asked)

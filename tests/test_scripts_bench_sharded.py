@@ -15,7 +15,8 @@ from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend
 from deployment.step.recount import recount
 from gradients.cli import run_command
-from gradients.models import KINDS, load_model
+from gradients.loading import load_model
+from gradients.models import KINDS
 from quant.results import read_rows
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS

@@ -52,6 +52,10 @@ def test_several_gpus_are_asked_for_every_part(tmp_path) -> None:
     assert any("--filled prefill" in line for line in sharded) and any("128K longest" in line for line in sharded)
     assert all("cuda:7" in line for line in longest) and any("--contexts 10000000 longest" in line for line in longest)
     assert any("--device-memory" in line for line in longest) and {"nuq2", "nuq3-1%"} <= set(" ".join(longest).split())
+    together = [line for line in asked if "--part parallel" in line]
+    assert ["--nproc-per-node 2" in line for line in together] == [False, True, False] and len(together) == 3
+    assert "--nproc-per-node 8" in together[2] and "--contexts 128K 10000000 longest" in together[2]
+    assert "--devices cuda:0" in together[0] and all("--graph" in line for line in together)
     assert any("scripts.bench.random_model" in line for line in asked)
     assert any("scripts.bench.processes" in line and "--processes 2" in line for line in asked)
 
@@ -62,7 +66,7 @@ def test_several_gpus_are_asked_for_every_part(tmp_path) -> None:
     ("gpu.sh", 0, {"PARTS": "sanitize", "SANITIZER": "none"}, 0, "sanitize: no compute-sanitizer"),
     ("gpu.sh", 0, {"PARTS": "smollm2", "MODEL": "smol"}, 0, "smollm2: no MODEL, or no QUANTIZERS"),
     ("multi_gpu.sh", 0, {"GPUS": "1"}, 2, "error: GPUS 1: several are needed; DRY=1 goes without"),
-    ("multi_gpu.sh", 0, {"PARTS": "shraded"}, 2, "error: PARTS shraded: there are sharded, longest and processes"),
+    ("multi_gpu.sh", 0, {"PARTS": "shraded"}, 2, "error: PARTS shraded: there are sharded, parallel, longest and processes"),
 ])  # fmt: skip
 def test_what_is_left_out_fails_or_is_refused_is_said(
     script: str, code: int, variables: dict[str, str], exit_code: int, said: str, tmp_path
@@ -83,5 +87,7 @@ def test_several_gpus_dry(tmp_path) -> None:
         read_rows(tmp_path / f"gpu-multi-{part}.jsonl") for part in ("sharded", "processes", "longest")
     )
     assert all(row["tokens_equal_one_device"] for row in sharded if row["world_size"] > 1 and row["asked"] != "longest")
+    together = read_rows(tmp_path / "gpu-tensor-parallel.jsonl")
+    assert [row["processes"] for row in together] == [1, 2] and all(row["fits"] for row in together)
     assert all(row["identical"] for row in processes) and {row["processes"] for row in processes} == {1, 2}
     assert all(row["fits"] and row["filled"] == "synthetic" for row in longest)

@@ -267,21 +267,6 @@ def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("wanted", "placed"),
-    [
-        ([], []),
-        ([0.0, 5.0], [0.0, 5.0]),
-        ([3.0, 3.0], [2.5, 3.5]),
-        ([9.0, 0.0, 0.2], [9.0, -0.4, 0.6]),
-        ([0.0, 0.0, 1.5], [-0.5, 0.5, 1.5]),
-        ([0.0, 0.0, 1.2], [-0.6, 0.4, 1.4]),  # the third is pushed, and pushes back
-    ],
-)
-def test_labels_are_spread_out(wanted: list[float], placed: list[float]) -> None:
-    assert figures.spread_out(wanted, 1.0) == pytest.approx(placed)
-
-
 @pytest.mark.parametrize("plot", ["speed", "methods", "needle", "levels", "fisher", "key_ranges"])
 def test_the_committed_pictures_are_not_overwritten_unasked(plot: str) -> None:
     default = figures.plot_parser(plot, None).get_default("output")

@@ -53,7 +53,7 @@ def test_needles_lie_between_sentences_at_their_depth(depth: float) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "depth"), list(product([400, 511, 2000], [0, 0.5, 1])))
-def test_needle_questions(tokens: int, depth: float, prompter) -> None:
+def test_needle_questions_have_their_length_and_one_needle(tokens: int, depth: float, prompter) -> None:
     task = NeedleTask(tokens=tokens, depth=depth, seed=5)
     sample = task.sample(prompter)
     assert len(sample.prompt) == tokens
@@ -76,7 +76,7 @@ def test_a_needle_in_a_text_of_ones_own(prompter) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_ruler_questions(task: str, prompter) -> None:
+def test_ruler_questions_have_their_length_and_hold_their_answers(task: str, prompter) -> None:
     least = LONG.get(task, 600)
     for tokens, seed in product((least, least + 1, 3 * least), (0, 1)):
         sample = TASKS[task](prompter, tokens, seed)
@@ -103,7 +103,7 @@ def text_of(task: str, prompter: Prompter, tokens: int = 3000) -> tuple[str, tup
         ("niah_multiquery", 4, 1, 4),
     ],
 )
-def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: int, prompter) -> None:
+def test_numbers_that_are_asked_for_are_stated(task: str, keys: int, values: int, asked: int, prompter) -> None:
     text, expected = text_of(task, prompter)
     stated = re.findall(r"The special number of (\S+) is (\d{7})\.", text)
     assert len(stated) == keys * values and len({name for name, _ in stated}) == keys
@@ -113,7 +113,7 @@ def test_numbers_that_are_asked_for(task: str, keys: int, values: int, asked: in
     assert list(expected) == [number for name in names for key, number in stated if key == name]
 
 
-def test_a_chain_of_variables(prompter) -> None:
+def test_a_chain_of_variables_leads_to_the_number(prompter) -> None:
     text, expected = text_of("vt", prompter)
     value: dict[str, str] = {}
     for name, source in re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)\.", text):
@@ -122,7 +122,7 @@ def test_a_chain_of_variables(prompter) -> None:
     assert tuple(value) == expected and set(value.values()) == {number} and len(value) == 5
 
 
-def test_common_words(prompter) -> None:
+def test_common_words_are_the_most_common(prompter) -> None:
     for tokens in (6500, 12_000):
         text, expected = text_of("cwe", prompter, tokens)
         counts = Counter(re.findall(r"\d+\. (\S+)", text))
@@ -132,7 +132,7 @@ def test_common_words(prompter) -> None:
     assert common[0][1] == 30 and counts.most_common(11)[10][1] == 3
 
 
-def test_frequent_words(prompter) -> None:
+def test_frequent_words_are_the_most_frequent(prompter) -> None:
     text, expected = text_of("fwe", prompter)
     counts = Counter(text.split("\n\n")[1].split())
     assert [word for word, _ in counts.most_common(3)] == list(expected)

@@ -9,7 +9,7 @@ from deployment.generate import main as generate_main
 from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
-from gradients.models import load_model
+from gradients.loading import load_model
 from gradients.positions import extend_positions, usable_positions
 from gradients.rope import rope_tables
 from quant.artefact import load_quantizers
@@ -50,7 +50,7 @@ def test_positions_that_cannot_be_extended_are_refused(name: str, positions: int
 @pytest.mark.parametrize(
     ("original", "held", "usable"), [(128, 128, 512), (128, 600, 600), (None, 128, 512), (32, 128, 128)]
 )
-def test_positions_of_yarn(original: int | None, held: int, usable: int) -> None:
+def test_yarn_gives_the_positions_its_factor_says(original: int | None, held: int, usable: int) -> None:
     """Qwen's model cards add it to a config and leave `max_position_embeddings` as it is."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
     named = {} if original is None else {"original_max_position_embeddings": original}

@@ -11,7 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from deployment.format.order import GroupOrder, Order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import Order
 from quant.storage import BLOCK_TOKENS
 
 _WORD = 32

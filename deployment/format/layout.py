@@ -1,4 +1,4 @@
-"""Every byte of the packed cache.
+"""Page layout of the packed cache: words, scales and outliers of blocks of 64 tokens.
 
 One layer's keys, or its values, of B sequences are a `PackedTensor`: pages of blocks of 64 tokens. When the length is
 known there is one page; otherwise further ones are added as the sequences grow, which copies nothing.
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from deployment.format.bits import places_of
-from deployment.format.order import GroupOrder, Order, Role, order_of
+from deployment.format.groups import GroupOrder
+from deployment.format.order import Order, order_of
 from deployment.format.room import ROOM_TOKENS, Room
 from deployment.format.streams import FEW, OutlierStreams, index_span, sent
 from deployment.format.tables import FeedbackTables, Tables
+from gradients.models import Kind
 from gradients.parallel import WHOLE
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
@@ -73,14 +75,14 @@ class PackedTensor:
         heads: int,
         head_dim: int,
         device: torch.device,
-        role: Role,
+        kind: Kind,
         rotary_half: int | None = None,
         channels: Tensor | None = None,
     ) -> None:
         self.quantizer = quantizer.to(device)
         self.batch, self.heads, self.head_dim, self.device = batch, heads, head_dim, device
         self.rotary_half = head_dim // 2 if rotary_half is None else rotary_half
-        self.order: Order = order_of(self.quantizer, heads, head_dim, role, rotary_half, channels)
+        self.order: Order = order_of(self.quantizer, heads, head_dim, kind, rotary_half, channels)
         self.span = index_span(head_dim) if self.keeps_outliers else 0  # tokens that an outlier's index tells apart
         self.pages: list[Page] = []
 
@@ -301,3 +303,9 @@ class PackedTensor:
             held += [page.words, *([] if page.scales is None else [page.scales])]
             held += [] if page.outliers is None else page.outliers.tensors()
         return held
+
+    def copied_bytes(self) -> int:
+        """Of these what another process of a tensor-parallel model holds, too: the ranges of tokens, but for the first process."""
+        if not isinstance(self.quantizer, TokenQuantizer) or self.quantizer.part.number == 0:
+            return 0
+        return sum(page.scales.nbytes for page in self.pages if page.scales is not None)

@@ -89,22 +89,3 @@ def _fields_of_byte(plane: Plane, device: torch.device) -> Tensor:
     every_byte = torch.arange(256, device=device).to(torch.uint8)
     fields = every_byte[:, None] >> plane.offsets(device) & plane.mask
     return fields.contiguous().view(_WIDE[fields.shape[1]]).flatten()
-
-
-def pack_spare_bits(codes: Tensor) -> Tensor:
-    """Words `[..., n / 32 * 3]` int32 of 3-bit codes `[..., n]`, in nibbles: what a lane unpacks without crossing words.
-
-    The first three quarters of the codes take the low three bits of a nibble each; code i of the last quarter has its
-    bits 0, 1 and 2 in the top bits of the nibbles i of the first, second and third quarter.
-    """
-    *nibbles, spare = codes.unflatten(-1, (4, -1)).unbind(-2)
-    filled = [nibble | (spare >> bit & 1) << 3 for bit, nibble in enumerate(nibbles)]
-    return pack(torch.stack(filled, dim=-2).flatten(-2), 4)
-
-
-def unpack_spare_bits(words: Tensor) -> Tensor:
-    """Codes `[..., n]` uint8 of words `[..., n / 32 * 3]`; inverse of `pack_spare_bits`."""
-    nibbles = unpack(words, 4).unflatten(-1, (3, -1))
-    first, second, third = (nibbles >> 3).unbind(-2)
-    spare = first | second << 1 | third << 2
-    return torch.cat([nibbles & 7, spare[..., None, :]], dim=-2).flatten(-2)

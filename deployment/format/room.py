@@ -17,8 +17,9 @@ from torch import Tensor
 
 from deployment.format.streams import OutlierStreams
 
-ROOM_TOKENS = 32  # there is room for all elements of so many tokens being outliers, once a count has arrived
-ROOM_SHARE = 32  # and for one in so many of those held: growing does not copy a long stream again and again
+ROOM_TOKENS = 32  # tokens that there is room for if all their elements are outliers, once a count has arrived
+GRAPH_TOKENS = 64  # and such tokens while steps are recorded without having been asked for
+ROOM_SHARE = 32  # and for this fraction, 1 / 32, of those held: growing does not copy a long stream again and again
 _ASKED = 4  # a count is asked for when this part of the room may be gone
 LOST = "outliers were lost for want of room; reserve more tokens before capturing a graph"
 

@@ -7,10 +7,12 @@ from operator import or_
 import torch
 from torch import Tensor
 
-from deployment.format.order import GROUP_CHANNELS, ChannelOrder, GroupOrder, Order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import ChannelOrder, Order, quantizer_device
 from quant.codebook import Codebook
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
+from quant.scheme import GROUP_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Tables:
     @classmethod
     def of(cls, quantizer: Quantizer, order: Order, channels: int) -> "Tables":
         """The tables of a quantizer whose codes lie in `order`."""
-        device = next(iter(quantizer.tables.values())).device
+        device = quantizer_device(quantizer)
         codebooks = _codebooks(quantizer)
         width = torch.zeros(channels, dtype=torch.int64, device=device)
         first_level, first_boundary = width.clone(), width.clone()

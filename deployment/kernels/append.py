@@ -16,7 +16,7 @@ from deployment.format.layout import PackedTensor
 from deployment.kernels import feedback_host
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
-from deployment.kernels.part import encode_own
+from deployment.kernels.part import encode_own, with_all_heads
 from deployment.kernels.side import Codes, Side, contiguous, places
 from deployment.kernels.step import step_kernel
 
@@ -27,12 +27,15 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else contiguous(side) for side in sides]
+    token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
+    if token and not fed:
+        sides = [with_all_heads(side) if side.is_partial else side for side in sides]
     if partial := [side for side in sides if side.is_partial]:
         _append_chunk(partial, stored, padding, overflow)
         sides = [side for side in sides if not side.is_partial]
         if not sides:
             return
-    token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
+        fed = [side for side in sides if side.packed.feedback is not None]
     if token and not fed:
         _append_token(sides, stored, padding, overflow)
     elif token and len(fed) == len(sides) and feedback_host.takes(sides):
@@ -43,8 +46,8 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
 
 def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
     key, value = sides[0], sides[-1]
-    batch, heads, _, dim = key.x.shape
-    channels = triton.next_power_of_2(heads * dim)
+    batch, heads, dim = len(key.x), key.packed.heads, key.packed.head_dim
+    channels = max(side.constants()[-1] for side in sides)
     for key_page, value_page in zip(key.pages, value.pages, strict=True):
         step_kernel[(len(sides) * batch * heads,)](
             key.pointers(key_page),
@@ -63,7 +66,7 @@ def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overfl
             batch * heads,
             KEY=key.constants(),
             VALUE=value.constants(),
-            SIZES=(heads, dim, max(16, triton.next_power_of_2(dim)), channels, key.sinks.shape[2]),
+            SIZES=(heads, dim, max(16, triton.next_power_of_2(dim)), key.sinks.shape[2]),
             num_warps=4 if channels < 2048 else 8,
         )
 

@@ -19,7 +19,7 @@ from deployment.kernels.masked import Asked, attend_masked_segments
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
-from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
+from deployment.kernels.schedule import EVEN_TOKENS, SCRATCH_BYTES, SCRATCH_TOKENS
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
@@ -70,7 +70,15 @@ def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
 def stretch_blocks(bytes_per_token: int) -> int:
     """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
     tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), SCRATCH_TOKENS)
-    return max(1, (tokens // PLANNED * PLANNED or tokens) // BLOCK_TOKENS)
+    even = EVEN_TOKENS if tokens > EVEN_TOKENS else PLANNED
+    return max(1, (tokens // even * even or tokens) // BLOCK_TOKENS)
+
+
+def next_stretch(most: int, left: int) -> int:
+    """Blocks of the next stretch where `left` are, and `most` fit."""
+    while most > left and most > EVEN_TOKENS // BLOCK_TOKENS:
+        most //= 2
+    return min(most, left)
 
 
 class _Rows:
@@ -101,10 +109,12 @@ class _Rows:
         row = self.row
         first = min(self.packed[0].start if self.packed else row.before, row.before)
         size = len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize  # of a token's keys
-        blocks = min(stretch_blocks(size), -(-(row.before - first) // BLOCK_TOKENS))
-        key, value = self._scratch(blocks * BLOCK_TOKENS + first)
-        for begin in range(first, row.before, max(1, blocks * BLOCK_TOKENS)):
-            end = min(begin + blocks * BLOCK_TOKENS, row.before)
+        most, left = stretch_blocks(size), -(-(row.before - first) // BLOCK_TOKENS)
+        key, value = self._scratch(next_stretch(most, left) * BLOCK_TOKENS + first)
+        end = first
+        while end < row.before:
+            begin, blocks = end, next_stretch(most, left)
+            end, left = min(begin + blocks * BLOCK_TOKENS, row.before), left - blocks
             self._unpack(begin, end, key, value)
             held = end - begin
             if end == row.before:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
 from deployment.format.layout import PackedTensor, Page
@@ -16,13 +17,14 @@ class Side:
     """New keys or values `x` `[B, G, S, D]`, and where they go.
 
     The first `sinks.shape[2]` tokens of a sequence go to `sinks` `[B, G, sink tokens, D]`, others to `pages`: all that may be
-    touched.
+    touched. If `x` has more heads than are stored here (part.py), these begin at `first_head`.
     """
 
     packed: PackedTensor
     x: Tensor
     sinks: Tensor
     pages: list[Page]
+    first_head: int = 0
 
     @property
     def dynamic(self) -> bool:
@@ -33,13 +35,14 @@ class Side:
     def is_partial(self) -> bool:
         """Whether a token's range takes heads that are not here."""
         quantizer = self.packed.quantizer
-        return isinstance(quantizer, TokenQuantizer) and not quantizer.part.is_whole
+        here = isinstance(quantizer, TokenQuantizer) and not quantizer.part.is_whole
+        return here and self.x.shape[1] == self.packed.heads
 
     @property
     def per_end(self) -> int:
         """Outliers at each end of a token, where ranges are its own."""
         quantizer = self.packed.quantizer
-        channels = self.packed.heads * self.packed.head_dim
+        channels = self.x.shape[1] * self.packed.head_dim
         return outliers_per_end(channels, quantizer.scheme.outliers) if self.dynamic else 0
 
     @property
@@ -79,6 +82,9 @@ class Side:
             packed.tables.widest,
             packed.span,
             self.element_bits,
+            self.first_head,
+            self.x.shape[1],
+            triton.next_power_of_2(self.x.shape[1] * packed.head_dim),
         )
 
 

@@ -25,11 +25,17 @@ from deployment.kernels.unpack import IN_GROUPS, KEYS_IN_GROUPS
 
 
 @triton.jit
-def own_range(x, stride_g, g, PER_END: tl.constexpr, BITS: tl.constexpr, SIZES: tl.constexpr):
-    """(scale, zero, extremes found, ties before head `g`) of a token `x` of all heads."""
-    G: tl.constexpr = SIZES[0]
-    D: tl.constexpr = SIZES[1]
-    CHANNELS: tl.constexpr = SIZES[3]
+def own_range(
+    x,
+    stride_g,
+    g,
+    PER_END: tl.constexpr,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """(scale, zero, extremes found, ties before head `g`) of a token `x` of all G heads."""
     channel = tl.arange(0, CHANNELS)
     ok = channel < G * D
     raw = tl.load(x + (channel // D).to(tl.int64) * stride_g + channel % D, mask=ok, other=0)
@@ -59,7 +65,7 @@ def put_token(
     stream,
     streams,
     CONSTANTS: tl.constexpr,  # `Side.constants`
-    SIZES: tl.constexpr,  # G, D, D rounded up, C rounded up, sink tokens
+    SIZES: tl.constexpr,  # G, D, D rounded up, sink tokens
 ):
     """Store the new token of one side of one head."""
     (
@@ -87,15 +93,18 @@ def put_token(
     WIDEST: tl.constexpr = CONSTANTS[5]
     SPAN: tl.constexpr = CONSTANTS[6]
     BITS: tl.constexpr = CONSTANTS[7]
+    FIRST: tl.constexpr = CONSTANTS[8]  # of `x`, which may have heads that are stored elsewhere
+    HEADS: tl.constexpr = CONSTANTS[9]
+    CHANNELS: tl.constexpr = CONSTANTS[10]  # of all of these, rounded up
     G: tl.constexpr = SIZES[0]
     D: tl.constexpr = SIZES[1]
     LANES: tl.constexpr = SIZES[2]
-    SINKS: tl.constexpr = SIZES[4]
+    SINKS: tl.constexpr = SIZES[3]
     b, g = stream // G, (stream % G).to(tl.int32)
     lane = tl.arange(0, LANES)
     ok = lane < D
     row = x + b * stride_b
-    raw = tl.load(row + g.to(tl.int64) * stride_g + lane, mask=ok, other=0)
+    raw = tl.load(row + (FIRST + g).to(tl.int64) * stride_g + lane, mask=ok, other=0)
     exact = raw.to(tl.float32)
     number, there = tl.load(stored + b), tl.load(padding + b) == 0
     if there & (number < SINKS):
@@ -105,7 +114,9 @@ def put_token(
         channel, block, slot = g * D + lane, token // 64, (token % 64).to(tl.int32)
         outlier = lane < 0
         if DYNAMIC:
-            token_scale, token_zero, found, before = own_range(row, stride_g, g, PER_END, BITS, SIZES)
+            token_scale, token_zero, found, before = own_range(
+                row, stride_g, FIRST + g, PER_END, BITS, HEADS, D, CHANNELS
+            )
             if PER_END > 0:
                 up = rising(raw, ok, BITS)
                 down = falling(up, ok, BITS)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def group_fields(lane, word, field, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """(token of the block, channel of the group) of the fields of a plane's words, see order.py."""
+    """(token of the block, channel of the group) of the fields of a plane's words, see groups.py."""
     each: tl.constexpr = 4 // PLANE
     n, j = word * each + field % each, field // each
     if KEYS:

@@ -15,7 +15,8 @@ of `turn`, which are the same for every block (see `phase.py`).
 import triton
 import triton.language as tl
 
-from deployment.format.order import GroupOrder, Order
+from deployment.format.groups import GroupOrder
+from deployment.format.order import Order
 from deployment.kernels.phase import cos_sin, first_of_pair, second_of_pair, steps_of
 
 # in which of two orders codes lie (order.py), groups of keys and of values being two
@@ -28,7 +29,7 @@ def source_of(order: Order) -> int:
     """Which of these an order is."""
     if not isinstance(order, GroupOrder):
         return CHANNEL_ORDER.value
-    return (KEYS_IN_GROUPS if order.role == "key" else IN_GROUPS).value
+    return (KEYS_IN_GROUPS if order.kind == "key" else IN_GROUPS).value
 
 
 @triton.jit(do_not_specialize=["shift", "row0", "first_block", "blocks", "room", "at"])

@@ -6,11 +6,12 @@ from weakref import WeakKeyDictionary
 import triton
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor, Page
-from deployment.format.order import GROUP_CHANNELS, GroupOrder
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
+from quant.scheme import GROUP_CHANNELS
 
 _ENTRIES = 256  # outliers at a time
 _HEADS = (4, 2, 1)  # heads of a program share what turns their keys
@@ -91,6 +92,6 @@ def _is_permuted(packed: PackedTensor) -> bool:
 
 def _ascend(order: GroupOrder) -> bool:
     channels = order.channels.unflatten(1, (-1, GROUP_CHANNELS))
-    if order.role == "key":  # second halves of pairs come as the first do
+    if order.kind == "key":  # second halves of pairs come as the first do
         channels = channels[:, ::2]
     return bool((channels.flatten(1).diff() > 0).all())

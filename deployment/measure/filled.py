@@ -12,9 +12,7 @@ from transformers import PreTrainedConfig
 from deployment.cache import PackedCache
 from deployment.format.layout import Page
 from deployment.layer import PackedLayer
-from deployment.measure.synthetic import Shape, synthetic_quantizers
-from deployment.step.append import append, append_with_kernels
-from deployment.step.dispatch import runs_kernels
+from deployment.measure.synthetic import Shape, store, synthetic_quantizers
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, cached_layers, kv_shape
 from quant.artefact import Quantizers
@@ -25,9 +23,7 @@ _CHUNK = 4096  # tokens stored at a time
 
 def synthetic_artefact(scheme: Scheme, config: PreTrainedConfig) -> Quantizers:
     """What fitting standard normal keys and values would give, for every cached layer."""
-    heads, head_dim = kv_shape(config)
-    shape = Shape(config.num_attention_heads, heads, head_dim)
-    sides = dict(zip(KINDS, synthetic_quantizers(scheme, shape), strict=True))
+    sides = dict(zip(KINDS, synthetic_quantizers(scheme, Shape.of(config)), strict=True))
     return Quantizers(
         scheme=scheme,
         fingerprint=Fingerprint.of(config),
@@ -53,19 +49,15 @@ def filled_cache(
 
 def fill(layer: PackedLayer, heads: int, head_dim: int, tokens: int, device: torch.device, batch: int = 1) -> None:
     """Append `tokens` random tokens to an empty layer, and leave no more room for outliers than need be."""
-    generator, padding = torch.Generator(device).manual_seed(0), [0] * batch
+    generator = torch.Generator(device).manual_seed(0)
 
     def drawn(new: int) -> Tensor:
         return torch.randn(batch, heads, new, head_dim, generator=generator, device=device).half()
 
     layer.lazy_initialization(drawn(1), drawn(1))
-    kernels = runs_kernels(None, layer, device)
     for begin in range(0, tokens, _CHUNK):
         key, value = (drawn(min(_CHUNK, tokens - begin)) for _ in KINDS)
-        if kernels:
-            append_with_kernels(layer, key, value, padding)
-        else:
-            append(layer, key, value, padding)
+        store(layer, key, value)
     for packed in layer.packed.values():
         for page in packed.pages:
             if page.outliers is not None:

@@ -10,12 +10,13 @@ h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
                  + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
                  + 8 D 32768                rotary tables that are remembered
                  or, if that is more and S H / G > 16, what kernels need that keep no scores:
-                 4 B C t + 20 n H D         t tokens of keys and values, 2^14 or those of 256 MiB; queries, parts, sums
+                 4 B C t + 20 n H D         t tokens of keys and values, all, 2^16 or those of 256 MiB; queries, parts, sums
     logits       6 B V                      of the last token, as 16 and as 32 bits
     together     max(MLP, stream + attention, logits)
 
-Stock attention (fp16) keeps no scores: 4 n H D. Not counted: the CUDA context (half a GiB), fragmentation, the copies
-of an fp16 cache that grows, sorting a chunk's outliers in.
+Stock attention (fp16) keeps no scores: 4 n H D. Where a scheme has outliers, kernels keep room for more of them in every layer
+(format/room.py): a 32nd of those held, and all that a chunk may have, or 64 tokens, which a CUDA graph of decode steps relies on. Not
+counted: the CUDA context (half a GiB), fragmentation, the copies of an fp16 cache that grows, sorting a chunk's outliers in.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
+from deployment.format.room import GRAPH_TOKENS, ROOM_SHARE
 from deployment.format.stretches import STRETCH_BLOCKS
 from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
 from gradients.cli import UserError
@@ -31,7 +33,7 @@ from gradients.parallel import Part, distribution, own_parameters, part_of_confi
 from quant.artefact import axis_of
 from quant.outliers import outliers_per_end
 from quant.scheme import Scheme
-from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS, exact_size, packed_size
+from quant.storage import BLOCK_TOKENS, OUTLIER_BITS, OUTLIER_LIST_BITS, exact_size, packed_size
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -57,6 +59,11 @@ def named_config(name: str) -> PreTrainedConfig:
     return MistralConfig(**sizes, sliding_window=None) if name.startswith("mistral") else LlamaConfig(**sizes)
 
 
+def shape_config(name: str) -> PreTrainedConfig:
+    """The config of one of `SHAPES`, or of a model. Raises what `load_config` does."""
+    return named_config(name) if name in SHAPES else load_config(name)
+
+
 def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
     """The config of a hub id or a local folder; `full_attention` treats sliding-window layers as fully attending.
 
@@ -68,7 +75,7 @@ def load_config(name: str, full_attention: bool = False) -> PreTrainedConfig:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"cannot load the config of model {name!r}: {reason}; give a hub id that is reachable, a local folder, "
-            "or one of --shape"
+            f"or a shape: {', '.join(SHAPES)}"
         ) from error
     text_config = decoder_config(config)
     if text_config.model_type not in SITES:
@@ -118,8 +125,8 @@ class ModelShape:
         """Tokens that the other layers keep, 0 if there are none."""
         return 0 if len(self.cached) == len(self.layers) else self.config.sliding_window
 
-    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1) -> int:
-        """Upper estimate for a forward of `new` tokens of each of `batch` sequences, see above."""
+    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = SCRATCH_TOKENS) -> int:
+        """Upper estimate for a forward of `new` tokens of each of `batch` sequences, behind at most `context`, see above."""
         config, (heads, head_dim), rows = self.config, kv_shape(self.config), batch * new
         channels, query_heads = heads * head_dim, config.num_attention_heads
         stream = 2 * rows * (2 * config.hidden_size + query_heads * head_dim + 2 * channels)
@@ -130,7 +137,7 @@ class ModelShape:
             attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
             attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
             if new * query_heads // heads > 16:
-                scratch = min(SCRATCH_BYTES, 4 * batch * channels * SCRATCH_TOKENS)
+                scratch = min(SCRATCH_BYTES, 4 * batch * channels * min(context, SCRATCH_TOKENS))
                 attention = max(attention, scratch + 20 * rows * query_heads * head_dim)
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 
@@ -143,9 +150,15 @@ class ModelShape:
         heads, head_dim = kv_shape(self.config)
         return len(KINDS) * exact_size(min(tokens, self.window), heads * head_dim).bits // 8
 
-    def pieces(self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1) -> list[int]:
-        """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head."""
+    def pieces(
+        self, scheme: Scheme | None, tokens: int, weight_bits: float, batch: int = 1, room: int | None = None
+    ) -> list[int]:
+        """Bytes of the embedding, of each layer with what it caches of `batch` sequences, and of the head.
+
+        With `room`, tokens of a chunk, what kernels keep free for outliers is counted, too.
+        """
         cached = sum(self.cache_bytes(scheme, tokens).values()) // len(self.cached)
+        cached += 0 if room is None else self.room_bytes(scheme, tokens, room)
         window = self.window_bytes(tokens)
         past = [0, *(cached if layer in self.cached else window for layer in range(len(self.layers))), 0]
         parameters = [self.embedding, *self.layers, self.head]
@@ -169,6 +182,20 @@ class ModelShape:
             recent = scheme.residual_tokens + 1 if scheme.residual_tokens else 0  # one that leaves (window.py)
             bits["recent_window"] = len(KINDS) * exact_size(recent, heads * head_dim).bits
         return {part: size * len(self.cached) // 8 for part, size in bits.items()}
+
+    def room_bytes(self, scheme: Scheme | None, tokens: int, new: int) -> int:
+        """What kernels keep free for outliers of one sequence in one layer that is read in chunks of `new` tokens."""
+        if scheme is None or not scheme.outliers:
+            return 0
+        (heads, dim), entries = kv_shape(self.config), 0.0
+        for kind in KINDS:
+            if scheme.form(axis_of(scheme, kind)) == "token":
+                most = min(dim, 2 * outliers_per_end(self.parts * heads * dim, scheme.outliers))
+                held = 2 * outliers_per_end(self.parts * heads * dim, scheme.outliers) / self.parts
+            else:
+                most, held = dim, heads * dim * scheme.outliers
+            entries += max(GRAPH_TOKENS, new) * heads * most + tokens * held / ROOM_SHARE
+        return OUTLIER_BITS * round(entries) // 8
 
     def bytes_per_token(self, scheme: Scheme | None) -> dict[str, float]:
         """What one more token adds to `cache_bytes`, averaged over a million."""

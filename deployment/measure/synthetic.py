@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployment.format.layout import PAGE_BLOCKS, PackedTensor
@@ -19,7 +19,7 @@ from deployment.rope import Rope
 from deployment.step.append import append, append_with_kernels
 from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError
-from gradients.models import Kind, decoder_config
+from gradients.models import Kind, decoder_config, kv_shape
 from quant.allocate import choices
 from quant.codebook import Codebook, int_codebook, nf_codebook
 from quant.feedback import Feedback
@@ -29,7 +29,6 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.scheme import GROUP_CHANNELS, Scheme
 from quant.storage import BLOCK_TOKENS, OUTLIER_BITS
 
-SHAPES = {"llama-7b": (32, 32, 128), "llama-3-8b": (32, 8, 128), "llama-3-70b": (64, 8, 128)}  # H, G, D
 SPARE_TOKENS = 1024  # room after the context, for chunks that are attended or stored
 _FILL = 4096  # tokens stored at a time
 
@@ -43,16 +42,9 @@ class Shape:
     head_dim: int
 
     @classmethod
-    def named(cls, name: str) -> "Shape":
-        """One of `SHAPES`, or that of a model."""
-        if name in SHAPES:
-            return cls(*SHAPES[name])
-        try:
-            config = decoder_config(AutoConfig.from_pretrained(name))
-        except (OSError, ValueError) as error:
-            raise UserError(f"shape {name!r} is none of {', '.join(SHAPES)} and no model either ({error})") from error
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_attention_heads, config.num_key_value_heads, dim)
+    def of(cls, config: PreTrainedConfig) -> "Shape":
+        """That of a model's layers."""
+        return cls(decoder_config(config).num_attention_heads, *kv_shape(config))
 
     @property
     def channels(self) -> int:
@@ -127,16 +119,17 @@ def make_case(shape: Shape, scheme: Scheme, context: int, batch: int, device: to
     sides, capacity = synthetic_quantizers(scheme, shape), context + SPARE_TOKENS
     layer = PackedLayer(*sides, scheme.sink_tokens, capacity, residual_tokens=scheme.residual_tokens)
     layer.lazy_initialization(key, value)
-    kernels = runs_kernels(None, layer, device)
-    for part in torch.arange(context).split(_FILL):
-        chunk = slice(int(part[0]), int(part[-1]) + 1)
-        if kernels:
-            append_with_kernels(layer, key[:, :, chunk], value[:, :, chunk], [0] * batch)
-        else:
-            append(layer, key[:, :, chunk], value[:, :, chunk], [0] * batch)
+    for chunk in zip(key.split(_FILL, dim=2), value.split(_FILL, dim=2), strict=True):
+        store(layer, *chunk)
     sizes = {"hidden_size": shape.heads * shape.head_dim, "num_attention_heads": shape.heads}
     config = LlamaConfig(**sizes, head_dim=shape.head_dim, max_position_embeddings=context + SPARE_TOKENS)
     return Case(layer, key, value, Rope(LlamaRotaryEmbedding(config).to(device)))
+
+
+def store(layer: PackedLayer, key: Tensor, value: Tensor) -> None:
+    """Append tokens `[B, G, S, D]` without padding, with the kernels where they run."""
+    way = append_with_kernels if runs_kernels(None, layer, key.device) else append
+    way(layer, key, value, [0] * len(key))
 
 
 def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torch.device, seed: int) -> None:

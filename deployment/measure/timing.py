@@ -1,6 +1,7 @@
 """Timing on a device: mean and error of a call, and copy bandwidth.
 
-Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing; but for what no graph is made of in use.
+Calls are visited in turn, and on CUDA a graph of them is replayed, so that launches cost nothing; but for what no graph
+is made of in use.
 """
 
 import math
@@ -22,7 +23,7 @@ _COPIES = 4
 def microseconds(
     calls: Sequence[Callable[[], object]], device: torch.device, seconds: float = _SECONDS, recorded: bool = True
 ) -> tuple[float, float]:
-    """(mean, standard error) of one call, all of them made in turn, for about so many `seconds`; on CUDA `recorded` in a graph."""
+    """(mean, standard error) of one call, all of them made in turn for about `seconds`; on CUDA `recorded` in a graph."""
     for call in calls[:2]:
         call()
     run = _graph(calls) if recorded and device.type == "cuda" else lambda: [call() for call in calls]

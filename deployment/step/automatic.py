@@ -1,7 +1,7 @@
 """Within `packed_attention` on CUDA, decode steps are recorded in a CUDA graph and replayed without being asked for.
 
 The model's forward is wrapped. A forward of one new token per sequence over a packed cache, or of up to 16, which records no gradients and
-is asked for nothing that `generate` does not ask for, is a step. The first two steps of so many tokens run as they are; the third is recorded
+is asked for nothing that `generate` does not ask for, is a step. The first two steps of a given length run as they are; the third is recorded
 (steps.py), the others are replayed. Everything else runs as it is and ends the recordings: chunks of a prompt, beams that change places.
 Where recordings are replayed too rarely to pay, twice as many steps must come before the next, 64 at most. `generate` thus says the same
 with and without graphs.
@@ -21,13 +21,13 @@ import torch
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
+from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
 from deployment.step.recording import record
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
 
-_STEPS = 64  # tokens that a recording has room for: it was not asked for, so it takes little memory
 _PATIENCE = 2
 
 
@@ -60,7 +60,7 @@ class Automatic:
                 self._model,
                 cache,
                 self.eager,
-                _STEPS,
+                GRAPH_TOKENS,
                 self._backend,
                 record,
                 patience=_PATIENCE,

@@ -4,6 +4,7 @@
   pre-RoPE queries to the attention function;
 - attention modules are told how to rotate, and by a hook which packed layer is theirs; the decoder attends through our function, other parts of the model as before;
 - a hook on every forward keeps the cache whole if it fails, and refuses caches that are not ours;
+- a tensor-parallel model's processes add up a step's parts by a kernel (summed.py);
 - on CUDA, decode steps of its forward are recorded in a CUDA graph and replayed (automatic.py);
 - `prepare_inputs_for_generation` keeps the cache: Phi-3's drops it where its frequencies change, which keys that are
   rotated when they are read need not care about.
@@ -32,6 +33,8 @@ from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
 from deployment.step.interrupted import Forwards
 from deployment.step.same_attention import refuse_other_attention
+from deployment.step.summed import summed_at_once
+from deployment.step.unrotated import unrotated
 from gradients.attention import PREFIX, attending_through
 from gradients.cli import UserError
 from gradients.models import decoder, kv_sites
@@ -141,6 +144,7 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
     refuse_other_attention(model, ropes)
     undo.enter_context(attending_through(model, NAME))
     undo.callback(rotary.register_forward_hook(_no_rotation).remove)
+    undo.enter_context(summed_at_once(model))
     for number, module in enumerate(modules):
         setattr(module, CONTEXT, Context(ropes[number], entry.backend))
         undo.callback(delattr, module, CONTEXT)
@@ -158,8 +162,7 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
 
 
 def _no_rotation(_module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    cos, sin = output
-    return torch.ones_like(cos), torch.zeros_like(sin)
+    return unrotated(*output)
 
 
 def _with_layer(

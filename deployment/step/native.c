@@ -1,4 +1,4 @@
-// Decode attention over blocks of 64 tokens whose codes lie in the order of tensor cores (order.py), for CPUs.
+// Decode attention over blocks of 64 tokens whose codes lie in the order of tensor cores (groups.py), for CPUs.
 //
 // A block of one KV head becomes a tile of numbers on the stack, [columns][rows], 16 rows at a time: rows are tokens for
 // keys and channels for values, so that neither scores nor sums add up within a vector. `which` says which word has the
@@ -82,7 +82,7 @@ static inline floats exponential(floats x) {
     return p * (floats)((__builtin_convertvector(whole, ints) + 127) << 23);
 }
 
-// The words of nibbles [groups][32 lanes][4] of groups of 2 or 3 bits (order.py).
+// The words of nibbles [groups][32 lanes][4] of groups of 2 or 3 bits (groups.py).
 static const int32_t *nibbles(const int32_t *words, int groups, int64_t bits, int32_t *room) {
     for (int group = 0; group < groups; group++, words += 32 * bits)
         for (int lane = 0; lane < 32; lane++)

@@ -22,8 +22,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder, half_words
 from deployment.format.layout import PackedTensor, Page
-from deployment.format.order import GroupOrder, half_words, usual_channels
+from deployment.format.order import usual_channels
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.reference import Segment
@@ -117,7 +118,7 @@ def _takes(side: PackedTensor) -> bool:
     order, dim = side.order, side.head_dim
     if not isinstance(order, GroupOrder) or len(order.occurring) > 1 or order.occurring[0] not in (2, 3, 4):
         return False
-    usual = usual_channels(side.heads, dim, order.role, dim // 2, side.device)
+    usual = usual_channels(side.heads, dim, order.kind, dim // 2, side.device)
     return dim % 64 == 0 and dim <= _MOST_DIM and order.channels is usual
 
 
@@ -142,7 +143,7 @@ def _side(packed: PackedTensor, page: Page) -> tuple[_Side, object]:
         None if tensor is None else tensor.data_ptr() or None
         for tensor in (page.words, *_fixed(packed), page.scales, *lists)
     ]
-    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, order.occurring[0], order.role == "key")
+    numbers = (packed.batch, packed.heads, packed.head_dim, page.blocks, order.occurring[0], order.kind == "key")
     return _Side(*pointers, *numbers), streams
 
 

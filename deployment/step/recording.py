@@ -77,7 +77,7 @@ def foreign_hooks(model: nn.Module) -> bool:
 
 
 class Assumed:
-    """What a recording takes for granted of a model, cheap enough to be looked at before every step.
+    """What a recording takes for granted of a model, cheap enough to be looked at with every step.
 
     Its tensors are where they were, no module has got or lost a hook, and it is not trained or run in another precision.
     """
@@ -89,19 +89,34 @@ class Assumed:
         self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._tensors = self._tensors_now()
         self._plain = [tensor for tensor in self._tensors if tensor is not None]
-        self._then = self._now()
+        self._hooked, self._then = self._hooked_now(), self._now()
 
     def _tensors_now(self) -> list[Tensor | None]:
         return list(chain.from_iterable(held.values() for held in self._held))
 
+    def _hooked_now(self) -> int:
+        return sum(map(len, self._hooks))
+
     def _now(self) -> tuple[object, ...]:
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        places = list(map(Tensor.data_ptr, self._plain))
-        return places, sum(map(len, self._hooks)), self._model.training, precision
+        return list(map(Tensor.data_ptr, self._plain)), self._model.training, precision
+
+    @property
+    def in_place(self) -> bool:
+        """Whether what a replay reads is there: no tensor has gone to another place. The model computes as it did, too."""
+        return self._now() == self._then
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether modules have the tensors and hooks that they had; others would not be heard of in a replay.
+
+        It may be asked behind one: the old tensors are kept.
+        """
+        tensors = self._tensors_now()  # not to be compared by value
+        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
+        return same and self._hooked_now() == self._hooked
 
     @property
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        tensors = self._tensors_now()  # not to be compared by value
-        same = len(tensors) == len(self._tensors) and all(map(is_, tensors, self._tensors))
-        return same and self._now() == self._then
+        return self.in_place and self.unchanged

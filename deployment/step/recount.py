@@ -1,4 +1,4 @@
-"""What the host does around a captured graph that stores tokens: room for them before, and their number after its replays."""
+"""Reserve room before a CUDA graph that stores tokens is captured, and take over what its replays have counted."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain

@@ -52,7 +52,7 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step of so many tokens: what repeats it, its input `[B, S]` and output `[B, S, V]`, and the slots held when recorded."""
+    """A step of a number of tokens: what repeats it, its input `[B, S]` and output `[B, S, V]`, and the slots held when recorded."""
 
     replay: Callable[[], object]
     ids: Tensor
@@ -174,6 +174,11 @@ class Steps:
         recorded.replay()
         self.replays, self._paid = self.replays + 1, self._paid + 1
         # behind the replay, since the device is waiting for it; what is wrong is counted back like any failure
+        if first.window is None and not self._assumed.unchanged:
+            for layer in self._layers:
+                layer.crop(-new)
+            self.settle()
+            return None
         seen = None if mask is None else mask[:, None, None]
         first.checked.padding(_Before(slots, held, first.stored - new), seen, positions, new, none=True)
         return recorded.logits
@@ -186,7 +191,9 @@ class Steps:
     def _as_recorded(self, ids: Tensor) -> bool:
         """Whether all is where it was, whatever has been cropped or stored in the room there is, and the model what it was."""
         first = self._layers[0]
-        if first.stored is not self._stored or self._floor_now() is not self._floor or not self._assumed.holds:
+        if first.stored is not self._stored or self._floor_now() is not self._floor or not self._assumed.in_place:
+            return False
+        if first.window is not None and not self._assumed.unchanged:  # others find out behind the replay (`_step`)
             return False
         if first.slots != self._slots:  # not what the last replay left
             if not self._begin <= first.slots <= self._end or self._places != self._places_now():

@@ -15,7 +15,7 @@ from deployment.text.answer import Answer, Interruption
 from deployment.text.saved import Messages
 from deployment.text.session import Session
 from gradients.cli import UserError, require_text
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 
 COMMANDS = "/exit ends, /reset forgets everything said, /save FILE stores the cache"
 

@@ -38,7 +38,7 @@ from gradients.weights import weights_digest
 from quant.artefact import Quantizers
 from quant.storage import BLOCK_TOKENS
 
-# to be raised whenever order.py, streams.py or the meaning of any tensor here changes; 1 had another order of codes
+# to be raised whenever order.py, groups.py, streams.py or the meaning of any tensor here changes; 1 had another order of codes
 SCHEMA = 2
 FILE = Artefact("cache", "kvquant_cache", SCHEMA, "read the text again with --save-cache")
 Messages = list[dict[str, str]]

@@ -20,7 +20,8 @@ from deployment.cache import PackedCache
 from deployment.text.answer import Answer, Interruption, TimedStreamer
 from deployment.text.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
-from gradients.models import LoadedModel, decoder_config
+from gradients.loading import LoadedModel
+from gradients.models import decoder_config
 from gradients.positions import usable_positions
 from gradients.progress import progress
 from quant.artefact import Quantizers

@@ -33,7 +33,7 @@ from gradients.records import Records
 from quant.artefact import axis_of
 from quant.codebook import Codebook, nuq_codebook
 from quant.kmeans import Histogram, weighted_error
-from quant.quantizer import ChannelQuantizer, Quantizer, normalise
+from quant.quantizer import FedBack, normalise
 from quant.results import append_row
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, kmeans_weights
@@ -59,6 +59,7 @@ def compare(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Compari
     """Fit one layer's keys or values both ways."""
     side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
     quantizer, fit_seconds = timed(lambda: fit_side(side, scheme, axis_of(scheme, kind) == "channel"))
+    assert isinstance(quantizer, FedBack)
     points, weights = inliers(side, quantizer)
     _, search_seconds = timed(lambda: search(points, weights, scheme.levels))
     centres, sklearn_seconds = timed(lambda: sklearn_centres(points, weights, scheme.levels))
@@ -77,15 +78,11 @@ def timed(work: Callable[[], Result]) -> tuple[Result, float]:
     return result, time.perf_counter() - started
 
 
-def inliers(side: Side, quantizer: Quantizer) -> tuple[Points, Points]:
+def inliers(side: Side, quantizer: FedBack) -> tuple[Points, Points]:
     """(points, weights), each `[n]`: the normalised elements that `quantizer` has to code, and what their errors cost."""
     x = side.activation.float()
     encoded = quantizer.encode(x)
-    if isinstance(quantizer, ChannelQuantizer):
-        scale, zero = quantizer.scale, quantizer.zero
-    else:
-        assert encoded.scale is not None and encoded.zero is not None
-        scale, zero = encoded.scale.float(), encoded.zero.float()
+    scale, zero = quantizer.ranges(encoded)
     coded = torch.ones_like(x, dtype=torch.bool) if encoded.outliers is None else ~encoded.outliers
     # a range rounded to fp16 may end just short of its extreme elements
     points = normalise(x, scale, zero).clamp(-1, 1)

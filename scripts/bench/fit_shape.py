@@ -22,9 +22,10 @@ from transformers import LlamaConfig
 
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from gradients.fingerprint import Fingerprint
+from gradients.manifest import MOMENT_DTYPE, Manifest
 from gradients.models import KINDS
 from gradients.progress import progress
-from gradients.records import MOMENT_DTYPE, Manifest, Records
+from gradients.records import Records
 from quant.fit import fit
 from quant.results import append_row
 from quant.scheme import Scheme

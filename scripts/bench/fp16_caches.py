@@ -139,6 +139,11 @@ def _empty(name: str, config: PreTrainedConfig, capacity: int) -> Cache:
         return DynamicCache(config=config)
     if name == "fp16-static":
         return StaticCache(config=config, max_cache_len=capacity)
+    return quantized_cache(name, config)
+
+
+def quantized_cache(name: str, config: PreTrainedConfig) -> QuantizedCache:
+    """An empty cache of transformers such as hqq4. Raises ImportError and `UserError` as `full_cache` does."""
     if (match := _QUANTIZED.fullmatch(name)) is None:
         raise UserError(f"cache {name!r} is none of {', '.join(NAMES)}, and no scheme either")
     # per-token groups of 64, the only ones that both libraries take for 4-dimensional keys and values

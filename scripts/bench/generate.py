@@ -10,7 +10,8 @@ The model has random weights of a named shape in fp16, and the cache is full of 
     decode     greedy steps of one sequence, as they are (`eager`), recorded in a CUDA graph (`graph`; only caches that are
                written in place), and as `model.generate` takes them (`generate`), which records them by itself over a
                packed cache; the peak of allocated memory during them, weights and cache included
-    prefill    forwards of a chunk of tokens behind `--prefill-context` others, logits of the last token only
+    prefill    forwards of a chunk of tokens behind `--prefill-context` others, logits of the last token only; the peak of
+               allocated memory, and what `deployment.plan` expects of it: weights, cache, activations
 
 Caches are schemes, such as nuq3-1%, or those of scripts/bench/fp16_caches.py. What runs out of memory, or is not installed,
 is a row that says so. Nothing is begun after `--seconds`; rows are written as they are measured.
@@ -32,7 +33,7 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.measure.filled import filled_cache, synthetic_artefact
-from deployment.measure.shapes import SHAPES, named_config
+from deployment.measure.shapes import SHAPES, ModelShape, named_config
 from deployment.plan import parse_tokens
 from deployment.step.graphed import graphed
 from deployment.step.recording import record
@@ -83,6 +84,7 @@ class Benchmark:
         self.config.dtype = dtype
         self.model: PreTrainedModel = random_model(self.config, [str(self.device)], dtype)
         self.weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        self.shape = ModelShape.of(self.config)
         self.rows: list[Row] = []
 
     @property
@@ -248,9 +250,14 @@ class Benchmark:
     def _prefill(self, name: str, row: Row) -> None:
         spare = _CHUNKS_EACH * sum(self.arguments.chunks)
         with self._full(name, row["context"], spare) as cache:
+            scheme = None if is_known(name) else Scheme.parse(name)
             for chunk in self.arguments.chunks:
                 if self.late:
                     break
+                held = cache.nbytes() if isinstance(cache, PackedCache) else stored_bytes(cache)
+                planned = self.weights + held + self._planned(scheme, cache.get_seq_length(), chunk)
+                if self.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
                 ids = torch.zeros(1, chunk, dtype=torch.int64, device=self.device)
                 times = []
                 for _ in range(_CHUNKS_EACH):
@@ -260,9 +267,14 @@ class Benchmark:
                     self._wait()
                     times.append(time.perf_counter() - started)
                 best = min(times[1:])
-                self._add(
-                    {**row, "chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
-                )
+                peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+                measured = {"chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
+                self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
+
+    def _planned(self, scheme: Scheme | None, tokens: int, chunk: int) -> int:
+        """Bytes that reading a chunk behind so many tokens takes beside weights and cache, as `deployment.plan` counts them."""
+        room = self.config.num_hidden_layers * self.shape.room_bytes(scheme, tokens, chunk)
+        return room + self.shape.activation_bytes(scheme, chunk, 1, tokens)
 
 
 def _first_line(error: Exception) -> str:

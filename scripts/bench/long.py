@@ -30,21 +30,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import load_quantizers
 from quant.evaluate import append_result
-from scripts.bench.fp16_caches import stored_bytes
+from scripts.bench.fp16_caches import quantized_cache, stored_bytes
 
-# backend of QuantizedCache -> the package it needs, the axis it groups along
-BACKENDS = {"quanto": ("optimum.quanto", 0), "hqq": ("hqq", 1)}
+BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # of QuantizedCache, and the packages they need
 OTHERS = ("dynamic", "quanto4", "quanto2", "hqq4", "hqq2")
 _WARM_UP = 2  # decode steps that are not counted
 _DECODING = "decoding"  # of all caches that follow, side by side
@@ -52,7 +51,7 @@ _DECODING = "decoding"  # of all caches that follow, side by side
 
 def missing(name: str) -> str:
     """Why a cache of transformers cannot be measured here; nothing if it can."""
-    package = BACKENDS.get(name[:-1], ("torch", 0))[0]
+    package = BACKENDS.get(name[:-1], "torch")
     try:
         return "" if find_spec(package) else f"{package} is not installed"
     except ModuleNotFoundError:
@@ -64,9 +63,7 @@ def make_cache(name: str, config: PreTrainedConfig, tokens: int) -> Cache:
     if name == "dynamic":
         return DynamicCache(config=config)
     if name in OTHERS:
-        backend, bits = name[:-1], int(name[-1])
-        axis = BACKENDS[backend][1]
-        return QuantizedCache(backend, config, nbits=bits, axis_key=axis, axis_value=axis)
+        return quantized_cache(name, config)
     return PackedCache(load_quantizers(name), config, capacity=tokens)
 
 

@@ -7,7 +7,7 @@
 #     PARTS=longest scripts/bench/multi_gpu.sh results/8xh200 #   so where a call may take no longer: a part each
 #     DRY=1 scripts/bench/multi_gpu.sh results/dry            # the same steps on a CPU, tiny; devices are cpu and disk
 #
-#     PARTS     sharded longest processes
+#     PARTS     sharded parallel longest processes
 #     SHAPE     llama-7b                     random weights, drawn where they live
 #     SCHEMES   nuq2 nuq3-1%                 of the packed cache
 #     MODEL     of the processes; a random one of SHAPE with LAYERS (8) layers and a tokenizer of bytes, if not given
@@ -17,23 +17,23 @@
 #     PYTHON    python3, which has the requirements; nothing is installed
 #
 # sharded: on two GPUs, against one: greedy tokens after a prompt and after 128K tokens, and the longest context; memory
-# against the plan. longest: on all GPUs, the paper's ten million tokens and the longest. processes: two against one.
+# against the plan. parallel: every layer on two GPUs, and on all of them, against one. longest: on all GPUs, the paper's ten million tokens and the longest. processes: two against one.
 # Contexts of 128K tokens and more are filled with synthetic blocks; decoding is real. Exits with 1 if a step failed, or
 # tokens differ.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lease.sh"
 explain "$@"
 
-parts=${PARTS:-sharded longest processes}
+parts=${PARTS:-sharded parallel longest processes}
 for part in $parts; do
-    [[ " sharded longest processes " == *" $part "* ]] || refuse "PARTS $part: there are sharded, longest and processes"
+    [[ " sharded parallel longest processes " == *" $part "* ]] || refuse "PARTS $part: there are sharded, parallel, longest and processes"
 done
 shape=${SHAPE:-llama-7b} memory=${MEMORY:-79GiB}
 read -ra schemes <<<"${SCHEMES:-nuq2 nuq3-1%}"
-device=cuda tokens=32 far=12 prompt=2K long=(128K longest) paper=(10000000 longest) limits=()
+device=cuda tokens=32 timed=66 far=12 prompt=2K long=(128K longest) paper=(10000000 longest) limits=()
 jobs=8 layers=${LAYERS:-8} sizes=(--seqlen 2048 --windows 16)
 if [[ -n ${DRY:-} ]]; then
-    shape=tiny device=cpu tokens=4 far=4 prompt=200 long=(256 longest) paper=(1000 longest)
+    shape=tiny device=cpu tokens=4 timed=4 far=4 prompt=200 long=(256 longest) paper=(1000 longest)
     limits=(--device-memory 6MiB) jobs=1 layers=2 memory=6.5MiB all=(cpu disk) two=(cpu disk) sizes=(--seqlen 96 --windows 3)
 else
     gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true)}
@@ -57,6 +57,19 @@ decode() {
             --scheme "$scheme" --attempts 5 --devices "${devices[@]}" "$@" \
             --results "$out/gpu-multi-$part.jsonl"
     done
+}
+
+# parallel COUNT CONTEXTS...: so many processes compute every layer together; 1: one device does
+parallel() {
+    local count=$1 launcher=()
+    local options=(--devices "${all[0]}")
+    shift
+    if ((count > 1)); then
+        launcher=(-m torch.distributed.run --standalone --nproc-per-node "$count") options=(--tensor-parallel)
+    fi
+    run "parallel-$count" 200 "$python" ${launcher[@]+"${launcher[@]}"} -m scripts.bench.sharded --graph "${options[@]}" \
+        --part "parallel-$count" --shape "$shape" --scheme "${schemes[@]}" --new-tokens "$timed" --contexts "$@" \
+        --results "$out/gpu-tensor-parallel.jsonl"
 }
 
 processes() {
@@ -98,6 +111,13 @@ if [[ " $parts " == *" sharded "* ]]; then
     both=(--against-one --new-tokens "$tokens")
     decode sharded prompt 90 "${two[@]}" -- "${both[@]}" --filled prefill --contexts "$prompt"
     decode sharded long 150 "${two[@]}" -- "${both[@]}" --contexts "${long[@]}" "${limits[@]}"
+fi
+if [[ " $parts " == *" parallel "* ]]; then
+    parallel 1 "${long[0]}"
+    parallel 2 "${long[0]}"
+    if ((${#all[@]} > 2)); then
+        parallel "${#all[@]}" "${long[0]}" "${paper[@]}"
+    fi
 fi
 if [[ " $parts " == *" longest "* ]]; then
     decode longest all 200 "${all[@]}" -- --new-tokens "$far" --contexts "${paper[@]}" "${limits[@]}"

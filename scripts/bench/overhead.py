@@ -28,9 +28,10 @@ from gradients.__main__ import add_model_arguments, check_seqlen, load_model_fro
 from gradients.cli import command_parser, format_table, non_negative_int, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import next_token_loss, record_window
-from gradients.models import LoadedModel
+from gradients.loading import LoadedModel
+from gradients.manifest import Manifest
 from gradients.progress import progress
-from gradients.records import Manifest, Records
+from gradients.records import Records
 from gradients.text import Corpus, load_corpus
 from quant.artefact import Quantizers
 from quant.evaluate import append_result

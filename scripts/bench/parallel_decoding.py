@@ -91,8 +91,7 @@ class Parallel(Sharded):
 
     @property
     def _heads(self) -> Shape:
-        own = self.shape.config
-        return Shape(own.num_attention_heads, own.num_key_value_heads, own.head_dim)
+        return Shape.of(self.shape.config)
 
     def _quantizers(self, scheme: Scheme) -> Quantizers:
         return own_heads(synthetic_artefact(scheme, self.config), self.part)

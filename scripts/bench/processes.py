@@ -8,6 +8,8 @@ recording, evaluation in simulation, evaluation through the packed cache. Quanti
 `identical` says whether files are equal byte by byte, or figures to the last bit; where they are not (GPUs may add up
 gradients in no fixed order), `largest_difference` is relative: of a recorded tensor in norm, or of a figure.
 
+With `--quantizers` only the evaluations are run, with that file.
+
 `seconds` are those of the whole command, with loading the model; tokens per second are those that the command reports
 of its work alone, and the speed-up is theirs.
 """
@@ -118,6 +120,14 @@ class Comparison:
 
     def run(self) -> list[dict[str, Any]]:
         """All commands, each in one process and in several; returns the rows."""
+        quantizers = self.arguments.quantizers or self._fitted()
+        for module in ("quant.evaluate", "deployment.evaluate"):
+            both = [self._run(module, count, "--quantizers", quantizers) for count in self._counts]
+            self._add(module, both, *compare_figures(*(finished.summary for finished in both)))
+        return self.rows
+
+    def _fitted(self) -> Path:
+        """Quantizers, fitted from what one process has recorded; what several have recorded is compared."""
         records = [self.work / f"records-{count}" for count in self._counts]
         recorded = [
             self._run("gradients", count, "--output", records[place]) for place, count in enumerate(self._counts)
@@ -129,10 +139,7 @@ class Comparison:
             run([sys.executable, "-m", "quant.fit", "--records", str(folder), *options])
         identical, worst = compare_files(*fitted)
         self._write({"command": "quant.fit", "identical": identical, "largest_difference": worst, "processes": 1})
-        for module in ("quant.evaluate", "deployment.evaluate"):
-            both = [self._run(module, count, "--quantizers", fitted[0]) for count in self._counts]
-            self._add(module, both, *compare_figures(*(finished.summary for finished in both)))
-        return self.rows
+        return fitted[0]
 
     def _run(self, module: str, processes: int, option: str, path: Path) -> Finished:
         """A command that runs the model on the text, with one more option."""
@@ -185,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--processes", type=positive_int, default=2)
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes that fit quantizers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=kind)
+    parser.add_argument("--quantizers", type=Path, help="evaluate with this file, and record and fit nothing")
     parser.add_argument("--results", help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from deployment.measure.shapes import SHAPES, load_config, named_config
+from deployment.measure.shapes import SHAPES, shape_config
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import decoder_config
 
@@ -46,7 +46,7 @@ def config_of(shape: str, layers: int | None = None) -> PreTrainedConfig:
     if shape == "tiny":
         config: Any = LlamaConfig(**_TINY)
     else:
-        config = named_config(shape) if shape in SHAPES else load_config(shape)
+        config = shape_config(shape)
     text = decoder_config(config)
     if layers is not None:
         if layers > text.num_hidden_layers:

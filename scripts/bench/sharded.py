@@ -232,7 +232,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("scripts.bench.sharded", __doc__)
     parser.add_argument("--shape", default="llama-7b", help=f"tiny, {', '.join(SHAPES)}, or a model")
-    parser.add_argument("--layers", type=positive_int, help="of the model, so many and not all")
+    parser.add_argument("--layers", type=positive_int, help="number of the model's layers (all)")
     parser.add_argument("--scheme", nargs="+", default=["nuq3-1%"])
     add_tensor_parallel_argument(parser)
     parser.add_argument("--graph", action="store_true", help="record the steps in a CUDA graph")

@@ -31,7 +31,7 @@ from deployment.measure.synthetic import Shape, fill_with_blocks
 from deployment.step.dispatch import runs_kernels
 from deployment.step.graphed import graphed
 from gradients.cli import UserError
-from gradients.models import cached_layers, decoder, decoder_config, kv_shape
+from gradients.models import cached_layers, decoder, decoder_config
 from gradients.placement import input_device, module_device
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
@@ -118,7 +118,7 @@ class Sharded:
 
     @property
     def _heads(self) -> Shape:
-        return Shape(decoder_config(self.config).num_attention_heads, *kv_shape(self.config))
+        return Shape.of(self.config)
 
     def decode(self, request: Request, limit: int | None = None) -> Decoded | None:
         """Fill a cache, decode greedily; None when a device's memory, or `limit` bytes of it, is not enough.

@@ -8,7 +8,7 @@ A row per kernel: teams, registers and bytes of stack of a lane, bytes of shared
 element: those of the loop over chunks but for what happens rarely (columns rotated anew, a higher maximum), `outliers` apart, and of both
 together the `whole`. `spills` are loads from and stores to local memory in the loops, once more without what is rare.
 
---outliers of all elements are assumed, Poisson-distributed, in loops that take so many at a time as a team has lanes. --bits 0 is groups of 2, 3
+--outliers of all elements are assumed, Poisson-distributed, in loops that take one per lane of a team at a time. --bits 0 is groups of 2, 3
 and 4 bits. What a team does once, before and after its chunks, is left out. Needs the packages of `pip install -e .[cuda]`, and Triton's disassembler.
 """
 
@@ -40,7 +40,7 @@ _ROUNDS = ("add_key(word, chunk + 1); });", "add_value(word, chunk - 1); });")
 
 
 def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int = HEAD_DIM) -> Shape:
-    """What host.py would choose for keys and values of so many bits."""
+    """What host.py would choose for keys and values of `bits` bits."""
     widths = 0b11100 if bits == MIXED else 1 << bits
     teams = teams_for(head_dim, queries)
     shape = Shape(head_dim, queries, teams, widths, widths, int(bits != MIXED), int(outliers), int(outliers), 0)

@@ -37,13 +37,13 @@ from deployment.evaluate import evaluate_packed
 from deployment.layer import PackedLayer
 from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from gradients.models import load_model
+from gradients.loading import load_model
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import evaluate
 from quant.results import append_row
 
-_OWN, _ROUNDING = 2.0, 0.1  # a tie: so many times the CPU's own distance, which counts as this at least
+_OWN, _ROUNDING = 2.0, 0.1  # a tie: at most this multiple of the CPU's own distance, which counts as 0.1 at least
 
 Row = dict[str, Any]
 

@@ -19,7 +19,8 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.step.graphed import graphed
 from gradients.cli import command_parser, format_table, positive_int, run_command
-from gradients.models import LoadedModel, decoder_config, load_model
+from gradients.loading import LoadedModel, load_model
+from gradients.models import decoder_config
 from gradients.parallel import WHOLE, Part, add_tensor_parallel_argument, own_part
 from gradients.processes import process_state
 from quant.artefact import Quantizers, load_quantizers

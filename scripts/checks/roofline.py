@@ -3,7 +3,7 @@
     python -m scripts.checks.roofline                                   # llama-7b, llama-3-8b, llama-3-70b on three GPUs
     python -m scripts.checks.roofline --schemes nuq3-1% --context 1M --results scripts/results/roofline.jsonl
 
-Every element of the cache has to be read, and dequantized by so many instructions. Three things take their time:
+Every element of the cache has to be read, and dequantized by a number of instructions. Three things take their time:
 
     memory   bits stored per element, as `deployment.plan` counts them / what a large copy reaches
     shared   two bytes of levels per element / 128 bytes a clock and multiprocessor
@@ -53,7 +53,7 @@ MACHINES = {
 
 
 def bounds(machine: Machine, elements: float, bytes_per_element: float, instructions: float) -> dict[str, Any]:
-    """Microseconds that each resource needs for so many elements, the bound, and how much faster than fp16 it is at most."""
+    """Microseconds that each resource needs for `elements` elements, the bound, and how much faster than fp16 it is at most."""
     lanes = machine.multiprocessors * machine.clock
     seconds = {
         "memory": elements * bytes_per_element / machine.bandwidth,

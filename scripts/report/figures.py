@@ -16,7 +16,6 @@ from gradients.atomic import atomic_write
 from gradients.cli import UserError, command_parser, non_negative_int
 from gradients.models import Kind
 from gradients.records import Records
-from quant.results import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,18 +60,6 @@ def plot_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     parser = command_parser(f"scripts.report.plot_{name}", description)
     parser.add_argument("--output", type=Path, default=Path(f"{name}.png"), help=f"the PNG ({name}.png)")
     return parser
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file. Raises `UserError` when it is missing or holds anything else."""
-    if not path.exists():
-        raise UserError(f"--results {str(path)!r} does not exist; give a JSONL file of rows")
-    try:
-        return read_rows(path)
-    except OSError as error:
-        raise UserError(f"--results {str(path)!r} cannot be read ({error}); give a JSONL file of rows") from error
-    except ValueError as error:
-        raise UserError(f"--results {str(path)!r}: a row is damaged ({error}); remove it") from error
 
 
 def add_records_arguments(parser: argparse.ArgumentParser, layer: bool = True) -> None:

@@ -22,7 +22,7 @@ from quant.artefact import axis_of
 from quant.codebook import int_codebook, nf_codebook
 from quant.fit import fit
 from quant.mixed import MixedQuantizer
-from quant.quantizer import Quantizer, normalise
+from quant.quantizer import FedBack, Quantizer, normalise
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, kmeans_weights, read_side
 from scripts.report import figures
@@ -66,18 +66,18 @@ def read_panels(records: Records, layer: int, scheme: Scheme) -> list[Panel]:
     for kind in KINDS:
         side, axis = read_side(records, scheme, layer, kind), "channel" if scheme.allocated else axis_of(scheme, kind)
         quantizer = fitted[kind] if fitted else fit_side(side, scheme, axis == "channel")
+        assert isinstance(quantizer, FedBack)
         title, others = f"{kind}s per {axis}, {scheme.describe()}", levels_to_compare(scheme)
         found.append(Panel(title, kind, *measure(side, quantizer), fitted_levels(quantizer), others))
     return found
 
 
-def measure(side: Side, quantizer: Quantizer) -> tuple[Floats, Floats, float]:
+def measure(side: Side, quantizer: FedBack) -> tuple[Floats, Floats, float]:
     """(density, weighted density, share of outliers) of normalised elements."""
     sums, totals, outliers = np.zeros((2, len(EDGES) - 1)), np.zeros(2), 0
     for activation, fisher in side.chunks():
         encoded = quantizer.encode(activation)
-        stored = {"scale": encoded.scale, "zero": encoded.zero} if encoded.scale is not None else quantizer.tables
-        scale, zero = stored["scale"].float(), stored["zero"].float()
+        scale, zero = quantizer.ranges(encoded)
         x = normalise(activation, scale, zero)
         inliers = x.clamp(-1, _BELOW_ONE)  # an fp16 scale may leave them a rounding error beyond
         x = inliers if encoded.outliers is None else x.where(encoded.outliers, inliers)

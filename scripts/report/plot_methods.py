@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradients.cli import UserError, format_table, run_command
+from quant.results import read_rows
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def read_methods(path: Path) -> tuple[dict[str, list[Point]], dict[str, Any]]:
     """(every method's points by bits, one row). Raises `UserError` unless the rows are of one evaluation."""
     methods: dict[str, list[Point]] = {}
     try:
-        rows = figures.read_results(path)
+        rows = read_rows(path)
         evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
         for row in rows:
             point = Point(row["bits_per_element"], row["nll"] - row["baseline_nll"], row["scheme"])

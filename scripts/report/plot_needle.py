@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradients.cli import UserError, format_table, run_command
+from quant.results import read_rows
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser = figures.plot_parser("needle", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/needle.jsonl)")
     arguments = parser.parse_args(argv)
-    rows = figures.read_results(arguments.results)
+    rows = read_rows(arguments.results)
     try:
         draw_rows(rows, arguments.output)
     except UserError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradients.cli import UserError, format_table, positive_int, run_command
+from quant.results import read_rows
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/gpu-benchmark.jsonl)")
     parser.add_argument("--batch", type=positive_int, default=1, help="rows of this batch size (1)")
     arguments = parser.parse_args(argv)
-    rows = figures.read_results(arguments.results)
+    rows = read_rows(arguments.results)
     shapes = read_lines(rows, arguments.batch)
     sequences = "one sequence" if arguments.batch == 1 else f"{arguments.batch} sequences"
     with figures.style():

@@ -24,7 +24,7 @@ _TIMED = ("nuq4", "nuq3", "nuq2")
 _SHAPES = ("llama-7b", "llama-3-8b")
 _OURS, _THEIRS, _BEST = "nuq3+fb", "nuq3-1%", "rdnuq3.4+fb"
 _CONTEXTS = [4096, 16_384, 131_072]
-_LONG_CACHES = ("fp16", "nuq3")
+_LONG_CACHES = ("fp16", "rdnuq3.4+fb")
 _LONG = 131_072  # tokens
 _CPU_CACHES = ("dynamic", "hqq4", "nuq4-1%")
 
@@ -77,14 +77,16 @@ def speed_table(gpu: Sequence[Row]) -> Table:
 
 
 def long_table(generate: Sequence[Row], sharded: Sequence[Row], cpu: Sequence[Row]) -> Table:
-    """Long contexts that were decoded from, and the longest on several GPUs: whole models, memory and tokens per second."""
+    """Long contexts that were decoded from, beside fp16 where it fits, and the longest asked for on several GPUs."""
     cells = []
     steps = [row for row in generate if row["op"] == "decode" and row.get("mode", "graph") == "graph"]
+    fitted = {row["shape"] for row in steps if (row["context"], row["cache"]) == (_LONG, "fp16") and "error" not in row}
     for row in latest(steps, lambda row: (row["device"], row["shape"], row["context"], row["cache"])):
-        if row["context"] > _LONG or (row["context"] == _LONG and row["cache"] in _LONG_CACHES and "error" not in row):
+        beside = row["context"] == _LONG and row["cache"] in _LONG_CACHES and row["shape"] in fitted
+        if row["context"] > _LONG or (beside and "error" not in row):
             size = f"{row['cache_bytes'] / 1e9:.1f} GB" if row.get("cache_bytes") else ""
             cells.append(_long_line(row, short(row["device"]), row["shape"], size))
-    if several := [row for row in sharded if row["world_size"] > 1]:
+    if several := [row for row in sharded if row["world_size"] > 1 and row["asked"] != "longest"]:
         row = max(several, key=lambda row: (row["context"], row["tokens_per_second"]))
         gpus = f"{row['world_size']} x {short(row['device'])}"
         cells.append(_long_line({**row, "cache": row["scheme"]}, gpus, row["shape"], ""))

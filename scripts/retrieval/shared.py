@@ -15,7 +15,6 @@ import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +24,8 @@ from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_bos_argument, add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, format_table, non_negative_int, positive_int
-from gradients.models import LoadedModel, decoder_config
+from gradients.loading import LoadedModel
+from gradients.models import decoder_config
 from gradients.positions import usable_positions
 from gradients.processes import require_one_process
 from gradients.progress import progress
@@ -93,23 +93,11 @@ def run(arguments: argparse.Namespace, cells: Sequence[Cell], spare_tokens: int 
     if arguments.chat_template:
         common["chat_template"] = True
     wanted = [(one, cell, common | one.identity(arguments) | cell.fields) for cell in cells for one in candidates]
-    done = finished_rows(arguments.results)
+    done = read_rows(arguments.results)
     missing = [unit for unit in wanted if row_of(done, unit[2]) is None]
     measured = _measure(missing, loaded, prompter, arguments, spare_tokens) if missing else []
     found = (row_of([*done, *measured], identity) for _, _, identity in wanted)
     return [row for row in found if row], len(measured)
-
-
-def finished_rows(path: str | None) -> list[Row]:
-    """The rows of the results file. Raises `UserError` when it cannot be read or holds anything else."""
-    if path is None:
-        return []
-    try:
-        return read_rows(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--results {path!r} cannot be read ({error}); give a JSONL file or a new name") from error
-    except JSONDecodeError as error:
-        raise UserError(f"--results {path!r} holds a line that is no row ({error}); remove that line") from error
 
 
 def row_of(rows: Sequence[Row], identity: Row) -> Row | None:

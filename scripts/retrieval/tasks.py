@@ -72,7 +72,7 @@ def listed(words: tuple[str, ...], last: str = ", ") -> str:
 
 
 def things(draw: random.Random, count: int) -> list[str]:
-    """So many different names, `amber-falcon`. Raises `UserError` beyond what there is."""
+    """`count` different names, `amber-falcon`. Raises `UserError` beyond what there is."""
     if count > len(NAMES):
         raise UserError(f"{count} different words are needed, there are {len(NAMES)}; lower --lengths")
     return draw.sample(NAMES, count)

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor, Page
-from deployment.format.order import GroupOrder
 from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of

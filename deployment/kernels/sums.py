@@ -1,0 +1,146 @@
+"""Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what they exchange there."""
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from deployment.kernels.decode.host import Run, structure
+from gradients.parallel import Part
+
+MOST_WORDS = 1 << 16  # of 4 bytes in one sum: beyond it the library's takes no longer
+MOST_PARTS = 8
+_THREADS = 256
+_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What sums.cu is compiled for."""
+
+    parts: int
+
+    @property
+    def source(self) -> Path:
+        """sums.cu."""
+        return Path(__file__).with_name("sums.cu")
+
+    def defines(self) -> dict[str, int]:
+        """As macros."""
+        return {"PARTS": self.parts}
+
+
+def params_of(parts: int) -> type[ctypes.Structure]:
+    """`Params` of sums.cu."""
+    pointer = ctypes.c_void_p
+    return structure(
+        "Params",
+        ("inboxes", pointer * parts),
+        ("own result rounds", pointer),
+        ("capacity", ctypes.c_int64),
+        ("words number element gathers", ctypes.c_int),
+    )
+
+
+class Sums:
+    """What the processes of one group have, added up or side by side, for number `number` of them; all ask for the same in the same order.
+
+    Args:
+        inboxes: addresses of everybody's inbox, as this process sees them, each of `2 * len(inboxes) * capacity` int64, zero at first.
+        capacity: words of 4 bytes that each has at most.
+    """
+
+    def __init__(self, run: Run, inboxes: Sequence[int], number: int, capacity: int, device: torch.device) -> None:
+        self._run, self._shape, self._params = run, Shape(len(inboxes)), params_of(len(inboxes))
+        self.parts, self.number = len(inboxes), number
+        self._inboxes, self._capacity = list(inboxes), capacity
+        self._rounds = torch.zeros(-(-capacity // _THREADS), dtype=torch.int32, device=device)
+
+    def takes(self, numbers: int, dtype: torch.dtype) -> bool:
+        """Whether so many numbers of each process can be exchanged here."""
+        size = numbers * dtype.itemsize
+        return dtype in _ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
+
+    def __call__(self, part: Tensor) -> Tensor:
+        """The sum of all processes' `part`, contiguous; the device is not waited for."""
+        return self._exchange(part, torch.empty_like(part), gathers=False)
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """All processes' `part` `[...]`, contiguous, one after another: `[N, ...]`."""
+        return self._exchange(part, part.new_empty(self.parts, *part.shape), gathers=True)
+
+    def _exchange(self, part: Tensor, result: Tensor, gathers: bool) -> Tensor:
+        words = part.nbytes // 4
+        params = self._params(
+            own=part.data_ptr(),
+            result=result.data_ptr(),
+            rounds=self._rounds.data_ptr(),
+            capacity=self._capacity,
+            words=words,
+            number=self.number,
+            element=_ELEMENTS[part.dtype],
+            gathers=gathers,
+        )
+        params.inboxes[:] = self._inboxes
+        self._run("exchange", self._shape, -(-words // _THREADS), _THREADS, 0, params)
+        return result
+
+
+_opened: dict[str, tuple[Sums | None, Tensor | None]] = {}  # by group; the inbox is kept as long as the process lives
+
+
+def opened(group: ProcessGroup, device: torch.device) -> Sums | None:
+    """The sums of a group's processes, each with a GPU of its own; None where these cannot write to each other's memory.
+
+    All of them call it at once.
+    """
+    if group.group_name not in _opened:
+        _opened[group.group_name] = _open(group, device)
+    return _opened[group.group_name][0]
+
+
+def already_opened(part: Part) -> Sums | None:
+    """Those in which this process is that part, if there are any."""
+    found = (sums for sums, _ in _opened.values() if sums is not None)
+    return next((sums for sums in found if (sums.number, sums.parts) == (part.number, part.count)), None)
+
+
+def _open(group: ProcessGroup, device: torch.device) -> tuple[Sums | None, Tensor | None]:
+    from deployment.kernels.decode.compile import available, runner
+
+    parts, inbox, pointers = group.size(), None, []
+    able = parts <= MOST_PARTS and available(device) and _is_linked(device, parts)
+    if _all(able, group, device):
+        import torch.distributed._symmetric_memory as symmetric
+
+        try:
+            inbox = symmetric.empty(2 * parts * MOST_WORDS, dtype=torch.int64, device=device)
+            pointers = list(symmetric.rendezvous(inbox, group.group_name).buffer_ptrs)
+            inbox.zero_()
+        except RuntimeError:
+            inbox = None
+        torch.cuda.synchronize(device)
+        if _all(inbox is not None, group, device):  # and all inboxes are empty by now
+            return Sums(runner(device), pointers, group.rank(), MOST_WORDS, device), inbox
+    return None, None
+
+
+def _is_linked(device: torch.device, parts: int) -> bool:
+    """Whether all processes are on this host, where a GPU can write to the memory of all others that are visible."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", parts))  # as torchrun says
+    others = set(range(torch.cuda.device_count())) - {device.index}
+    return parts == here <= torch.cuda.device_count() and all(
+        torch.cuda.can_device_access_peer(device, other) for other in others
+    )
+
+
+def _all(able: bool, group: ProcessGroup, device: torch.device) -> bool:
+    """Whether everybody is."""
+    said = torch.tensor(int(able), device=device)
+    torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group)
+    return bool(said.item())
