@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "tokens_per_second",
     )
     print(format_table([{name: result[name] for name in shown}]))
+    result["records"] = quantizers.records_digest
     append_result(result, loaded, corpus, arguments)
     return result
 

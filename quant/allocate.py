@@ -136,7 +136,7 @@ class Options:
     bits: Floats
 
     def cost(self, price: float) -> Floats:
-        """Of every choice, with so much for a bit."""
+        """Of every choice, with `price` for a bit."""
         return self.error + price * self.bits
 
 

@@ -9,7 +9,7 @@ NLL, which still grades models that are too small or too damaged to hit.
 **Greedy decoding in simulation.** The simulation takes each sequence in one piece, so a token at a time would cost a
 forward over the whole text each. Instead, tokens are drafted from a cache of simulated keys and values. Where each token
 is quantized by itself, as in every scheme that can be packed, that cache holds just what the forward over the whole text
-would, and the draft is the answer. Where ranges change with the sequence, it is checked by one simulated forward over
+would, and the draft is the answer. Where ranges change with the sequence, or tokens leave a recent window, it is checked by one simulated forward over
 prompt and draft: by the induction above, everything up to the first difference is what greedy decoding gives, and so is
 the pick at that difference. There the next draft begins; hardly ever is there one.
 
@@ -78,8 +78,10 @@ def reply_simulated(model: PreTrainedModel, sample: Sample, quantizers: Quantize
 
 
 def _token_by_token(quantizers: Quantizers) -> bool:
-    """Whether what is stored of a token depends on no other, so that a draft cannot be wrong."""
-    return not any(one.scheme.simulated_only for sides in quantizers.layers.values() for one in sides.values())
+    """Whether what is stored of a token depends on no other, and never changes, so that a draft cannot be wrong."""
+    return not quantizers.scheme.residual_tokens and not any(
+        one.scheme.simulated_only for sides in quantizers.layers.values() for one in sides.values()
+    )
 
 
 def _checked(model: PreTrainedModel, quantizers: Quantizers, prompt: Tensor, drafted: Tensor) -> Tensor:

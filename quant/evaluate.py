@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         "tokens_per_second",
     )
     print(format_table([{name: result[name] for name in shown}]))
+    if quantizers is not None:
+        result["records"] = quantizers.records_digest
     append_result(result, loaded, corpus, arguments)
     return result
 

@@ -17,7 +17,8 @@ its own (no fused multiply-add), so that any device finds the same codes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -26,6 +27,12 @@ from quant.arithmetic import as_stored, denormalise, normalise
 from quant.codebook import Codebook
 
 _TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of y at a time: what a CPU's second cache holds
+
+
+@cache
+def _in_one_launch(device_type: str) -> bool:
+    """Whether the loop over channels runs as a kernel of its own."""
+    return device_type == "cuda" and find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,11 @@ class Feedback:
         scale, zero = self._ranges(scale), self._ranges(zero)
         channel = self._channel
         levels, boundaries = books.levels[channel], books.boundaries[channel].contiguous()  # [D, G, ...]
+        if _in_one_launch(y.device.type):
+            from quant.feedback_kernel import feed_back
+
+            codes, targets = feed_back(y, exact, scale, zero, levels, boundaries, self.matrix)
+            return self._back(codes), self._back(targets)
         handed_on = self.matrix.permute(1, 2, 0)[..., None].float()  # [D, D, G, 1]
         codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
         last = len(y) - 1

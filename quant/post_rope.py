@@ -6,7 +6,7 @@ its last `residual_tokens` keys and values exactly, so scores and sums are forme
 quantized before the rotary embedding then go on exactly, and what would have become of the others follows separately.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,18 +112,30 @@ def attend_with_residual(
 
     `exact` and `stored` are (key, value) `[B, G, S, D]` before and after quantization. Returns `[B, H, S, D]`.
     """
+    # KV heads one after the other: scores of all tokens with all are large
+    sides = zip(*(x.split(1, dim=1) for x in (*exact, *stored)), strict=True)
+    queries = query.chunk(exact[0].shape[1], dim=1)
+    return torch.cat(
+        [_attend_head(own, side[:2], side[2:], scheme, scaling) for own, side in zip(queries, sides, strict=True)],
+        dim=1,
+    )
+
+
+def _attend_head(
+    query: Tensor, exact: Sequence[Tensor], stored: Sequence[Tensor], scheme: Scheme, scaling: float
+) -> Tensor:
+    """`attend_with_residual` of one KV head, `[B, 1, S, D]`, and its queries."""
     batch, heads, tokens, dim = query.shape
-    groups = exact[0].shape[1]
-    grouped = widened(query).reshape(batch, groups, -1, dim) * scaling
+    grouped = widened(query).reshape(batch, 1, -1, dim) * scaling
     token = torch.arange(tokens, device=query.device)
     key_step, value_step = scheme.residual_step(scheme.key_axis), scheme.residual_step(scheme.value_axis)
 
     def pick(step: int, recent: Tensor, old: Tensor) -> Tensor:
-        mask = (token >= first_exact(token[:, None], scheme, step)).repeat(heads // groups, 1)
+        mask = (token >= first_exact(token[:, None], scheme, step)).repeat(heads, 1)
         return torch.where(mask, recent, old)
 
     recent, old = (grouped @ key.to(grouped.dtype).transpose(-1, -2) for key in (exact[0], stored[0]))
-    causal = (token <= token[:, None]).repeat(heads // groups, 1)
+    causal = (token <= token[:, None]).repeat(heads, 1)
     weights = pick(key_step, recent, old).masked_fill(~causal, -torch.inf).softmax(-1)
     zero = grouped.new_zeros(())
     output = pick(value_step, weights, zero) @ exact[1].to(grouped.dtype)

@@ -17,6 +17,7 @@ from quant.results import read_rows
 from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.experiments.paper_tables import corpus_table
 from scripts.report import summary
+from scripts.report.default_tables import sparse_table, window_table
 from scripts.report.gpu_tables import (
     device_table,
     generate_table,
@@ -105,10 +106,13 @@ def cell_table(rows: Sequence[Row]) -> str:
 
 def packed() -> str:
     """NLL through the packed cache beside the simulated one, and the bytes held."""
-    simulated = {(row["scheme"], row["tokens"]): row for row in rows_of("simulated") + rows_of("schemes")}
+    simulated: dict[tuple[str, int, str | None], Row] = {}
+    for row in rows_of("sparse") + rows_of("simulated") + rows_of("schemes"):
+        simulated[row["scheme"], row["tokens"], row.get("records")] = row
+        simulated[row["scheme"], row["tokens"], None] = row  # packed rows of old do not say which records
     cells = []
     for row in rows_of("packed"):
-        expected = simulated[row["scheme"], row["tokens"]]
+        expected = simulated[row["scheme"], row["tokens"], row.get("records")]
         cells.append(
             [
                 row["scheme"],
@@ -233,6 +237,12 @@ TABLES: dict[str, Callable[[], str]] = {
         )
     ),
     "schemes": schemes,
+    "gemma": lambda: scheme_table(rows_of("gemma")),
+    "sparse": lambda: markdown(*sparse_table(rows_of("sparse"), rows_of("gpu-sparse"))),
+    "window": lambda: markdown(*window_table(rows_of("window"))),
+    "passkey_ten": lambda: markdown(*passkey_table(rows_of("passkey-ten"))),
+    "needle_long": lambda: markdown(*needle_table(rows_of("needle-long"))),
+    "ruler_long": lambda: markdown(*ruler_table(rows_of("ruler-long"))),
     "laboratory": laboratory,
     "packed": packed,
     "speed": speed,

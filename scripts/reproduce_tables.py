@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gradients.__main__ import add_model_arguments, check_seqlen, load_model_from
-from gradients.cli import UserError, command_parser, format_table, run_command
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.loading import LoadedModel
 from gradients.processes import process_state
 from gradients.records import Records
@@ -93,7 +93,7 @@ def run(
         windows = corpus.evaluation_windows(seqlen, setting.windows)
         for start in range(0, len(of_length), _BATCH):
             batch = of_length[start : start + _BATCH]
-            candidates = [_fitted(wanted[evaluation][0][1], records) for evaluation in batch]
+            candidates = [_fitted(wanted[evaluation][0][1], records, arguments.jobs) for evaluation in batch]
             for quantizers in candidates:
                 if quantizers is not None:
                     quantizers.check_run(loaded, corpus.bos is not None)
@@ -104,9 +104,9 @@ def run(
     return added
 
 
-def _fitted(cell: Cell, records: dict[str | None, Records]) -> Any:
+def _fitted(cell: Cell, records: dict[str | None, Records], jobs: int) -> Any:
     scheme = cell.parse()
-    return None if scheme is None else fit(records[cell.corpus].first(cell.calibration_windows), scheme)
+    return None if scheme is None else fit(records[cell.corpus].first(cell.calibration_windows), scheme, jobs)
 
 
 def _row(table: Table, cell: Cell, evaluation: Evaluation, result: Row) -> Row:
@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--other-records", nargs="+", default=[], metavar="NAME=FOLDER", help="of other corpora")
     parser.add_argument("--tables", nargs="+", choices=[*names, "corpora"], help="default: all")
+    parser.add_argument("--jobs", type=positive_int, default=1, help="processes to fit layers in (1)")
     add_evaluation_arguments(parser, bos=False)
     arguments = parser.parse_args(argv)
     if arguments.results is None:

@@ -93,10 +93,14 @@ def test_one_draft_is_enough(llama, tokenizer, quantizers, monkeypatch) -> None:
     assert drafts[0].tolist()[: len(reply.greedy)] == reply.greedy.tolist()
 
 
-@pytest.mark.parametrize("scheme", ["kivi2", "turbo3", "int3"])
-def test_any_scheme_speaks(scheme: str, llama, tokenizer, fit_model) -> None:
+@pytest.mark.parametrize(
+    "scheme",
+    [*map(Scheme.parse, ["kivi2", "turbo3", "int3"]), Scheme.parse("int2", residual_tokens=5)],
+    ids=lambda scheme: scheme.describe(),
+)
+def test_any_scheme_speaks(scheme: Scheme, llama, tokenizer, fit_model) -> None:
     """Those that quantize keys after the rotary embedding, or keep a window exact, by drafts that may be wrong."""
-    fitted, prompt = fit_model(llama, Scheme.parse(scheme)), passkey(tokenizer).prompt
+    fitted, prompt = fit_model(llama, scheme), passkey(tokenizer).prompt
     found = simulated_greedy(llama, fitted, prompt, NEW)
     assert reply_simulated(llama, Sample(prompt, torch.tensor([7])), fitted, NEW).greedy.tolist() == found.tolist()
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -86,6 +87,23 @@ def test_codes_and_targets_are_those_of_a_loop_over_single_numbers(form: str) ->
     np.testing.assert_array_equal(encoded.codes.numpy(), codes)
     np.testing.assert_array_equal(targets.numpy(), by_number)
     torch.testing.assert_close(encoded.exact, targets[encoded.outliers].half(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", ["channel", "token", "mixed"])
+def test_the_kernel_of_the_simulation_is_the_loop_bit_for_bit(form: str, monkeypatch) -> None:
+    feedback_kernel = pytest.importorskip("quant.feedback_kernel", exc_type=ImportError)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    quantizer = quantizer_of(form, HEADS, DIM).to(device)
+    x = torch.randn(35, HEADS * DIM, generator=torch.Generator().manual_seed(6)).mul_(1.2).to(device)
+    monkeypatch.setattr("quant.feedback._in_one_launch", lambda _: False)
+    looped, loop_targets = quantizer.coded(x)
+    monkeypatch.setattr("quant.feedback._in_one_launch", lambda _: True)
+    with patch.object(feedback_kernel, "feed_back", wraps=feedback_kernel.feed_back) as launch:
+        encoded, targets = quantizer.coded(x)
+    launch.assert_called_once()
+    assert torch.equal(encoded.codes, looped.codes)
+    assert torch.equal(targets, loop_targets)
+    assert torch.equal(encoded.exact, looped.exact)
 
 
 def test_tiles_shapes_and_one_token_at_a_time_change_nothing(monkeypatch) -> None:

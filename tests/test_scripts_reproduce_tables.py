@@ -121,7 +121,7 @@ def test_benchmarks_of_fit_and_overhead_write_their_rows(llama_folder, text_file
     (row, _) = fit_shape_main([*shape, "--results", str(tmp_path / "shape")])["rows"]
     assert row["scaled_minutes"] == pytest.approx(row["seconds"] * 16 / 60) and len(read_rows(tmp_path / "shape")) == 2
     where = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "2", "--results"]
-    for what, schemes in (("recording", [None]), ("simulation", ["nuq3-1%", "rdnuq3.4"])):
+    for what, schemes in (("recording", [None]), ("simulation", ["nuq3-1%", "nuq3+fb", "rdnuq3.4+fb"])):
         overhead_main([what, *where, str(tmp_path / what)])
         rows = read_rows(tmp_path / what)
         assert [row.get("scheme") for row in rows] == schemes and all(row["windows"] == 2 for row in rows)

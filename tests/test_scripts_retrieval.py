@@ -48,6 +48,17 @@ def test_every_way_to_run_gets_its_rows(command: Any, common, quantizers_file, t
     assert "nuq3-1%" in printed
 
 
+def test_fitted_quantizers_keep_as_many_tokens_exact_as_asked(common: list[str], quantizers_file, tmp_path) -> None:
+    arguments = [*common, "--depths", "1", "--quantizers", str(quantizers_file)]
+    exact = ["--sink-tokens", "4", "--residual-tokens", "40"]
+    needle.main([*arguments, *exact])
+    needle.main([*arguments, *exact, "--packed", "--no-exact-chunk"])
+    _, simulated, packed = read_rows(tmp_path / "rows.jsonl")
+    assert simulated["scheme"] == packed["scheme"] == "nuq3-1% sink_tokens=4 residual_tokens=40"
+    assert packed["answer_nll"] == pytest.approx(simulated["answer_nll"], rel=1e-3)
+    assert simulated["bits_per_element"] > 4
+
+
 @COMMANDS
 def test_an_interrupted_run_goes_on_where_it_stopped(
     command: Any, common, quantizers_file, tmp_path, monkeypatch

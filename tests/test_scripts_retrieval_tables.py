@@ -26,9 +26,10 @@ def test_needles_are_averaged_over_depths_that_all_schemes_have() -> None:
     rows = [row(one, 512, share, depth=0.5) for one, share in (("nuq2", 0.5), ("unquantized", 1))]
     rows += [row(one, 512, share, depth=1) for one, share in (("nuq2", 0), ("unquantized", 1))]
     rows += [row("unquantized", 512, 0, depth=0.25), packed("nuq2", 512, 1, True, depth=0.5)]
+    rows += [row("unquantized", 1024, 0.5, depth=1)]  # nothing else was asked at this length
     header, lines = needle_table(rows)
-    assert header[1:] == ["bits/element", "512 tokens"]
-    assert lines == [["unquantized", "32.00", "100 % (0.50)"], ["nuq2", "2.50", "25 % (0.12)"]]
+    assert header[1:] == ["bits/element", "512 tokens", "1024 tokens"]
+    assert lines == [["unquantized", "32.00", "100 % (0.50)", "50 % (0.25)"], ["nuq2", "2.50", "25 % (0.12)", ""]]
 
 
 def test_ruler_by_length_scheme_and_task() -> None:
@@ -36,8 +37,8 @@ def test_ruler_by_length_scheme_and_task() -> None:
     rows += [packed("nuq4", 1024, 1, True, task="vt")]
     header, lines = ruler_table(rows)
     assert header[1:] == ["tokens", "niah_single", "vt"]
-    assert lines[0] == ["unquantized", "1024", "100 % (0.50)", ""] and lines[3] == ["nuq4", "2048", "", "50 % (0.25)"]
-    assert len(lines) == 4
+    assert lines[0] == ["unquantized", "1024", "100 % (0.50)", ""] and lines[1] == ["nuq4", "2048", "", "50 % (0.25)"]
+    assert len(lines) == 2  # none for what was not asked
 
 
 def test_packed_cells_stand_beside_simulated_ones() -> None:

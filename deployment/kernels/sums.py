@@ -62,7 +62,7 @@ class Sums:
         self._rounds = torch.zeros(-(-capacity // _THREADS), dtype=torch.int32, device=device)
 
     def takes(self, numbers: int, dtype: torch.dtype) -> bool:
-        """Whether so many numbers of each process can be exchanged here."""
+        """Whether each process can exchange this many `numbers` here."""
         size = numbers * dtype.itemsize
         return dtype in _ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
 

@@ -103,7 +103,7 @@ class PeakMemory:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     parser = command_parser("scripts.bench.fit_shape", __doc__)
-    parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "rdnuq3.4"])
+    parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "rdnuq3.4+fb"])
     sizes = {"layers": 2, "of_layers": 32, "heads": 32, "head_dim": 128, "windows": 16, "seqlen": 2048, "jobs": 2}
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive_int, default=default)

@@ -272,7 +272,7 @@ class Benchmark:
                 self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
 
     def _planned(self, scheme: Scheme | None, tokens: int, chunk: int) -> int:
-        """Bytes that reading a chunk behind so many tokens takes beside weights and cache, as `deployment.plan` counts them."""
+        """Bytes that reading a chunk behind `tokens` takes beside weights and cache, as `deployment.plan` counts them."""
         room = self.config.num_hidden_layers * self.shape.room_bytes(scheme, tokens, chunk)
         return room + self.shape.activation_bytes(scheme, chunk, 1, tokens)
 

@@ -1,7 +1,7 @@
 """What recording and simulated quantization cost over the plain model: two ways side by side, the median of their ratios.
 
     python -m scripts.bench.overhead recording --model smollm2/ --text pydoc --results scripts/results/benchmark_recording.jsonl
-    python -m scripts.bench.overhead simulation --model smollm2/ --text pydoc --schemes nuq3-1% rdnuq3.4 --windows 16 \
+    python -m scripts.bench.overhead simulation --model smollm2/ --text pydoc --schemes nuq3-1% rdnuq3.4+fb --windows 16 \
         --results scripts/results/benchmark_simulation.jsonl
 
     recording   forward, loss and backward of a window with frozen parameters, against what stage 1 does with it:
@@ -110,6 +110,7 @@ def manifest_of(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespa
         token_digest=corpus.digest,
         seqlen=arguments.seqlen,
         windows=arguments.windows + 1,
+        moment_windows=arguments.windows + 1,
         seed=arguments.seed,
     )
 
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--windows", type=positive_int, default=8, help="besides the one that warms up (8)")
     parser.add_argument("--seqlen", type=positive_int, default=512, help="tokens per window (512)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the places the windows are drawn from (0)")
-    parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "rdnuq3.4"], help="of simulation")
+    parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "nuq3+fb", "rdnuq3.4+fb"], help="of simulation")
     parser.add_argument("--results", help="append the rows to this JSONL file")
     arguments = parser.parse_args(argv)
 

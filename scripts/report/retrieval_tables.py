@@ -29,17 +29,19 @@ def passkey_table(rows: Sequence[Row]) -> Table:
 
 
 def needle_table(rows: Sequence[Row]) -> Table:
-    """A sentence hidden in a long text: a column for each length, over the depths at which all schemes were asked."""
+    """A sentence hidden in a long text: a column for each length, over the depths that all schemes asked there were asked."""
     cells, schemes = simulated_cells(rows, "depth")
-    places = [
-        place for place in dict.fromkeys(key[1:] for key in cells) if all((one, *place) in cells for one in schemes)
-    ]
-    lengths = sorted({length for length, _ in places})
+    lengths = sorted({length for _, length, _ in cells})
+    asked = {length: [{key[2] for key in cells if key[:2] == (one, length)} for one in schemes] for length in lengths}
+    depths = {length: set.intersection(*filter(None, of_schemes)) for length, of_schemes in asked.items()}
     lines = []
     for scheme in schemes:
-        own = {length: [cells[scheme, *place] for place in places if place[0] == length] for length in lengths}
-        bits = own[lengths[-1]][0]["bits_per_element"]
-        lines.append([scheme, f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own.values())])
+        own = [
+            [cells[scheme, length, depth] for depth in sorted(depths[length]) if (scheme, length, depth) in cells]
+            for length in lengths
+        ]
+        bits = next(some for some in reversed(own) if some)[0]["bits_per_element"]
+        lines.append([scheme, f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own)])
     return ["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines
 
 
@@ -50,8 +52,9 @@ def ruler_table(rows: Sequence[Row]) -> Table:
     shown_tasks = [task for task in TASKS if task in tasks]
     lines = []
     for length, scheme in product(lengths, schemes):
-        own = ([cells[scheme, length, task]] if (scheme, length, task) in cells else [] for task in shown_tasks)
-        lines.append([scheme, str(length), *(shown(some, "found", "nll_per_token") for some in own)])
+        own = [[cells[scheme, length, task]] if (scheme, length, task) in cells else [] for task in shown_tasks]
+        if any(own):
+            lines.append([scheme, str(length), *(shown(some, "found", "nll_per_token") for some in own)])
     return ["found (NLL per token)", "tokens", *shown_tasks], lines
 
 

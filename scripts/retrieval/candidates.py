@@ -10,7 +10,7 @@ from gradients.cli import UserError, positive_int
 from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
 from quant.fit import fit
-from quant.options import add_scheme_arguments, scheme_from
+from quant.options import add_scheme_arguments, exact_from, scheme_from
 from quant.scheme import Scheme
 
 Row = dict[str, Any]
@@ -47,6 +47,7 @@ def add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schemes", nargs="+", default=[], help="such as nuq3-1%% int4; the options below hold for all"
     )
+    # of --quantizers, what they were fitted with stays: --sink-tokens and --residual-tokens alone are asked anew
     add_scheme_arguments(parser, named=False)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument(
@@ -76,7 +77,7 @@ def candidates_from(arguments: argparse.Namespace) -> list[Candidate]:
         schemes = [scheme_from(name, arguments) for name in dict.fromkeys(arguments.schemes)]
         candidates += [Candidate(scheme, records.manifest.digest, partial(fit, records, scheme)) for scheme in schemes]
     for path in arguments.quantizers:
-        quantizers = load_quantizers(path)
+        quantizers = exact_from(load_quantizers(path), arguments)
         candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, partial(_same, quantizers)))
     for candidate in candidates:
         if arguments.mode == "packed" and candidate.scheme and candidate.scheme.simulated_only:
