@@ -16,7 +16,7 @@ from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_ro
 
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks, without outliers and with 1 %, by bits and queries: the larger number of both targets, plus 0.15
-LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.1, (2, 1): 2.7, (2, 4): 3.3, (0, 1): 4.1, (0, 4): 4.6}
+LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.05, (2, 1): 2.7, (2, 4): 3.15, (0, 1): 4.0, (0, 4): 4.6}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_decode_fits_and_stays_as_short_as_it_is(decode_kernels: list[dict[str, 
         assert kernel["shared"] <= SHARED_LIMIT[int(kernel["target"].removeprefix("sm_"))], name
         assert kernel["registers"] * kernel["teams"] * 128 <= REGISTERS, name
         assert kernel["loop"] <= LOOPS[kernel["bits"], kernel["queries"]], (name, kernel["loop"])
-        assert kernel["usual_spills"] <= 5, (name, kernel["usual_spills"])
+        assert kernel["usual_spills"] <= 10, (name, kernel["usual_spills"])
 
 
 _LISTING = """
@@ -73,8 +73,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from deployment.kernels.chunk import store_kernel
 from deployment.kernels.plain import rotate_kernel
+from deployment.kernels.portable import attend_kernel
 from deployment.kernels.unpack import unpack_kernel
-from deployment.kernels.window import shift_kernel
 
 def types(**names):
     return {name: kind.replace("_", "*") for kind, which in names.items() for name in which.split()}
@@ -83,20 +83,20 @@ def compiled(kernel, kinds, **constants):
     signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in kernel.arg_names}
     triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 
-lists = types(_i16="index", _fp16="scales value ranges x result", _i64="origins limits stored padding positions",
+lists = types(_i16="index", _fp16="scales value ranges x result query scratch", _i64="origins limits stored padding positions",
     _i32="words width offset first_level slot starts ends overflow channel_at steps counts before_ends",
-    _fp32="levels scale zero turn factor", fp32="scaling")
-shape = dict(G=8, D=128, PITCH=128, HEADS=4, PAIRS=64, CHANNELS=128, ROTARY_HALF=64, ENTRIES=256)
+    _fp32="levels scale zero turn factor outputs weights", fp32="scaling")
+page = ("*i32", "*fp16", "*fp32", "*fp32", "*fp32", "*i32", "*i32", "*i32", "*i32", "*i32", "*i16", "*fp16", "*i32", "*i32")
+shape, asked = (8, 128, 64, 64, 128), dict(PITCH=128, GROUP=4, ROWS=16)
 for source in (0, 1, 2):
     for mixed in (False, True):
-        compiled(unpack_kernel, lists, **shape, SOURCE=source, PERMUTED=mixed, PLANES=7, WIDTH=0 if mixed else 3, DYNAMIC=source == 1,
-            OUTLIERS=mixed, ROTATED=source != 1)
+        kind = (source, mixed, 7, 0 if mixed else 3, source == 1, mixed)
+        compiled(unpack_kernel, {**lists, "page": page}, KIND=kind, SHAPE=shape, PITCH=128, HEADS=4, ROTATED=source != 1)
+    for key, packed in ((page, True), (("*fp16",), False)):
+        compiled(attend_kernel, {**lists, "key": key, "value": key}, **asked, PACKED=packed, LIMITED=mixed, KEY=kind, VALUE=kind, SHAPE=shape)
     compiled(store_kernel, {**lists, "codes": "*i16"}, G=8, D=128, LANES=128, SOURCE=source, PLANES=7, DYNAMIC=source == 1,
         OUTLIERS=True, SPAN=512)
 compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIRS=64)
-for kind in ("_fp16", "_bf16", "_fp32"):
-    tokens = {kind: "key_source key_new key_target value_source value_new value_target"}
-    compiled(shift_kernel, types(**tokens), D=96, LANES=128, SLOTS=64)
 """
 
 
@@ -146,13 +146,14 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 
 
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("shape", [(128, 32, 16, 0), (96, 2, 64, 2)])
-def test_feedback_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(128, 32, 32, 16, 0, 1), (96, 2, 2, 64, 2, 1), (256, 1, 1, 8, 1, 1), (256, 8, 16, 16, 1, 0)]
+)
+def test_append_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
-    from scripts.compile_kernels import disassembled
-
+    from deployment.kernels.append_host import Shape
     from deployment.kernels.decode import compile as decode
-    from deployment.kernels.feedback_host import Shape
+    from scripts.checks.compile_kernels import disassembled
 
     made = Shape(*shape)
     assert max(made.token_bytes, made.tile_bytes) <= SHARED_LIMIT[target]

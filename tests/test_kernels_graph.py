@@ -9,9 +9,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 pytest.importorskip("triton")
 
 from deployment.attention import padding_mask
+from deployment.kernels import packed as attention
+from deployment.kernels import unpacking
+from deployment.kernels.decode import host
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
+from deployment.step import dispatch
 from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
 from deployment.step.recount import recount, reserve
@@ -117,6 +121,26 @@ def test_kernels_and_torch_hold_and_say_the_same(window: int, chunk: int, exact_
         tokens = Decoder.tokens(chunk, seed=1 + number)
         assert_same(ours.step(tokens, grown(total)), other.step(tokens, grown(total), "torch"))
     assert_holds_the_same(ours.layer, other.layer)
+
+
+def test_reserving_makes_what_takes_the_host() -> None:
+    """While a graph is captured nobody may be asked."""
+    layer = Decoder(60, "nuq3-5%").layer
+    for known in (host._fixed, unpacking._permuted):
+        known.clear()
+    reserve(layer, 2)
+    assert all(tensor in known for tensor in layer.packed.values() for known in (host._fixed, unpacking._permuted))
+
+
+def test_a_step_without_padding_computes_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch less."""
+    layer, query, segments = Decoder(60).layer, torch.zeros(2, 2, 1, 64, device=DEVICE), []
+    monkeypatch.setattr(attention, "attend_packed", lambda *arguments: segments.extend(arguments[2]) or query)
+    chunk = torch.zeros(2, 2, 1, 1, 64, device=DEVICE)
+    for padding in ([0, 0], [1, 0]):
+        dispatch.attend(layer, Decoder(1).rope, query, (chunk[0], chunk[1]), padding, 0.125)
+    pointers = [segment.origins.data_ptr() for segment in segments if segment.tokens == 1 and segment.limits is None]
+    assert [pointer == layer.stored.data_ptr() for pointer in pointers] == [True, False]
 
 
 @pytest.mark.parametrize("past", [60, 500])

@@ -16,7 +16,7 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import library, masked, prefill
+from deployment.kernels import library, prefill
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.prefill import attend_many, next_stretch, stretch_blocks
@@ -41,11 +41,11 @@ def attend_knowing(
     known = [Known(before, before, pad) for before, pad in zip(befores, pads, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefill, "_FEW", 0)
-        patch.delattr(prefill, "attend_masked_segments")
+        patch.delattr(prefill, "attend_portably")
         return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)
 
 
-WAYS = pytest.mark.parametrize("attend", [attend_many, attend_knowing], ids=["masked", "known"])
+WAYS = pytest.mark.parametrize("attend", [attend_many, attend_knowing], ids=["portable", "known"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -132,11 +132,6 @@ def test_left_padding_and_rows_of_different_length(attend) -> None:
     assert run_case(new=9, heads=(4, 2), lengths=(0, 73, 0), pads=(2, 0, 2), sinks=0, attend=attend) < 2e-3
 
 
-def test_pieces_of_masked_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked, "_PIECE", 64)
-    assert run_case(new=3, heads=(6, 2), lengths=(300, 100), attend=attend_many) < 2e-3
-
-
 @pytest.mark.parametrize("before", [0, 2, 3, 40, 67, 131, 200])
 def test_a_chunk_that_is_stored(before: int) -> None:
     """Of what is stored the queries are the last; three sinks, two pages, and a block's end somewhere among them."""
@@ -163,7 +158,7 @@ def test_a_chunk_that_is_stored(before: int) -> None:
     arguments = (query, positions, segments, Rotary.of(frequencies, dim), 0.1, heads)
     expected = attend_many(*arguments)
     with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(prefill, "attend_masked_segments")
+        patch.delattr(prefill, "attend_portably")
         assert relative_rms(attend_many(*arguments, 2 * [Known(before, stored, 0)]), expected.double()) < 3e-6
 
 
@@ -176,7 +171,7 @@ def test_a_query_that_sees_nothing_gets_zeros(known: list[Known] | None) -> None
     rotary = Rotary.of(torch.full((32,), 0.1, device=DEVICE), 64)
     output = attend_many(query, positions, [segment], rotary, 0.1, 1, known)
     assert (output[:, :3] == 0).all()
-    assert torch.equal(output[0, 3, 0], dense[1, 0, 0, 3])  # sees itself only
+    torch.testing.assert_close(output[0, 3, 0], dense[1, 0, 0, 3], rtol=1e-6, atol=1e-6)  # sees itself only
     assert (attend_many(query, positions, [], rotary, 0.1, 1) == 0).all()
 
 

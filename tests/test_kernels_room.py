@@ -1,7 +1,5 @@
 """Layers that the kernels append to hold what torch stores, however the room for outliers grows and shrinks."""
 
-import copy
-
 import pytest
 import torch
 from test_kernels_attention import DEVICE, make_quantizer
@@ -220,12 +218,11 @@ def test_a_captured_step_replayed_stores_what_eager_steps_store() -> None:
 
 def test_cropping_shortens_streams_where_they_are() -> None:
     """A graph may write there, and the device is not waited for."""
-    full, reference = make_layer(), make_layer()
     first, then = tokens(140), tokens(3)
-    store(full, *first)
-    append(reference, *first, [0])
     for kept in (1, 2, 66, 67, 100, 139):
-        layer, expected = copy.deepcopy(full), copy.deepcopy(reference)
+        layer, expected = make_layer(), make_layer()
+        store(layer, *first)
+        append(expected, *first, [0])
         places, counts = [tensor.data_ptr() for tensor in layer.tensors()], layer.stored
         layer.crop(torch.tensor(kept - 140))
         expected.crop(kept - 140)

@@ -1,7 +1,7 @@
 """Storing new tokens, host side: quantize, choose outliers, pack, write, without waiting for the device.
 
-One token per sequence takes one launch for keys and values together (step.py; feedback.cu where errors are fed back), a chunk two for
-each (chunk.py), and where errors are fed back one between them. Codes and
+One token per sequence takes one launch for keys and values together, in CUDA C++ (append.cu). Chunks, and whatever that does not take, are two
+launches in Triton for each (chunk.py), and where errors are fed back one between them. Codes and
 outliers are those of `Quantizer.encode` bit for bit: divisions round as IEEE says, and ties go to the lowest channel. Room
 for the outliers must be there already (`PackedTensor.make_room`).
 """
@@ -13,12 +13,11 @@ import triton
 from torch import Tensor
 
 from deployment.format.layout import PackedTensor
-from deployment.kernels import feedback_host
+from deployment.kernels import append_host
 from deployment.kernels.chunk import encode_kernel, store_kernel
 from deployment.kernels.feedback import feed_back
 from deployment.kernels.part import encode_own, with_all_heads
 from deployment.kernels.side import Codes, Side, contiguous, places
-from deployment.kernels.step import step_kernel
 
 
 def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -27,55 +26,18 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     `overflow` `[1]` int32 becomes 1 where a page's streams of outliers have no room.
     """
     sides = [side if side.x.stride(-1) == 1 else contiguous(side) for side in sides]
-    token, fed = sides[0].x.shape[2] == 1, [side for side in sides if side.packed.feedback is not None]
-    if token and not fed:
-        sides = [with_all_heads(side) if side.is_partial else side for side in sides]
-    if partial := [side for side in sides if side.is_partial]:
-        _append_chunk(partial, stored, padding, overflow)
-        sides = [side for side in sides if not side.is_partial]
-        if not sides:
-            return
-        fed = [side for side in sides if side.packed.feedback is not None]
-    if token and not fed:
-        _append_token(sides, stored, padding, overflow)
-    elif token and len(fed) == len(sides) and feedback_host.takes(sides):
-        feedback_host.append_token(sides, stored, padding, overflow)
+    if sides[0].x.shape[2] == 1 and append_host.takes(sides):
+        whole = [with_all_heads(side) if side.is_partial else side for side in sides]
+        append_host.append_token(whole, stored, padding, overflow)
     else:
         _append_chunk(sides, stored, padding, overflow)
-
-
-def _append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
-    key, value = sides[0], sides[-1]
-    batch, heads, dim = len(key.x), key.packed.heads, key.packed.head_dim
-    channels = max(side.constants()[-1] for side in sides)
-    for key_page, value_page in zip(key.pages, value.pages, strict=True):
-        step_kernel[(len(sides) * batch * heads,)](
-            key.pointers(key_page),
-            value.pointers(value_page),
-            *key.x.stride()[:2],
-            *value.x.stride()[:2],
-            key.packed.order.words,
-            value.packed.order.words,
-            places(key_page),
-            places(value_page),
-            stored,
-            padding,
-            overflow,
-            key_page.start,
-            key_page.blocks,
-            batch * heads,
-            KEY=key.constants(),
-            VALUE=value.constants(),
-            SIZES=(heads, dim, max(16, triton.next_power_of_2(dim)), key.sinks.shape[2]),
-            num_warps=4 if channels < 2048 else 8,
-        )
 
 
 def _append_chunk(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
     fed = [side for side in sides if side.packed.feedback is not None]
     found = {id(side): _encode(side, stored, padding) for side in sides}
-    if fed and feedback_host.takes(fed):
-        targets = feedback_host.feed_back(fed, [found[id(side)] for side in fed])
+    if fed and append_host.takes(fed):
+        targets = append_host.feed_back(fed, [found[id(side)] for side in fed])
     else:
         targets = [feed_back(side, found[id(side)]) for side in fed]
     # what outliers are stored as

@@ -2,7 +2,7 @@
 
 A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that the channel that is next can be picked
 out without asking another thread; a single token has its channels spread over the threads. Channels lie in the head's order.
-The kernel must be compiled without fused multiply-adds: each product and each sum is rounded. feedback.cu does the same, several times faster.
+The kernel must be compiled without fused multiply-adds: each product and each sum is rounded. append.cu does the same, several times faster.
 """
 
 from typing import Any

@@ -13,7 +13,6 @@ from torch import Tensor
 PLANNED = 2048  # of so many tokens
 _QUERIES = 256  # and queries
 _MOST_DIM = 128
-HIDDEN = -30000.0  # twice that is added to scores of tokens that are not seen: fp16 can just say it
 
 Part = tuple[Tensor, Tensor]  # outputs `[B, H, S, D]`, log-sum-exp `[B, H, S]` float32
 
@@ -54,8 +53,11 @@ def _others(query: Tensor, key: Tensor, value: Tensor) -> Part:
         return _flash(query, key, value, causal=False)
     # the H / G queries of a KV head are so many more queries of one head
     folded = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-    output, lse = attend_masked(folded, key, value, None)
-    return output.reshape(query.shape), lse.reshape(query.shape[:3])
+    if query.is_cuda:
+        found = torch.ops.aten._scaled_dot_product_efficient_attention(folded, key, value, None, True, scale=1.0)
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(folded, key, value, 0.0, False, scale=1.0)
+    return found[0].reshape(query.shape), found[1][:, :, : folded.shape[2]].reshape(query.shape[:3])
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Part:
@@ -73,20 +75,6 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Part:
     output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, True, scale=1.0
     )
-    return output, lse[:, :, : query.shape[2]]
-
-
-def attend_masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Part:
-    """Attention with as many heads of queries as of keys; `bias` `[B or 1, G or 1, S, n]` is added to the scores.
-
-    Its tokens are a multiple of 8 on a GPU. A query that sees nothing, 2 `HIDDEN` everywhere, has a log-sum-exp below `HIDDEN`.
-    """
-    if not query.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=bias, scale=1.0
-        )
-    bias = None if bias is None else bias.expand(*query.shape[:3], -1)
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=1.0)
     return output, lse[:, :, : query.shape[2]]
 
 

@@ -1,7 +1,7 @@
 """Attention over segments of the context: plain tokens, and pages of packed ones.
 
 Few queries of a kind that `decode/` takes read the packed words themselves, in CUDA C++ (decode/decode.cu). Everything else goes the general way,
-in Triton, which any GPU and the interpreter run: stretches are unpacked and attended to (prefill.py). Both are `attend_torch`
+in Triton, which any GPU and the interpreter run: few queries as they are (portable.py), many to stretches that are unpacked (prefill.py). All are `attend_torch`
 (step/reference.py) but for rounding. Nothing here waits for the device or depends on how full the cache is.
 """
 
@@ -96,3 +96,13 @@ def attend_packed(
     if host.takes(query, segments, rotary, kv_heads):
         return host.attend(query, positions, segments, rotary, scaling, kv_heads)
     return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)
+
+
+def prepare(packed: PackedTensor) -> None:
+    """Make now what kernels ask the device or the host for once, so that the next step may be captured."""
+    from deployment.kernels.decode import host
+    from deployment.kernels.unpacking import is_permuted
+
+    is_permuted(packed)
+    if host.is_grouped(packed):
+        host.fixed_of(packed)

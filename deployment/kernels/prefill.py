@@ -6,7 +6,7 @@ is plain attention over plain tensors (library.py). All stretches go through the
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
-behind it, and the chunk, causally. Otherwise (while a graph is captured, or if queries are just anywhere) masked.py does it.
+behind it, and the chunk, causally. Otherwise (while a graph is captured, if queries are few or just anywhere) portable.py does it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from deployment.kernels.library import PLANNED, Part, attend_all, attend_causally, merged
-from deployment.kernels.masked import Asked, attend_masked_segments
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
+from deployment.kernels.portable import Asked
+from deployment.kernels.portable import attend as attend_portably
 from deployment.kernels.schedule import EVEN_TOKENS, SCRATCH_BYTES, SCRATCH_TOKENS
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-_FEW = 16  # queries of a KV head, which fill no GPU: masked.py takes tokens in pieces
+_FEW = 16  # queries of a KV head, which are not worth unpacking anything for
 _EVEN = 8  # channels: the library wants whole multiples
 
 
@@ -41,17 +42,11 @@ def attend_many(
     pitch = -(-dim // _EVEN) * _EVEN
     operand = torch.float32 if query.dtype == torch.float32 else torch.float16
     turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
-    turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling).transpose(1, 2)
-    asked = Asked(turned, positions, segments, rotary, kv_heads)
-    rows = new * heads // kv_heads
-    if known is None or rows <= _FEW or any(row.stored not in row.ends(new) for row in known):
-        longest = None if known is None else max(row.stored for row in known)
-        # a mask is as large as what it belongs to, if queries are as many as channels of all heads
-        largest = max(kv_heads * pitch, rows) * batch * operand.itemsize
-        output = attend_masked_segments(asked, stretch_blocks(largest) * BLOCK_TOKENS, longest)
-    else:
-        output = _attend_known(asked, known)
-    return output.transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
+    turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling)
+    asked = Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)
+    if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
+        return attend_portably(asked).to(query.dtype)
+    return _attend_known(asked, known).transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
 
 
 def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
@@ -59,7 +54,7 @@ def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
     alike = all(row == known[0] for row in known)
     if alike and not known[0].pad:
         return _Rows(asked, 0, len(known), known[0]).attend()
-    output = torch.zeros_like(asked.query, dtype=torch.float32)
+    output = torch.zeros_like(asked.query.transpose(1, 2), dtype=torch.float32)
     for first, row in enumerate(known[:1] if alike else known):
         rows = len(known) if alike else 1
         if row.pad < output.shape[2]:
@@ -86,7 +81,7 @@ class _Rows:
 
     def __init__(self, asked: Asked, first: int, rows: int, row: Known) -> None:
         self.which, self.row0, self.row = slice(first, first + rows), first, row
-        query = self.query = asked.query[self.which, :, row.pad :]
+        query = self.query = asked.query[self.which, row.pad :].transpose(1, 2)
         self.positions, segments = asked.positions[self.which, row.pad :], asked.segments
         self.rotary, self.heads = asked.rotary, asked.kv_heads
         self.packed = [segment for segment in segments if isinstance(segment, PackedSegment)]

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
 from deployment.format.layout import PackedTensor, Page
@@ -63,29 +62,6 @@ class Side:
             return (page.words, scales, *(unused,) * 4)
         assert streams.starts is not None
         return page.words, scales, streams.index, streams.value, streams.starts, streams.ends
-
-    def pointers(self, page: Page) -> tuple[Tensor, ...]:
-        """Everything that `put_token` (step.py) reads and writes."""
-        tables = self.packed.tables
-        table = (tables.scale, tables.zero, tables.width, tables.first_boundary, tables.boundaries, tables.offset)
-        return (self.x, self.sinks, *self.page_pointers(page), *table, tables.slot)
-
-    def constants(self) -> tuple[int, ...]:
-        """In the order in which `put_token` (step.py) wants them."""
-        packed = self.packed
-        outliers = packed.keeps_outliers
-        return (
-            self.dynamic,
-            self.per_end,
-            outliers,
-            *self.placing,
-            packed.tables.widest,
-            packed.span,
-            self.element_bits,
-            self.first_head,
-            self.x.shape[1],
-            triton.next_power_of_2(self.x.shape[1] * packed.head_dim),
-        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Codes into words, and outliers behind those of their stream: what the append kernels know of the layout.
 
-A block's worth of codes is written word by word (`store_groups`, `store_channels`); the codes of a single token are
-bits scattered over words that hold other tokens, too, and those bits alone are flipped (`flip_groups`, `flip_channels`).
+A block's worth of codes is written word by word, tokens that were there before being kept.
 """
 
 import triton
@@ -18,19 +17,6 @@ def group_fields(lane, word, field, PLANE: tl.constexpr, KEYS: tl.constexpr):
     else:
         token, channel = 16 * (lane % 4) + n % 2 * 8 + j, 8 * (n // 2) + lane // 4
     return token, channel
-
-
-@triton.jit
-def group_place(token, channel, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """(word of the group's plane, its first bit) of a token of the block and a channel of the group; inverse of `group_fields`."""
-    each: tl.constexpr = 4 // PLANE
-    if KEYS:
-        lane = token % 8 * 4 + channel % 8 // 2
-        n, j = token // 16, token // 8 % 2 * 4 + channel // 8 * 2 + channel % 2
-    else:
-        lane = channel % 8 * 4 + token // 16
-        n, j = channel // 8 * 2 + token // 8 % 2, token % 8
-    return lane * PLANE + n // each, 4 * j + n % each * PLANE
 
 
 @triton.jit
@@ -140,59 +126,6 @@ def store_channels(
         store_plane(words, start, bits, ok, code, old, 2, N)
     if PLANES & 1:
         store_plane(words, start, bits, ok, code, old, 1, N)
-
-
-@triton.jit
-def flip(at, fields, mask, ok):
-    """Make the bits `mask` of words those of `fields`; other lanes may change other bits of a word at the same time."""
-    tl.atomic_xor(at, (tl.load(at, mask=ok, other=0) ^ fields) & mask, mask=ok, sem="relaxed")
-
-
-@triton.jit
-def flip_group_plane(words, offset, width, inner, code, slot, ok, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """Write a plane of the codes of one token, in groups."""
-    word, bit = group_place(slot, inner, PLANE, KEYS)
-    shift = width & (16 - 2 * PLANE)
-    mask = tl.full(code.shape, (1 << PLANE) - 1, tl.int32) << bit
-    flip(words + offset + 32 * shift + word, (code >> shift) << bit, mask, ok & ((width & PLANE) != 0))
-
-
-@triton.jit
-def flip_groups(words, offset, width, slot_at, code, slot, lane, ok, PLANES: tl.constexpr, KEYS: tl.constexpr):
-    """Write the codes of the block's token `slot`, channels `lane` of a head, in groups."""
-    bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
-    inner = tl.load(slot_at + lane, mask=ok, other=0) % 16
-    if PLANES & 4:
-        flip_group_plane(words, start, bits, inner, code, slot, ok, 4, KEYS)
-    if PLANES & 2:
-        flip_group_plane(words, start, bits, inner, code, slot, ok, 2, KEYS)
-    if PLANES & 1:
-        flip_group_plane(words, start, bits, inner, code, slot, ok, 1, KEYS)
-
-
-@triton.jit
-def flip_plane(words, offset, width, code, slot, ok, PLANE: tl.constexpr):
-    """Write a plane of the codes of one token, in channel order."""
-    CODES: tl.constexpr = 32 // PLANE
-    shift, word = width & (16 - 2 * PLANE), slot // CODES
-    at = words + offset + word // PLANE * width + shift + word % PLANE
-    mask = tl.full(code.shape, (1 << PLANE) - 1, tl.int32)
-    place = slot % CODES * PLANE
-    flip(at, ((code >> shift) & mask) << place, mask << place, ok & ((width & PLANE) != 0))
-
-
-@triton.jit
-def flip_channels(words, offset, width, code, slot, lane, ok, PLANES: tl.constexpr):
-    """As `flip_groups`, in channel order."""
-    bits, start = tl.load(width + lane, mask=ok, other=0), tl.load(offset + lane, mask=ok, other=0)
-    if PLANES & 8:
-        flip_plane(words, start, bits, code, slot, ok, 8)
-    if PLANES & 4:
-        flip_plane(words, start, bits, code, slot, ok, 4)
-    if PLANES & 2:
-        flip_plane(words, start, bits, code, slot, ok, 2)
-    if PLANES & 1:
-        flip_plane(words, start, bits, code, slot, ok, 1)
 
 
 @triton.jit

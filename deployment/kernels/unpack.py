@@ -32,22 +32,12 @@ def source_of(order: Order) -> int:
     return (KEYS_IN_GROUPS if order.kind == "key" else IN_GROUPS).value
 
 
+_ENTRIES = tl.constexpr(256)  # outliers at a time
+
+
 @triton.jit(do_not_specialize=["shift", "row0", "first_block", "blocks", "room", "at"])
 def unpack_kernel(
-    words,  # [B, blocks, W] int32
-    scales,  # [B, blocks * 64, 2] fp16
-    levels,  # the quantizer's tables (tables.py), as are the next seven
-    scale,
-    zero,
-    width,
-    offset,
-    first_level,
-    slot,
-    channel_at,
-    index,  # outliers (streams.py), as are the next three
-    value,
-    starts,
-    ends,
+    page,  # tensors of a page (unpacking.py)
     origins,  # [B] int64, plus shift: position of the page's first token
     shift,
     limits,  # [B] int64, positions from here on are not stored
@@ -60,118 +50,132 @@ def unpack_kernel(
     room,  # tokens of the result per sequence
     at,  # where the first block goes
     result,  # [rows, room, G, PITCH] fp16 or fp32
-    G: tl.constexpr,
-    D: tl.constexpr,
+    KIND: tl.constexpr,  # of the page (unpacking.py)
+    SHAPE: tl.constexpr,  # G, D, half of the channels that rotate, D / 2 and D rounded up
     PITCH: tl.constexpr,
     HEADS: tl.constexpr,  # of a program; a divisor of G
-    PAIRS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROTARY_HALF: tl.constexpr,
-    SOURCE: tl.constexpr,
-    PERMUTED: tl.constexpr,  # whether groups have channels in another order than their own
-    PLANES: tl.constexpr,  # the union of all widths' binary digits
-    WIDTH: tl.constexpr,  # of all groups; 0 if they have several
-    DYNAMIC: tl.constexpr,
-    OUTLIERS: tl.constexpr,
     ROTATED: tl.constexpr,  # keys are, values are not
-    ENTRIES: tl.constexpr,
 ):
     """Block `first_block + i` of every sequence and head, i the program's number; finite numbers where no token is."""
+    G: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    CHANNELS: tl.constexpr = SHAPE[4]
     row, part = tl.program_id(1) // (G // HEADS), tl.program_id(1) % (G // HEADS)
     b = (row0 + row).to(tl.int64)
     block = first_block + tl.program_id(0)
     base = tl.load(origins + b) + shift + block * 64
     held = tl.minimum(tl.maximum(tl.load(limits + b) - base, 0), 64).to(tl.int32)
-    token, pair, channel = tl.arange(0, 64), tl.arange(0, PAIRS), tl.arange(0, CHANNELS)
-    first, second = pair, pair + D // 2
-    if 2 * ROTARY_HALF != D:  # else the compiler would not see neighbours as such
-        first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
-    pair_ok, channel_ok = pair < D // 2, channel < D
-    words += (b * blocks + block) * block_words
-    scales += (b * blocks + block) * 128
+    channel = tl.arange(0, CHANNELS)
+    first, second, pair_ok = pairs_of(SHAPE)
     result += (row.to(tl.int64) * room + at + tl.program_id(0) * 64) * (G * PITCH)
     ELEMENT: tl.constexpr = result.dtype.element_ty
+    to_token = tl.arange(0, 64)[:, None] * (G * PITCH)
     if ROTATED:
-        high, low = steps_of(steps, pair, pair_ok)
-        base_cos, base_sin = cos_sin(base, high, low)
-        turn_at, ok = turn + token[:, None] * (D // 2) + pair[None, :], pair_ok[None, :]
-        turn_cos, turn_sin = tl.load(turn_at, mask=ok, other=0), tl.load(turn_at + D * 32, mask=ok, other=0)
-        cos = base_cos[None, :] * turn_cos - base_sin[None, :] * turn_sin
-        sin = base_sin[None, :] * turn_cos + base_cos[None, :] * turn_sin
-
+        cos, sin = block_angles(base, steps, turn, SHAPE)
     for g in range(part * HEADS, (part + 1) * HEADS):
-        at_head = g * D
-        tables = (
-            levels,
-            scale + at_head,
-            zero + at_head,
-            width + at_head,
-            offset + at_head,
-            first_level + at_head,
-            slot + at_head,
-            channel_at + at_head,
-        )
-        source, own = (words, scales, tables), result + g * PITCH
-        to = own + token[:, None] * (G * PITCH)
-        if OUTLIERS:  # the first ones are on their way while the codes are unpacked
-            begin, end = outlier_list(starts, ends, b * G + g, block, blocks, held)
-            number, exact = outliers_from(index, value, begin, end, ENTRIES)
+        own = result + g * PITCH
         if ROTATED:
-            a = decoded(source, g, first, pair_ok, 0, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, PAIRS)
-            b_half = decoded(source, g, second, pair_ok, 1, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, PAIRS)
-            if OUTLIERS:
-                tl.store(to + first[None, :], a.to(ELEMENT), mask=ok)
-                tl.store(to + second[None, :], b_half.to(ELEMENT), mask=ok)
-                tl.debug_barrier()
-                put_outliers(own, index, value, number, exact, begin, end, held, G * PITCH, D, ENTRIES)
-                tl.debug_barrier()
-                a = tl.load(to + first[None, :], mask=ok, other=0).to(tl.float32)
-                b_half = tl.load(to + second[None, :], mask=ok, other=0).to(tl.float32)
-                tl.debug_barrier()
-            tl.store(to + first[None, :], (a * cos - b_half * sin).to(ELEMENT), mask=ok)
-            tl.store(to + second[None, :], (b_half * cos + a * sin).to(ELEMENT), mask=ok)
+            a, c = key_halves(page, own, b, g, block, blocks, block_words, held, KIND, SHAPE, G * PITCH)
+            tl.store(own + to_token + first[None, :], (a * cos - c * sin).to(ELEMENT), mask=pair_ok[None, :])
+            tl.store(own + to_token + second[None, :], (c * cos + a * sin).to(ELEMENT), mask=pair_ok[None, :])
         else:
-            tile = decoded(
-                source, g, channel, channel_ok, 0, held, SOURCE, PERMUTED, PLANES, WIDTH, DYNAMIC, D, CHANNELS
-            )
-            tl.store(to + channel[None, :], tile.to(ELEMENT), mask=channel_ok[None, :])
-            if OUTLIERS:
-                tl.debug_barrier()
-                put_outliers(own, index, value, number, exact, begin, end, held, G * PITCH, D, ENTRIES)
+            tile = decoded(page, b, g, block, blocks, block_words, channel, channel < D, 0, held, KIND, SHAPE, CHANNELS)
+            tl.store(own + to_token + channel[None, :], tile.to(ELEMENT), mask=(channel < D)[None, :])
+            if KIND[5]:
+                put_outliers(page, own, b * G + g, block, blocks, held, G * PITCH, D)
+
+
+@triton.jit
+def pairs_of(SHAPE: tl.constexpr):
+    """(first channels, second channels, which there are) of rotary pairs."""
+    D: tl.constexpr = SHAPE[1]
+    ROTARY_HALF: tl.constexpr = SHAPE[2]
+    PAIRS: tl.constexpr = SHAPE[3]
+    pair = tl.arange(0, PAIRS)
+    return first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2), pair < D // 2
+
+
+@triton.jit
+def block_angles(base, steps, turn, SHAPE: tl.constexpr):
+    """(cos, sin) `[64, pairs]` fp32 of the positions from `base` on."""
+    D: tl.constexpr = SHAPE[1]
+    PAIRS: tl.constexpr = SHAPE[3]
+    token, pair = tl.arange(0, 64), tl.arange(0, PAIRS)
+    ok = pair < D // 2
+    high, low = steps_of(steps, pair, ok)
+    base_cos, base_sin = cos_sin(base, high, low)
+    at = turn + token[:, None] * (D // 2) + pair[None, :]
+    cos, sin = tl.load(at, mask=ok[None, :], other=0), tl.load(at + D * 32, mask=ok[None, :], other=0)
+    return base_cos[None, :] * cos - base_sin[None, :] * sin, base_sin[None, :] * cos + base_cos[None, :] * sin
+
+
+@triton.jit
+def key_halves(
+    page, own, b, g, block, blocks, block_words, held, KIND: tl.constexpr, SHAPE: tl.constexpr, TOKEN: tl.constexpr
+):
+    """First and second halves of a head's pairs, `[64, pairs]` fp32, not rotated; through `own`, TOKEN apart from token to token, if there are outliers."""
+    G: tl.constexpr = SHAPE[0]
+    D: tl.constexpr = SHAPE[1]
+    PAIRS: tl.constexpr = SHAPE[3]
+    first, second, ok = pairs_of(SHAPE)
+    a = decoded(page, b, g, block, blocks, block_words, first, ok, 0, held, KIND, SHAPE, PAIRS)
+    c = decoded(page, b, g, block, blocks, block_words, second, ok, 1, held, KIND, SHAPE, PAIRS)
+    if KIND[5]:
+        to = own + tl.arange(0, 64)[:, None] * TOKEN
+        tl.store(to + first[None, :], a.to(own.dtype.element_ty), mask=ok[None, :])
+        tl.store(to + second[None, :], c.to(own.dtype.element_ty), mask=ok[None, :])
+        put_outliers(page, own, b * G + g, block, blocks, held, TOKEN, D)
+        tl.debug_barrier()
+        a = tl.load(to + first[None, :], mask=ok[None, :], other=0).to(tl.float32)
+        c = tl.load(to + second[None, :], mask=ok[None, :], other=0).to(tl.float32)
+        tl.debug_barrier()
+    return a, c
 
 
 @triton.jit
 def decoded(
-    source,
+    page,
+    b,
     g,
+    block,
+    blocks,
+    block_words,
     channel,  # [N]
     ok,
     second,  # of keys: whether these are second halves of pairs
     held,
-    SOURCE: tl.constexpr,
-    PERMUTED: tl.constexpr,
-    PLANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DYNAMIC: tl.constexpr,
-    D: tl.constexpr,
+    KIND: tl.constexpr,
+    SHAPE: tl.constexpr,
     N: tl.constexpr,
 ):
     """What the codes of some channels of a head stand for, `[64, N]` fp32; some finite numbers where no token is."""
-    words, scales, tables = source
-    levels, scale, zero, width, offset, first_level, slot, _ = tables
+    SOURCE: tl.constexpr = KIND[0]
+    D: tl.constexpr = SHAPE[1]
+    PLANES: tl.constexpr = KIND[2]
+    WIDTH: tl.constexpr = KIND[3]
+    number = b * blocks + block
+    words, scales, levels = page[0] + number * block_words, page[1] + number * 128, page[2]
+    scale, zero, width, offset, first_level = (
+        page[3] + g * D,
+        page[4] + g * D,
+        page[5] + g * D,
+        page[6] + g * D,
+        page[7] + g * D,
+    )
     if SOURCE == CHANNEL_ORDER:
         bits, start = tl.load(width + channel, mask=ok, other=0), tl.load(offset + channel, mask=ok, other=0)
         codes = channel_codes(words, start, bits, ok, PLANES, N)
         tile = tl.trans(tl.load(levels + tl.load(first_level + channel, mask=ok, other=0)[:, None] + codes))
     else:
         KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
+        tables = (levels, width, offset, first_level, page[9] + g * D)
         tile = group_levels(words, tables, g, second, PLANES, WIDTH, KEYS, D, N)
-        if PERMUTED:
-            place = tl.load(slot + channel, mask=ok, other=0)
+        if KIND[1]:
+            place = tl.load(page[8] + g * D + channel, mask=ok, other=0)
             if KEYS:
                 place = place // 32 * 16 + place % 16
             tile = tl.gather(tile, tl.broadcast_to(place[None, :], [64, N]), 1)
-    if DYNAMIC:
+    if KIND[4]:
         token = tl.arange(0, 64)
         s = tl.load(scales + token * 2, mask=token < held, other=0).to(tl.float32)
         z = tl.load(scales + token * 2 + 1, mask=token < held, other=0).to(tl.float32)
@@ -195,7 +199,7 @@ def group_levels(
     N: tl.constexpr,
 ):
     """Levels `[64, N]` fp32 of N / 16 groups, their channels one after another: of all groups, or of every second one of keys."""
-    levels, _, _, width, offset, first_level, _, channel_at = tables
+    levels, width, offset, first_level, channel_at = tables
     row = tl.arange(0, 2 * N)  # 32 lanes of every group
     group = row // 32
     if KEYS:
@@ -269,30 +273,16 @@ def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr
 
 
 @triton.jit
-def outlier_list(starts, ends, stream, block, blocks, held):
-    """(begin, end) of a block's outliers among the entries; none if nothing of it is held."""
-    if block > 0:  # noqa: SIM108  (the device language evaluates both sides of a conditional expression)
-        begin = tl.load(ends + stream * blocks + block - 1)
-    else:
-        begin = tl.load(starts + stream)
-    return begin, tl.where(held > 0, tl.load(ends + stream * blocks + block), begin)
-
-
-@triton.jit
-def outliers_from(index, value, begin, end, ENTRIES: tl.constexpr):
-    """(number in the block's span, value) of up to ENTRIES outliers."""
-    entry = begin + tl.arange(0, ENTRIES)
-    number = tl.load(index + entry, mask=entry < end, other=0).to(tl.int32) & 0xFFFF
-    return number, tl.load(value + entry, mask=entry < end, other=0)
-
-
-@triton.jit
-def put_outliers(
-    own, index, value, number, exact, begin, end, held, TOKEN: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr
-):
-    """Write a block's outliers, the first ones given, over its elements, TOKEN apart from token to token; none from token `held` on."""
-    for entry0 in range(begin, end, ENTRIES):
-        if entry0 > begin:
-            number, exact = outliers_from(index, value, entry0, end, ENTRIES)
-        token, ok = number // D % 64, entry0 + tl.arange(0, ENTRIES) < end
-        tl.store(own + token * TOKEN + number % D, exact.to(own.dtype.element_ty), mask=ok & (token < held))
+def put_outliers(page, own, stream, block, blocks, held, TOKEN: tl.constexpr, D: tl.constexpr):
+    """Write a block's outliers over its elements, TOKEN apart from token to token; none from token `held` on."""
+    begin = tl.load(page[12] + stream)
+    if block > 0:
+        begin = tl.load(page[13] + stream * blocks + block - 1)
+    end = tl.where(held > 0, tl.load(page[13] + stream * blocks + block), begin)
+    tl.debug_barrier()  # the elements have been written
+    for first in range(begin, end, _ENTRIES):
+        entry = first + tl.arange(0, _ENTRIES)
+        number = tl.load(page[10] + entry, mask=entry < end, other=0).to(tl.int32) & 0xFFFF
+        exact = tl.load(page[11] + entry, mask=entry < end, other=0).to(own.dtype.element_ty)
+        token = number // D % 64
+        tl.store(own + token * TOKEN + number % D, exact, mask=(entry < end) & (token < held))

@@ -1,6 +1,5 @@
-"""Host side of unpacking: which arguments `unpack_kernel` needs for a page of keys and one of values."""
+"""Host side of reading words: what kernels must know of a page, and the launch that unpacks some of it."""
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import triton
@@ -13,9 +12,7 @@ from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
 from quant.scheme import GROUP_CHANNELS
 
-_ENTRIES = 256  # outliers at a time
 _HEADS = (4, 2, 1)  # heads of a program share what turns their keys
-_TABLES = ("levels", "scale", "zero", "width", "offset", "first_level", "slot")
 _permuted: WeakKeyDictionary[PackedTensor, bool] = WeakKeyDictionary()
 
 
@@ -28,63 +25,73 @@ def unpack(
     finite numbers.
     """
     rows, room, heads, pitch = key.shape
-    dim = segment.key.head_dim
     together = next(count for count in _HEADS if heads % count == 0)
     for packed, page, result in (
         (segment.key, segment.key_page, key),
         (segment.value, segment.value_page, value),
     ):
         unpack_kernel[(blocks, rows * heads // together)](
-            **_of_page(packed, page),
-            origins=segment.origins,
-            shift=segment.start,
-            limits=segment.limits,
-            steps=rotary.steps,
-            turn=rotary.by_token,
-            row0=row0,
-            first_block=first,
-            room=room,
-            at=at,
-            result=result,
-            G=heads,
-            D=dim,
+            page_tensors(packed, page),
+            segment.origins,
+            segment.start,
+            segment.limits,
+            rotary.steps,
+            rotary.by_token,
+            row0,
+            first,
+            page.blocks,
+            packed.order.words,
+            room,
+            at,
+            result,
+            KIND=page_kind(packed, page),
+            SHAPE=head_shape(packed, rotary),
             PITCH=pitch,
             HEADS=together,
-            PAIRS=max(16, triton.next_power_of_2(dim // 2)),
-            CHANNELS=max(16, triton.next_power_of_2(dim)),
-            ROTARY_HALF=rotary.half,
             ROTATED=result is key,
-            ENTRIES=_ENTRIES,
             num_warps=16 if result is key else 8,
             maxnreg=64 if result is key else None,  # so that two programs share a multiprocessor
         )
 
 
-def _of_page(packed: PackedTensor, page: Page) -> dict[str, Any]:
-    tables, order, unused = packed.tables, packed.order, page.words
+def page_tensors(packed: PackedTensor, page: Page) -> tuple[Tensor, ...]:
+    """words, scales; levels, scale, zero, width, offset, first_level, slot, channel of `Tables`; index, value, starts, ends of outliers.
+
+    What there is not is never read.
+    """
+    tables, unused = packed.tables, page.words
     if page.outliers is not None:
         page.outliers = page.outliers.with_starts()
     streams = page.outliers
-    lists = (unused,) * 4 if streams is None else (streams.index, streams.value, streams.starts, streams.ends)
-    return {
-        "words": page.words,
-        "scales": unused if page.scales is None else page.scales,
-        **{name: getattr(tables, name) for name in _TABLES},
-        "channel_at": tables.channel,
-        **dict(zip(("index", "value", "starts", "ends"), lists, strict=True)),
-        "blocks": page.blocks,
-        "block_words": order.words,
-        "SOURCE": source_of(order),
-        "PERMUTED": _is_permuted(packed),
-        "PLANES": tables.planes,
-        "WIDTH": order.occurring[0] if isinstance(order, GroupOrder) and len(order.occurring) == 1 else 0,
-        "DYNAMIC": page.scales is not None,
-        "OUTLIERS": streams is not None and streams.index.numel() > 0,
-    }
+    table = (tables.levels, tables.scale, tables.zero, tables.width, tables.offset, tables.first_level, tables.slot)
+    scales = unused if page.scales is None else page.scales
+    if streams is None:
+        return (page.words, scales, *table, tables.channel, *(unused,) * 4)
+    assert streams.starts is not None
+    return (page.words, scales, *table, tables.channel, streams.index, streams.value, streams.starts, streams.ends)
 
 
-def _is_permuted(packed: PackedTensor) -> bool:
-    """Whether channels lie in groups in another order than their own; asks the device once."""
+def page_kind(packed: PackedTensor, page: Page) -> tuple[int, ...]:
+    """What there is to know of a page before it is read.
+
+    Order of codes; whether groups have channels in another order than their own; the union of all widths' binary digits; the width of all groups, 0 if
+    they have several; whether ranges are tokens'; whether there are outliers.
+    """
+    order, streams = packed.order, page.outliers
+    width = order.occurring[0] if isinstance(order, GroupOrder) and len(order.occurring) == 1 else 0
+    outliers = streams is not None and streams.index.numel() > 0
+    return source_of(order), is_permuted(packed), packed.tables.planes, width, page.scales is not None, outliers
+
+
+def head_shape(packed: PackedTensor, rotary: Rotary) -> tuple[int, ...]:
+    """KV heads, D, half of the channels that rotate, D / 2 and D rounded up."""
+    dim = packed.head_dim
+    rounded = (max(16, triton.next_power_of_2(size)) for size in (dim // 2, dim))
+    return packed.heads, dim, rotary.half, *rounded
+
+
+def is_permuted(packed: PackedTensor) -> bool:
+    """Whether channels lie in groups in another order than their own; asks the device, once."""
     if packed not in _permuted:
         _permuted[packed] = isinstance(packed.order, GroupOrder) and not _ascend(packed.order)
     return _permuted[packed]

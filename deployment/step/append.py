@@ -30,11 +30,12 @@ def join_window(
         chunk = {kind: as_stored(x).to(x.dtype).where(sinks, x) for kind, x in chunk.items()}
     if not with_kernels or key.shape[2] > 1:
         return layer.window.joined("key", chunk["key"]), layer.window.joined("value", chunk["value"])
-    from deployment.kernels.window import shift
-
     recent = [layer.window.recent[kind] for kind in KINDS]
-    moved = recent if is_capturing(layer.device) else [torch.empty_like(x) for x in recent]
-    shift(recent, [chunk[kind].to(recent[0].dtype) for kind in KINDS], moved)
+    moved = [
+        torch.cat((held[:, :, 1:], chunk[kind].to(held.dtype)), 2) for kind, held in zip(KINDS, recent, strict=True)
+    ]
+    if is_capturing(layer.device):  # a graph finds it where it was
+        moved = [held.copy_(new) for held, new in zip(recent, moved, strict=True)]
     return moved[0], moved[1]
 
 

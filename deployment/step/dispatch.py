@@ -119,8 +119,8 @@ def attend(
         known = [
             Known(stored - more, stored, pad) for stored, more, pad in zip(layer.lengths, own, padding, strict=True)
         ]
-    if origins is None:
-        origins = layer.stored - pads
+    if origins is None:  # without padding nothing is computed: a launch less
+        origins = layer.stored - pads if any(padding) else layer.stored
     positions = origins[:, None]
     if new > 1:
         token = torch.arange(new, device=query.device)

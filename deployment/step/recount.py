@@ -15,9 +15,12 @@ def reserve(layer: PackedLayer, tokens: int) -> None:
 
     Room for outliers is for the worst case, all elements of these tokens. After replays call `recount`.
     """
+    from deployment.kernels.packed import prepare
+
     for packed in layer.packed.values():
         packed.make_room(*layer.reach(tokens), tokens, layer.overflow)
         packed.fix()
+        prepare(packed)
 
 
 def recount(layers: Sequence[PackedLayer]) -> None:

@@ -2,7 +2,7 @@
 #pragma once
 
 // One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
-KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
+SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     constexpr int ALL = 4 * D;
     const int tokens = P.plain[0].tokens + P.plain[1].tokens;
     float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]
@@ -36,6 +36,9 @@ KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
         if (seen) top = maximum(top, score);
     }
     wait_for_prerequisites();
+    constexpr int AHEAD = 8;
+    float ahead[AHEAD];  // of the first parts, asked for before their weights are known
+    UNROLL for (int n = 0; n < AHEAD; n++) ahead[n] = 4 * n + t / D < P.parts ? P.outputs[(row + (4 * n + t / D) * per_part) * D + t % D] : 0;
     for (int i = t; i < P.parts; i += ALL) {
         uint32_t part[4];
         read4(part, P.state + 4 * (row + i * per_part));
@@ -57,7 +60,8 @@ KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     if (lane == 0) reduced[ALL / 32 + t / 32] = total, reduced[2 * (ALL / 32) + t / 32] = DYNAMIC ? zero : packed;
     barrier_of_block();
     float output = 0;
-    UNROLL_BY_8 for (int i = t / D; i < P.parts; i += 4) output += weight[tokens + i] * P.outputs[(row + i * per_part) * D + t % D];
+    UNROLL for (int n = 0; n < AHEAD; n++) output += 4 * n + t / D < P.parts ? weight[tokens + 4 * n + t / D] * ahead[n] : 0;
+    UNROLL_BY_8 for (int i = t / D + 4 * AHEAD; i < P.parts; i += 4) output += weight[tokens + i] * P.outputs[(row + i * per_part) * D + t % D];
     for (int i = t / D; i < tokens; i += 4) {
         const bool second = i >= P.plain[0].tokens;
         const Plain& plain = P.plain[second];

@@ -74,21 +74,12 @@ def most_shared(device: torch.device) -> int:
 @cache
 def runner(device: torch.device) -> Run:
     """Launches kernels on the current stream of a GPU, compiling and loading them first if need be."""
-    # `combine` may begin while the last of `attend` run, and waits for them itself
     early = torch.cuda.get_device_capability(device) >= (9, 0)
 
     def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         stream = torch.cuda.current_stream(device).cuda_stream
-        _launch(
-            _function(kernel, shape, device),
-            blocks,
-            threads,
-            shared,
-            stream,
-            ctypes.addressof(pointers),
-            early and kernel == "combine",
-        )
+        _launch(_function(kernel, shape, device), blocks, threads, shared, stream, ctypes.addressof(pointers), early)
 
     return run
 

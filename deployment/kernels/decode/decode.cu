@@ -56,7 +56,6 @@ struct Params {
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
 constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
 constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
-constexpr int SPAN = D <= 64 ? 1024 : D <= 128 ? 512 : 256;  // streams.index_span
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
@@ -115,6 +114,10 @@ template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, in
     }
 }
 
+DEVICE void prefetch(const uint32_t* from, int words) {
+    if (32 * thread_number() < words) prefetch_line(from + 32 * thread_number());
+}
+
 // Where a lane finds its copies of the entries of a width.
 template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int width, int lane) {
     const uint32_t copy = is_quad(WIDTHS) ? 8 * (lane & 15) : 4 * lane;
@@ -150,6 +153,13 @@ template <int WIDTHS> DEVICE void expand(uint32_t* w, int width) {
     }
 }
 
+// Words of two channels, four codes of one of them to a byte, become words of tokens 0 to 7 and 8 to 15 with two codes of each: neighbours in registers, as a
+// product wants its rows r and r + 8.
+DEVICE void pair_rows(uint32_t* w) {
+    const uint32_t a = w[0], b = w[1];
+    w[0] = (a & 0x33333333u) | (b << 2 & 0xCCCCCCCCu), w[1] = (a >> 2 & 0x33333333u) | (b & 0xCCCCCCCCu);
+}
+
 DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
     const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
     quick_cos_sin((float)(int)(turns >> 32) * TURN, c, s);
@@ -166,7 +176,7 @@ DEVICE float element(const void* at, int64_t i, bool half) {
 }
 
 struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
-    int at, end, later;
+    int at, end, later, number;  // the thread's, so that remainders fall to other warps than those of the other side
     uint32_t one, two;
 };
 
@@ -176,8 +186,7 @@ struct Worker {
     Shared& S;
     Team& T;
     const int team, tid, warp, lane, row, c;
-    int b, g, tile, split, held, first, last, end_block, whole;  // whole: chunks before it are seen as they are
-    int64_t origin, stream;
+    int item, b, g, tile, split, stream, held, first, last, end_block, whole;  // whole: chunks before it are seen as they are
     int key_width[2], value_width[2];
     uint32_t key_own[2], value_own[2];
     const uint32_t *key_at, *value_at;
@@ -236,14 +245,19 @@ struct Worker {
         x = a * co - d * si, y = d * co + a * si;
     }
 
-    DEVICE void begin(int item) {
-        split = item % P.splits;
+    DEVICE void locate() {  // anew wherever it is rare, so that it takes no registers meanwhile
         const int rest = item / P.splits;
-        tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+        split = item % P.splits, tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+    }
+    // How many tokens a query comes after the page's first.
+    DEVICE int64_t place_of(int number) { return position_of(number) - P.origins[b] - P.shift; }
+
+    DEVICE void begin(int number) {
+        item = number;
+        locate();
         uint32_t slots[4][2][4];  // asked for before anything is waited for
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
-        origin = P.origins[b] + P.shift;
-        const int64_t stored = P.limits[b] - origin;
+        const int64_t stored = P.limits[b] - P.origins[b] - P.shift;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
         const int chunks = (held + CHUNK - 1) / CHUNK, per = (chunks + P.splits - 1) / P.splits;
         first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
@@ -253,9 +267,10 @@ struct Worker {
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
         UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
         begin_keys(slots);
+        anchor(first);
         int64_t least = held;
         UNROLL for (int q = 0; q < QUERIES; q++) {
-            const int64_t seen = position_of(tile * QUERIES + q) - origin + 1;
+            const int64_t seen = place_of(tile * QUERIES + q) + 1;
             least = min(least, max(seen, (int64_t)0));
             if (tid == q) T.end[q] = seen < 0 ? 0 : seen < held ? (int)seen : held;
         }
@@ -296,8 +311,9 @@ struct Worker {
     DEVICE int pair_of_first(int channel) { return channel < P.rotary_half ? channel : channel - P.rotary_half; }
 
     DEVICE void anchor(int chunk) {
+        if (chunk > first) locate();
         const int number = tile * QUERIES + row % QUERIES;
-        const int64_t tokens = position_of(number) - origin - chunk * CHUNK - row / QUERIES * STRETCH;
+        const int64_t tokens = place_of(number) - chunk * CHUNK - row / QUERIES * STRETCH;
         UNROLL for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
         park();
     }
@@ -322,8 +338,9 @@ struct Worker {
     }
 
     DEVICE void score_chunk(int chunk) {
-        if ((chunk - first) % ANCHOR == 0) anchor(chunk);
-        UNROLL_BY_2 for (int block = 0; block < 2; block++) {
+        float kept[4] = {0, 0, 0, 0};
+        if (chunk > first && (chunk - first) % ANCHOR == 0) anchor(chunk);
+        UNROLL for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
             take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
             UNROLL for (int u = 0; u < 4; u++) {
@@ -334,12 +351,12 @@ struct Worker {
                         if (!is_quad(KEY_WIDTHS)) level[u & 1][h][i] = shared1(entry_of(key_own[h], w[4 * h + u], i));
                         else if (u % 2 == 0) shared2(entry_of(key_own[h], w[4 * h + u / 2], i), level[0][h][i], level[1][h][i]);
                     }
-                score_tile(t16, level[u & 1], T.scores[chunk & 1][warp][16 * t16 + row]);
+                score_tile(t16, level[u & 1], T.scores[chunk & 1][warp][0], kept);
             }
         }
     }
 
-    DEVICE void score_tile(int t16, uint32_t (*level)[4], float* to) {
+    DEVICE void score_tile(int t16, uint32_t (*level)[4], float* to, float* kept) {
         uint32_t one[4], two[4];
         UNROLL for (int i = 0; i < 4; i++) {  // token half i / 2, channel half i % 2
             const uint32_t* f = factors[(2 * t16 + i / 2) % EIGHTS][i % 2];
@@ -351,18 +368,25 @@ struct Worker {
         multiply(d, one, operand[0][0], operand[0][1]);
         multiply(d, two, operand[1][0], operand[1][1]);
         const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
-        if (QUERIES == 1) {
-            store_if(c == stretch / 2, to, d[stretch % 2]), store_if(c == stretch / 2, to + 8, d[2 + stretch % 2]);
+        if (QUERIES == 1) {  // a lane has those of two stretches, which are four neighbouring places
+            UNROLL for (int i = 0; i < 2; i++) kept[2 * (stretch % 2) + i] = c == stretch / 2 ? d[2 * i + stretch % 2] : kept[2 * (stretch % 2) + i];
+            if (t16 == 7)
+                UNROLL for (int i = 0; i < 4; i++) to[4 * (4 * row + c) + i] = kept[i];
         } else {
             const bool mine = 2 * c / QUERIES == stretch;
-            to += 2 * c % QUERIES;
+            to += (16 * t16 + row) * QUERIES + 2 * c % QUERIES;
             store2_if(mine, to, d[0], d[1]), store2_if(mine, to + 8 * QUERIES, d[2], d[3]);
         }
     }
+    // The token of the chunk whose score is at a place.
+    DEVICE int token_at(int place) { return QUERIES == 1 ? 32 * (place / 4 % 4) + 8 * (place % 4) + place / 16 : place; }
+
+    // Where the weight of a token lies: as products want them, which with four codes to a byte take tokens 2 k, 2 k + 1, 8 + 2 k and 9 + 2 k at once.
+    DEVICE int weight_at(int t) { return is_quad(VALUE_WIDTHS) ? (t & ~14) | (t << 1 & 12) | (t >> 2 & 2) : t; }
 
     DEVICE void weigh(int chunk, float score, int q, int t, uint32_t range, float& p) {
         p = exp2_of(score - highest[q] + LIFT);
-        T.scaled[chunk & 1][q][t] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+        T.scaled[chunk & 1][q][weight_at(t)] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
 #if VALUE_OUTLIERS
         T.weights[chunk & 1][t][q] = to_half(p);
 #endif
@@ -372,11 +396,11 @@ struct Worker {
     DEVICE bool softmax(int chunk, const uint32_t* range, float (*score)[QUERIES], float (*p)[QUERIES]) {
         bool over = false;
         UNROLL for (int i = 0; i < EACH; i++) {
-            const int t = tid + i * THREADS;
-            if (t >= CHUNK) continue;
+            const int place = tid + i * THREADS, t = token_at(place);
+            if (place >= CHUNK) continue;
             UNROLL for (int q = 0; q < QUERIES; q++) {
-                float s = T.scores[chunk & 1][0][t][q];
-                UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][t][q];
+                float s = T.scores[chunk & 1][0][place][q];
+                UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][place][q];
 #if KEY_OUTLIERS
                 s += T.key_sums[chunk & 1][t][q] * (1 / KEY_UNIT), T.key_sums[chunk & 1][t][q] = 0;
 #endif
@@ -415,31 +439,33 @@ struct Worker {
     }
 
     DEVICE void add_values(int chunk) {
-        UNROLL_BY_2 for (int block = 0; block < 2; block++) {
+        UNROLL for (int block = 0; block < 2; block++) {
             uint32_t w[8], weight[8];
             take<VALUE_WIDTHS>(w, P.value, value_at, value_width, 2 * chunk + 2 + block, T.values[warp][block]);
             const uint16_t* at = &T.scaled[chunk & 1][row % QUERIES][64 * block + 16 * c];
-            read4(weight, at), read4(weight + 4, at + 8);
-            UNROLL for (int k = 0; k < 4; k++)
-                UNROLL for (int t = 0; t < 2; t++) {
-                    const uint32_t *words = w + 4 * t, own = value_own[t];
+            read4_if(row < QUERIES, weight, at), read4_if(row < QUERIES, weight + 4, at + 8);  // other columns may be anything
+            UNROLL for (int t = 0; t < 2; t++) {
+                uint32_t* words = w + 4 * t;
+                if (is_quad(VALUE_WIDTHS)) pair_rows(words);
+                UNROLL for (int k = 0; k < 4; k++) {
+                    const uint32_t own = value_own[t];
                     uint32_t a[4];
                     if (is_quad(VALUE_WIDTHS)) {
-                        shared2(entry_of(own, words[0], k), a[0], a[2]), shared2(entry_of(own, words[1], k), a[1], a[3]);
-                        multiply(output[t], a, weight[k], weight[4 + k]);
+                        shared2(entry_of(own, words[0], k), a[0], a[1]), shared2(entry_of(own, words[1], k), a[2], a[3]);
                     } else {
                         UNROLL for (int i = 0; i < 4; i++) a[i] = shared1(entry_of(own, words[2 * (i & 1) + (k >> 1)], 2 * (k & 1) + (i >> 1)));
-                        multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
                     }
+                    multiply(output[t], a, weight[2 * k], weight[2 * k + 1]);
                 }
+            }
         }
     }
 
     // Where the list of a chunk ends: at its last block that exists.
-    DEVICE int list_end(const Side& side, int chunk) { return side.ends[stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
+    DEVICE int list_end(const Side& side, int chunk) { return side.ends[(int64_t)stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
     DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
-    DEVICE void begin_list(const Side& side, List& list) {
-        list.at = tid + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
+    DEVICE void begin_list(const Side& side, List& list, int number) {
+        list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
         list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
@@ -451,25 +477,25 @@ struct Worker {
             list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
             add(word);
         }
-        list.at = list.end + tid, list.end = list.later;
+        list.at = list.end + list.number, list.end = list.later;
     }
     DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
-    DEVICE int token_of(uint32_t word, int chunk) { return ((word & 0xFFFF) / D - chunk * CHUNK) & (SPAN - 1); }
+    DEVICE int token_of(uint32_t word) { return ((word & 0xFFFF) / D) % CHUNK; }
 
     DEVICE void begin_outliers() {
 #if KEY_OUTLIERS
-        begin_list(P.key, keys);
+        begin_list(P.key, keys, tid);
         for (int i = tid; i < PAIRS * QUERIES; i += THREADS) {
             const int number = tile * QUERIES + i % QUERIES;
             float* to = T.query[i / QUERIES][i % QUERIES];
-            rotated(number, i / QUERIES, position_of(number) - origin - first * CHUNK, to[0], to[1]);
+            rotated(number, i / QUERIES, place_of(number) - first * CHUNK, to[0], to[1]);
         }
         uint32_t key_slot[4];
         read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
         for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
 #endif
 #if VALUE_OUTLIERS
-        begin_list(P.value, values);
+        begin_list(P.value, values, THREADS - 1 - tid);
         uint32_t value_slot[4];
         read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
         for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
@@ -478,7 +504,7 @@ struct Worker {
 
 #if KEY_OUTLIERS
     DEVICE void add_key(uint32_t word, int chunk) {
-        const int channel = channel_of(word), t = token_of(word, chunk);
+        const int channel = channel_of(word), t = token_of(word);
         const float exceeds = KEY_UNIT * (from_half(word >> 16) - T.key_floor[channel]);
         int p;
         bool second;
@@ -493,7 +519,7 @@ struct Worker {
 #endif
 #if VALUE_OUTLIERS
     DEVICE void add_value(uint32_t word, int chunk) {
-        const int channel = channel_of(word), t = token_of(word, chunk);
+        const int channel = channel_of(word), t = token_of(word);
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
@@ -506,8 +532,8 @@ struct Worker {
         const bool here = first <= chunk && chunk < last;
         uint32_t range[EACH];
         UNROLL for (int i = 0; i < EACH; i++) {
-            const int t = tid + i * THREADS;
-            range[i] = DYNAMIC && here && t < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
+            const int place = tid + i * THREADS, t = token_at(place);
+            range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
         if (chunk + 1 < last) {
 #if KEY_OUTLIERS
@@ -542,7 +568,7 @@ struct Worker {
             rescale(score);
             UNROLL for (int i = 0; i < EACH; i++)
                 UNROLL for (int q = 0; q < QUERIES; q++)
-                    if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, tid + i * THREADS, range[i], p[i][q]);
+                    if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, token_at(tid + i * THREADS), range[i], p[i][q]);
             wait();
         }
         UNROLL for (int i = 0; i < EACH; i++)
@@ -554,6 +580,7 @@ struct Worker {
     }
 
     DEVICE void finish() {
+        locate();
         uint32_t slot[4];  // of the lane's outputs and of the thread
         UNROLL for (int q = 0; q < QUERIES; q++) {
             UNROLL for (int k = 16; k; k >>= 1) sum[q] += shuffle_xor(sum[q], k), zeros[q] += shuffle_xor(zeros[q], k);
@@ -590,7 +617,10 @@ struct Worker {
 
 KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
-    launch_dependents();
+    prefetch(P.key.entries, first_entry(5, KEY_WIDTHS) * (is_quad(KEY_WIDTHS) ? 2 : 1));
+    prefetch(P.value.entries, first_entry(5, VALUE_WIDTHS) * (is_quad(VALUE_WIDTHS) ? 2 : 1));
+    wait_for_prerequisites();
+    launch_dependents();  // not before: `combine` reads what kernels before this one have written
     const int threads = threads_in_block(), teams = threads / THREADS, team = thread_number() / THREADS;  // TEAMS at most
     Worker worker(P, S, team, thread_number() % THREADS);
     bool filled = false;

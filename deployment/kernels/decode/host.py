@@ -164,13 +164,14 @@ def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: i
         and len(plain) <= 2
         and sum(segment.tokens for segment in plain) <= _MOST_PLAIN
         and all(segment.key.dtype in (torch.float16, query.dtype) for segment in plain)
-        and all(_is_grouped(segment.key) and _is_grouped(segment.value) for segment in packed[:1])
+        and all(is_grouped(segment.key) and is_grouped(segment.value) for segment in packed[:1])
         and packed[0].key_page.scales is None
         and packed[0].key.rotary_half == rotary.half
     )
 
 
-def _is_grouped(packed: PackedTensor) -> bool:
+def is_grouped(packed: PackedTensor) -> bool:
+    """Whether decode.cu has words for the order and the widths."""
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
 
 

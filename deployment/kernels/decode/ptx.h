@@ -7,12 +7,12 @@ typedef unsigned int uint32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define UNROLL _Pragma("unroll")
-#define UNROLL_BY_2 _Pragma("unroll 2")
 #define UNROLL_BY_8 _Pragma("unroll 8")
 #define ROLLED _Pragma("unroll 1")
 #define DEVICE __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+#define SMALL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1536 / (threads))  // 40 registers: room is found beside others
 #define GLOBAL extern "C" __global__ void
 extern __shared__ __align__(128) char shared_memory[];
 #define SHARED_MEMORY shared_memory
@@ -34,7 +34,7 @@ DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.c
 DEVICE void barrier_of_warp() { __syncwarp(); }
 // 16 bytes to shared memory, which arrive some time after a group of copies has ended
 DEVICE void copy16_if(bool p, uint32_t* to, const uint32_t* from) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p,%2,0; @p cp.async.cg.shared.global [%0],[%1],16;}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)p) : "memory");
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%2,0; @p cp.async.cg.shared.global [%0],[%1],16;}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "l"(from), "r"((int)p));
 }
 DEVICE void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LATEST> DEVICE void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory"); }  // but for the latest groups
@@ -51,12 +51,14 @@ DEVICE uint32_t shared1(uint32_t at) { uint32_t v; asm volatile("ld.shared.b32 %
 DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { asm volatile("ld.shared.v2.b32 {%0,%1},[%2];" : "=r"(a), "=r"(b) : "r"(at)); }
 DEVICE void read2(uint32_t* v, const void* p) { const uint2 x = *(const uint2*)p; v[0] = x.x, v[1] = x.y; }
 DEVICE void read4(uint32_t* v, const void* p) { const uint4 x = *(const uint4*)p; v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w; }
-DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
-DEVICE void store_if(bool p, float* to, float x) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p,%2,0; @p st.shared.f32 [%0],%1;}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "r"((int)p) : "memory");
+DEVICE void read4_if(bool p, uint32_t* v, const void* at) {  // from shared memory; else anything
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%5,0; @p ld.shared.v4.b32 {%0,%1,%2,%3},[%4];}"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"((int)p));
 }
+DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
+DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
 DEVICE void store2_if(bool p, float* to, float x, float y) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p,%3,0; @p st.shared.v2.f32 [%0],{%1,%2};}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "f"(y), "r"((int)p) : "memory");
+    asm volatile("{.reg .pred p; setp.ne.s32 p,%3,0; @p st.shared.v2.f32 [%0],{%1,%2};}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "f"(y), "r"((int)p));
 }
 DEVICE void add_shared(int* p, int x) { atomicAdd(p, x); }
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }

@@ -1,18 +1,15 @@
-"""feedback.cu as host C++, its lanes as fibers (lanes.h): the source that ships, run by whoever has a C++ compiler."""
+"""append.cu as host C++, its lanes as fibers (lanes.h): the source that ships, run by whoever has a C++ compiler."""
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 
 import torch
 from decode_on_cpu import built
-from torch import Tensor
 
-from deployment.kernels import feedback_host as host
-from deployment.kernels.side import Codes, Side
+from deployment.kernels import append_host as host
 
 _WRAPPER = """
-#include "feedback.cu"
+#include "append.cu"
 extern "C" void run_append_token(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
     lanes::launch(seed, blocks, threads, bytes, [=] { append_token(*p); });
 }
@@ -38,13 +35,3 @@ def sizes(shape: host.Shape) -> list[int]:
 def run(kernel: str, shape: host.Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
     function, seed = getattr(library(shape), f"run_{kernel}"), int(torch.randint(1 << 30, (1,)))
     function(ctypes.byref(params), ctypes.c_uint(seed), blocks, threads, ctypes.c_long(shared))
-
-
-def append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
-    """As `append` (append.py) of one token per sequence."""
-    host.append_token_by(run, sides, stored, padding, overflow)
-
-
-def feed_back(sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
-    """As that of feedback.py, for each side."""
-    return host.feed_back_by(run, sides, found)

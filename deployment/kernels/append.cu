@@ -1,14 +1,16 @@
-// Error feedback of new tokens (quant/feedback.py), bit for bit: every product and every sum is rounded on its own.
+// Storing new tokens as `Quantizer.encode` says, with error feedback (quant/feedback.py) or without, bit for bit: every product and every sum is rounded on
+// its own.
 //
-// `append_token` stores one token per sequence, all there is to it (what step.py does without feedback). A block has one side (keys or values) of
-// one KV head. Its first warp goes through the channels in the head's order: lane l has the targets of D / 32 of them that follow each other, and
-// when its turn has come all lanes get these. Then lane k asks whether a target falls to level k, so that one operation of the warp hands the error to
-// all. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
+// `append_token` stores one token per sequence, all there is to it. A block has one side (keys or values) of one KV head; what a token's own range and
+// outliers take, all channels of the token, every block of the sequence looks at for itself. With feedback its first warp then goes through the channels in
+// the head's order: lane l has D / 32 of them that follow each other, targets and levels in registers, and when its turn has come hands their errors to all
+// lanes. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
 //
-// `feed_back` finds the codes of a chunk, between the kernels of chunk.py. A warp has 64 tokens of a head, two to a lane, and goes through 8 channels at a
-// time: first all errors before them, in order, then each other's.
+// `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
+// its warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
-// Compiled for HEAD_DIM, HEADS and LEVELS, the largest number of levels of a channel. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+// Compiled for HEAD_DIM, HEADS, X_HEADS, the largest number of heads of x, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
+// Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
@@ -50,7 +52,7 @@ DEVICE float product(float a, float b) { return a * b; }
 DEVICE float quotient(float a, float b) { return a / b; }
 #endif
 
-struct Side {  // keys, or values; tensors as in step.py and chunk.py
+struct Side {  // keys, or values; tensors as in chunk.py; no matrix and no order without feedback
     const void* x;
     uint16_t *sinks, *scales, *index, *value, *codes, *targets;
     uint32_t* words;
@@ -61,36 +63,33 @@ struct Side {  // keys, or values; tensors as in step.py and chunk.py
     const int *width, *first_level, *first_boundary, *offset, *slot, *order;
     int64_t stride_b, stride_g, stride_s, block_words, places;
     int dynamic, outliers, per_end, source, span, all_levels, all_boundaries;
+    int channels, first_head;  // of x, which may have heads that are stored elsewhere, and its first that is stored here
 };
 struct Params {
     Side side[2];
     const int64_t *stored, *padding;
     int* overflow;
     int64_t page_start, blocks, streams, sinks, tokens;
-    int element;  // of x: 0 fp16, 1 bf16, 2 fp32
 };
 
-constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
+constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, MOST_CHANNELS = X_HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
 constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
 
-DEVICE uint32_t raw_of(const void* x, int64_t at, int element) {
-    return element == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at];
-}
-DEVICE float number_of(uint32_t raw, int element) {
-    return element == 0 ? from_half((uint16_t)raw) : as_float(element == 1 ? raw << 16 : raw);
-}
-DEVICE uint16_t stored_as(float x) { return to_half(x < -65504.f ? -65504.f : x > 65504.f ? 65504.f : x); }
+DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
+DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }
+DEVICE uint16_t stored_as(float x) { return to_half(maximum(-65504.f, -maximum(-65504.f, -x))); }
 DEVICE float as_stored(float x) { return from_half(stored_as(x)); }
 
+constexpr bool TABLES = FED && LEVELS <= 16 && PER <= 4;  // whether a lane can hold the levels of its channels
 struct Shared {
-    uint16_t matrix[D * D];  // in order
-    float edge[D * LEVELS], value[D * LEVELS];  // of the channels in order; if ranges are the token's all have the first
+    uint16_t matrix[FED ? D * D : 8];                                   // in order, as is all else but for masks and `place`
+    float edge[TABLES ? D * LEVELS : 4], value[TABLES ? D * LEVELS : 4];  // [LEVELS, D]; if ranges are the token's only the first of D
     float levels[MOST_LEVELS], boundaries[MOST_LEVELS];
-    float x[D], s[D], z[D], target[D];  // in order, but for the target
-    int order[D], code[D];              // the code by channel, as are the masks
-    uint32_t outlier[PER], tied[2][PER], part[2][WARPS];
-    uint8_t width[D], level[D], boundary[D];  // in order; where the channel's levels begin, and its boundaries
+    float x[D], s[D], z[D], target[D];
+    int code[D];
+    uint32_t outlier[PER], tied[2][PER], part[2][WARPS];  // masks by channel
+    uint8_t order[D], place[D], width[D], level[D], boundary[D];  // where the channel's levels begin, and its boundaries; `place` is the inverse of the order
 };
 
 // ---- one token
@@ -113,60 +112,56 @@ DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
 }
 
 // Integers that sort as numbers do, see encode.py.
-DEVICE uint32_t rising(uint32_t raw, int element) {
-    const uint32_t sign = element == 2 ? 0x80000000u : 0x8000u, ones = sign | (sign - 1);
-    if (!(raw & ~sign)) raw = 0;
-    return raw & sign ? ~raw & ones : raw | sign;
+constexpr uint32_t SIGN = ELEMENT == 2 ? 0x80000000u : 0x8000u, ONES = SIGN | (SIGN - 1);
+DEVICE uint32_t rising(uint32_t raw) {
+    if (!(raw & ~SIGN)) raw = 0;
+    return raw & SIGN ? ~raw & ONES : raw | SIGN;
 }
-DEVICE float risen(uint32_t key, int element) {
-    const uint32_t sign = element == 2 ? 0x80000000u : 0x8000u, ones = sign | (sign - 1);
-    return number_of(key & sign ? key ^ sign : ~key & ones, element);
-}
+DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
 
-constexpr int SHARE = (CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
+constexpr int SHARE = (MOST_CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
 // f(key from above, key from below, channel) of all channels, added up.
-template <class F> DEVICE uint32_t sum_over(Shared& sh, const uint32_t* up, uint32_t ones, int turn, F f) {
+template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const uint32_t* up, int turn, F f) {
     uint32_t total = 0;
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread_number();
-        if (channel < CHANNELS) total += f(up[k], ones - up[k], channel);
+        if (channel < side.channels) total += f(up[k], ONES - up[k], channel);
     }
     return sum_of_block(sh, total, turn);
 }
 
 // The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Params& p, const Side& side, int64_t b, int g, float& scale, float& zero) {
-    const uint32_t ones = p.element == 2 ? ~0u : 0xFFFFu;
+DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& scale, float& zero) {
     const int thread = thread_number(), warp = thread / 32;
     uint32_t up[SHARE];
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread;
         up[k] = 0;
-        if (channel < CHANNELS) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D, p.element), p.element);
+        if (channel < side.channels) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
     }
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
     if (count) {
-        for (uint32_t bit = p.element == 2 ? 1u << 31 : 1u << 15; bit; bit >>= 1, turn++) {
-            const uint32_t both = sum_over(sh, up, ones, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
+        for (uint32_t bit = SIGN; bit; bit >>= 1, turn++) {
+            const uint32_t both = sum_over(sh, side, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
             if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
             if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
         }
-        const uint32_t beyond = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
-        const uint32_t before = sum_over(sh, up, ones, turn++, [&](uint32_t a, uint32_t z, int c) { return c < g * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t beyond = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
+        const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
-        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + g * side.stride_g + own, p.element), p.element), z = ones - a;
+        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
         const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
         if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
         barrier_of_block();
         const uint32_t up_to = ~0u >> (31 - thread % 32);
         uint32_t top_rank = (before & 65535) + ones_of(tops & up_to), bottom_rank = (before >> 16) + ones_of(bottoms & up_to);
         for (int w = 0; w < min(warp, PER); w++) top_rank += ones_of(sh.tied[0][w]), bottom_rank += ones_of(sh.tied[1][w]);
-        const int after = (int)bottom_rank - (int)(top == ones - bottom ? room_top : 0);  // if the thresholds are one number top takes its ties first
+        const int after = (int)bottom_rank - (int)(top == ONES - bottom ? room_top : 0);  // if the thresholds are one number top takes its ties first
         const bool extreme = a > top || z > bottom || (a == top && top_rank <= room_top) || (z == bottom && after > 0 && after <= (int)room_bottom);
         const uint32_t mask = ballot(thread < D && extreme);
         if (thread % 32 == 0 && warp < PER) sh.outlier[warp] = mask;
@@ -174,11 +169,11 @@ DEVICE void own_range(Shared& sh, const Params& p, const Side& side, int64_t b, 
     uint32_t most = 0, least = 0;
 #pragma unroll
     for (int k = 0; k < SHARE; k++)
-        if (k * THREADS + thread < CHANNELS) {
+        if (k * THREADS + thread < side.channels) {
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
-            if (!count || ones - up[k] < bottom + more_bottom) least = max(least, ones - up[k]);
+            if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
         }
-    const float high = risen(max_of_block(sh, most, turn), p.element), low = risen(ones - max_of_block(sh, least, turn + 1), p.element);
+    const float high = risen(max_of_block(sh, most, turn)), low = risen(ONES - max_of_block(sh, least, turn + 1));
     scale = as_stored(product(difference(high, low), 0.5f)), zero = as_stored(product(sum(high, low), 0.5f));
 }
 
@@ -195,67 +190,82 @@ DEVICE float edge_of(float boundary, float s) {
     return at(k);
 }
 
-struct Turn {  // what the warp must know of the channels of a lane, whose turn comes
-    static constexpr int HALVES = (LEVELS + 31) / 32;
-    float z[PER], low[PER][HALVES], high[PER][HALVES], value[PER][HALVES], among[PER][PER];
-    uint16_t others[PER][PER];
-    int channel[PER];
-    bool outlier[PER];
-};
-DEVICE void prepare(Turn& t, const Shared& sh, int turn, int row) {
-    const int lane = thread_number() % 32;
+struct alignas(PER & (PER - 1) ? 2 : 2 * PER) Row { uint16_t m[PER]; };  // what a channel hands on to those of a lane
+
+// Leaves the level whose edge is the first that d does not exceed in v[0]: halves of what is left, N of each, all in registers.
+template <int N> DEVICE void halve(float d, float* e, float* v, int& code) {
+    const bool up = d > e[N - 1];
+    code += up ? N : 0;
 #pragma unroll
-    for (int r = 0; r < PER; r++) {
-        const int i = turn * PER + r;
-        t.z[r] = sh.z[i], t.channel[r] = sh.order[i];
-        t.outlier[r] = sh.outlier[t.channel[r] / 32] >> t.channel[r] % 32 & 1;
+    for (int k = 0; k < N; k++) e[k] = up ? e[N + k] : e[k], v[k] = up ? v[N + k] : v[k];
+    if constexpr (N > 1) halve<N / 2>(d, e, v, code);
+}
+DEVICE float nearest(float d, const float* edge, const float* value, int& code) {
+    float e[LEVELS], v[LEVELS];
 #pragma unroll
-        for (int h = 0; h < Turn::HALVES; h++) {
-            const int k = min(lane + 32 * h, LEVELS - 1);
-            t.low[r][h] = k ? sh.edge[i * row + k - 1] : -infinity();
-            t.high[r][h] = lane + 32 * h < LEVELS ? sh.edge[i * row + k] : -infinity();
-            t.value[r][h] = sh.value[i * row + k];
-        }
-#pragma unroll
-        for (int c = 0; c < PER; c++) {
-            t.others[r][c] = sh.matrix[i * D + lane * PER + c];
-            if (c > r) t.among[r][c] = from_half(sh.matrix[i * D + turn * PER + c]);
-        }
-    }
+    for (int k = 0; k < LEVELS; k++) e[k] = edge[k], v[k] = value[k];
+    code = 0;
+    if constexpr (LEVELS > 1) halve<LEVELS / 2>(d, e, v, code);
+    return v[0];
+}
+// The same where there are too many levels for that, by division; i-th in order.
+DEVICE float searched(const Shared& sh, float d, int i, int& code) {
+    const float q = quotient(d, maximum(sh.s[i], TINY)), *boundaries = sh.boundaries + sh.boundary[i];
+    code = 0;
+    for (int step = 1 << sh.width[i] >> 1; step; step /= 2)
+        if (q > boundaries[code + step - 1]) code += step;
+    return sum(product(sh.levels[sh.level[i] + code], sh.s[i]), sh.z[i]);
 }
 
-// Codes and targets of the head's channels, by one warp.
-DEVICE void chain(Shared& sh, int row) {
+// Codes and targets of the head's channels, by one warp. `apart` is 0 if all have one range.
+DEVICE void chain(Shared& sh, int apart) {
+    constexpr int HELD = TABLES ? LEVELS : 1;
     const int lane = thread_number() % 32;
-    float y[PER];
-    for (int c = 0; c < PER; c++) y[c] = sh.x[lane * PER + c];
-    Turn now, next;
-    prepare(next, sh, 0, row);
+    float y[PER], z[PER], target[PER], among[PER][PER], edge[PER][HELD], value[PER][HELD];
+    int code[PER];
+    bool exact[PER];
+#pragma unroll
+    for (int r = 0; r < PER; r++) {
+        const int i = lane * PER + r, channel = sh.order[i];
+        y[r] = sh.x[i], z[r] = sh.z[i], exact[r] = sh.outlier[channel / 32] >> channel % 32 & 1, target[r] = 0, code[r] = 0;
+#pragma unroll
+        for (int c = r + 1; c < PER; c++) among[r][c] = from_half(sh.matrix[i * D + lane * PER + c]);
+        if (TABLES)
+#pragma unroll
+            for (int k = 0; k < HELD; k++) edge[r][k] = sh.edge[k * D + i * apart], value[r][k] = sh.value[k * D + i * apart];
+    }
+    Row rows[PER], next[PER];
+#pragma unroll
+    for (int r = 0; r < PER; r++) next[r] = *(const Row*)(sh.matrix + r * D + lane * PER);
 #pragma unroll 2
     for (int turn = 0; turn < 32; turn++) {
-        now = next;
-        prepare(next, sh, min(turn + 1, 31), row);
-        float t[PER];
 #pragma unroll
-        for (int r = 0; r < PER; r++) t[r] = shuffle(y[r], turn);
+        for (int r = 0; r < PER; r++) rows[r] = next[r], next[r] = *(const Row*)(sh.matrix + (min(turn + 1, 31) * PER + r) * D + lane * PER);
+        float t[PER], e[PER];
+        int found[PER];
+#pragma unroll
+        for (int r = 0; r < PER; r++) t[r] = y[r], e[r] = 0, found[r] = 0;
+        if (TABLES || lane == turn)  // only the lane whose turn it is counts
+#pragma unroll
+            for (int r = 0; r < PER; r++) {
+                const float d = difference(t[r], z[r]), lost = difference(t[r], as_stored(t[r]));
+                e[r] = difference(t[r], TABLES ? nearest(d, edge[r], value[r], found[r]) : searched(sh, d, lane * PER + r, found[r]));
+                if (exact[r]) e[r] = lost;
+#pragma unroll
+                for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(e[r], among[r][c]));
+            }
 #pragma unroll
         for (int r = 0; r < PER; r++) {
-            const float d = difference(t[r], now.z[r]), lost = difference(t[r], as_stored(t[r]));
-            uint32_t mine = lane == 0 && now.outlier[r] ? bits_of(lost) : 0;
-#pragma unroll
-            for (int h = 0; h < Turn::HALVES; h++) {
-                const bool here = d > now.low[r][h] && !(d > now.high[r][h]);
-                if (here && !now.outlier[r]) mine = bits_of(difference(t[r], now.value[r][h]));
-                if (here) sh.code[now.channel[r]] = lane + 32 * h;
-            }
-            if (lane == 0) sh.target[now.channel[r]] = t[r];
-            const float error = as_float(or_of_warp(mine));
-#pragma unroll
-            for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(error, now.among[r][c]));
-#pragma unroll
-            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(error, from_half(now.others[r][c])));
+            if (lane == turn) target[r] = t[r], code[r] = found[r];
+            e[r] = shuffle(e[r], turn);
         }
+#pragma unroll
+        for (int r = 0; r < PER; r++)
+#pragma unroll
+            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(e[r], from_half(rows[r].m[c])));
     }
+#pragma unroll
+    for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
 }
 
 // Make the bits of a channel's code in its words those of `code`, see store.py; others may change other bits of these words.
@@ -289,7 +299,7 @@ DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, in
     }
     if (thread < D && sh.outlier[thread / 32] >> thread % 32 & 1) {
         const int64_t entry = begin + before + ones_of(sh.outlier[thread / 32] & ((1u << thread % 32) - 1));
-        if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[thread]);
+        if (entry < limit) side.index[entry] = (uint16_t)(token % side.span * D + thread), side.value[entry] = stored_as(sh.target[sh.place[thread]]);
     }
     if (thread) return;
     *end = (int)min(begin + all, limit);
@@ -304,16 +314,17 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
     const int g = (int)(stream % HEADS), channel = g * D + thread;
     // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
-    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + g * side.stride_g;
-    for (int i = 8 * thread; i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
+    const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + (side.first_head + g) * side.stride_g;
+    const bool fed = FED && side.matrix;
+    for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
     float x = 0, scale = 0, zero = 0;
     if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
     if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
     if (thread < PER) sh.outlier[thread] = 0;
     if (thread < D) {
-        x = number_of(raw_of(side.x, own + thread, p.element), p.element), scale = side.scale[channel], zero = side.zero[channel];
-        const int place = side.order[channel], at = g * D + place;
-        sh.order[thread] = place, sh.x[thread] = number_of(raw_of(side.x, own + place, p.element), p.element);
+        x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
+        const int place = fed ? side.order[channel] : thread, at = g * D + place;
+        sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
     }
@@ -329,7 +340,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, p, side, b, g, scale, zero);
+        own_range(sh, side, b, g, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
@@ -339,54 +350,51 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
         if (thread % 32 == 0) sh.outlier[warp] = mask;
     }
     barrier_of_block();
-    const int row = side.dynamic ? 0 : LEVELS;
-    for (int i = thread; i < (row ? D : 1) * LEVELS; i += THREADS) {
-        const int c = i / LEVELS, k = i % LEVELS, levels = 1 << sh.width[c];
-        sh.edge[i] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
-        sh.value[i] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
-    }
-    wait_for_copied();
-    barrier_of_block();
-    if (warp == 0) chain(sh, row);
-    barrier_of_block();
+    if (fed) {
+        const int columns = side.dynamic ? 1 : D;
+        if (TABLES)
+            for (int i = thread; i < columns * LEVELS; i += THREADS) {
+                const int c = i % columns, k = i / columns, levels = 1 << sh.width[c];
+                sh.edge[k * D + c] = k < levels - 1 ? edge_of(sh.boundaries[sh.boundary[c] + k], maximum(sh.s[c], TINY)) : infinity();
+                sh.value[k * D + c] = k < levels ? sum(product(sh.levels[sh.level[c] + k], sh.s[c]), sh.z[c]) : 0;
+            }
+        wait_for_copied();
+        barrier_of_block();
+        if (warp == 0) chain(sh, side.dynamic ? 0 : 1);
+        barrier_of_block();
+    } else if (thread < D) sh.target[thread] = x, searched(sh, difference(x, sh.z[thread]), thread, sh.code[thread]);
     if (thread < D) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
-        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[thread]);
+        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[sh.place[thread]]);
     }
     if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
 }
 
 // ---- a chunk
 
-constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8;  // tokens of a warp; numbers from row to row, so that lanes meet on no bank; channels at a time
+constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = D / 32, OWN = 4;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
 struct Tile {
-    float y[D * ROW];  // targets, and from when a channel had its turn errors, in order
+    float y[D * ROW];  // x, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
     uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
     uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
 };
 
+// Errors `e` of both of a lane's tokens, of the channel whose row of the matrix this is, go to some of NEXT channels.
+DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NEXT]) {
+    uint32_t words[NEXT / 2];
+    read4(words, row);
+#pragma unroll
+    for (int j = 0; j < NEXT; j++)
+        if (j >= from) {
+            const float m = from_half((uint16_t)(words[j / 2] >> 16 * (j % 2)));
+            y[0][j] = difference(y[0][j], product(e[0], m)), y[1][j] = difference(y[1][j], product(e[1], m));
+        }
+}
+
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
-DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
-    const int lane = thread_number();
-    float y[2][NEXT];
-#pragma unroll
-    for (int j = 0; j < NEXT; j++) y[0][j] = sh.y[(first + j) * ROW + lane], y[1][j] = sh.y[(first + j) * ROW + lane + 32];
-    auto hand_on = [&](const uint16_t* row, const float* e, int from) {
-        uint32_t words[NEXT / 2];
-        read4(words, row + first);
-#pragma unroll
-        for (int j = 0; j < NEXT; j++)
-            if (j >= from) {
-                const float m = from_half((uint16_t)(words[j / 2] >> 16 * (j % 2)));
-                y[0][j] = difference(y[0][j], product(e[0], m)), y[1][j] = difference(y[1][j], product(e[1], m));
-            }
-    };
-#pragma unroll 4
-    for (int i = 0; i < first; i++) {
-        const float e[2] = {sh.y[i * ROW + lane], sh.y[i * ROW + lane + 32]};
-        hand_on(matrix + i * D, e, 0);
-    }
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
+    const int lane = thread_number() % 32;
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
         const int c = first + r;
@@ -415,17 +423,18 @@ DEVICE void next_channels(Tile& sh, const Side& side, int first, const uint16_t*
             e[h] = difference(y[h][r], value);
             sh.y[c * ROW + lane + 32 * h] = e[h];
         }
-        if (r + 1 < NEXT) hand_on(matrix + c * D, e, r + 1);
+        if (r + 1 < NEXT) hand_on(matrix + c * D + first, e, r + 1, y);
     }
 }
 
-KERNEL(32) feed_back(const GRID_CONSTANT Params p) {
+KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
     Tile& sh = *(Tile*)SHARED_MEMORY;
-    const int lane = thread_number(), tiles = (int)((p.tokens + TILE - 1) / TILE);
+    const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
     const int64_t all = p.streams * tiles, mine = block_number() % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
-    const Side& side = p.side[block_number() >= all];
+    const Side& side = p.side[block_number() / all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
-    for (int c = lane; c < D; c += 32) {
+    const uint16_t* matrix = side.matrix + g * D * D;
+    for (int c = thread; c < D; c += TEAM * 32) {
         const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
         sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
         sh.s[c] = side.scale[at], sh.z[c] = side.zero[at];
@@ -436,28 +445,44 @@ KERNEL(32) feed_back(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
+    // tokens that are not there are the last one once more: so nothing waits for a condition
 #pragma unroll 8
-    for (int t = 0; t < TILE; t++)
+    for (int t = warp; t < TILE; t += TEAM)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
-            const int channel = 32 * part + lane, c = sh.place[channel];
-            const int64_t at = b * side.stride_b + g * side.stride_g + (first + t) * side.stride_s + channel;
-            sh.y[c * ROW + t] = t < tokens ? number_of(raw_of(side.x, at, p.element), p.element) : 0;
-            sh.code[c * (TILE + 4) + t] = t < tokens && codes[t * CHANNELS + channel] == OUTLIER ? 255 : 0;
+            const int channel = 32 * part + lane, c = sh.place[channel], there = min(t, tokens - 1);
+            sh.y[c * ROW + t] = number_of(raw_of(side.x, b * side.stride_b + g * side.stride_g + (first + there) * side.stride_s + channel));
+            sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
         }
-    float s[2] = {1, 1}, z[2] = {0, 0};
+    float s[2] = {1, 1}, z[2] = {0, 0}, y[OWN][2][NEXT];
     uint16_t* targets[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int64_t t = b * p.tokens + first + lane + 32 * h;
+        const int64_t t = b * p.tokens + first + min(lane + 32 * h, tokens - 1);
         targets[h] = side.targets + t * CHANNELS + g * D;
-        if (side.dynamic && lane + 32 * h < tokens) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
+        if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
     barrier_of_block();
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
+#pragma unroll
+        for (int i = 0; i < 2 * NEXT; i++) y[k][i / NEXT][i % NEXT] = sh.y[((TEAM * k + warp) * NEXT + i % NEXT) * ROW + lane + 32 * (i / NEXT)];
+#pragma unroll
+    for (int k = 0; k < OWN; k++)
 #pragma unroll 1
-    for (int c = 0; c < D; c += NEXT) next_channels(sh, side, c, side.matrix + g * D * D, s, z, targets);
-    barrier_of_block();
-    for (int t = 0; t < tokens; t++)
+        for (int turn = 0; turn < TEAM; turn++) {
+            const int c = (TEAM * k + turn) * NEXT;
+            if (warp == turn) find_codes(sh, side, c, y[k], matrix, s, z, targets);
+            barrier_of_block();
+#pragma unroll 2
+            for (int r = 0; r < NEXT; r++) {
+                const float e[2] = {sh.y[(c + r) * ROW + lane], sh.y[(c + r) * ROW + lane + 32]};
+#pragma unroll
+                for (int later = k; later < OWN; later++)
+                    if (later > k || warp > turn) hand_on(matrix + (c + r) * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
+            }
+        }
+    for (int t = warp; t < tokens; t += TEAM)
 #pragma unroll
         for (int part = 0; part < PER; part++) {
             const int channel = 32 * part + lane;
