@@ -35,7 +35,7 @@ def test_decode_fits_and_stays_as_short_as_it_is(decode_kernels: list[dict[str, 
         assert kernel["shared"] <= SHARED_LIMIT[int(kernel["target"].removeprefix("sm_"))], name
         assert kernel["registers"] * kernel["teams"] * 128 <= REGISTERS, name
         assert kernel["loop"] <= LOOPS[kernel["bits"], kernel["queries"]], (name, kernel["loop"])
-        assert kernel["usual_spills"] <= 10, (name, kernel["usual_spills"])
+        assert kernel["usual_spills"] <= 12, (name, kernel["usual_spills"])
 
 
 _LISTING = """
