@@ -54,3 +54,11 @@ def test_nothing_changes_where_gpus_are_not_linked(model, monkeypatch: pytest.Mo
     before = {name: module.forward for name, module in model.items()}
     with summed.summed_at_once(model):
         assert {name: module.forward for name, module in model.items()} == before
+
+
+def test_a_layer_is_left_as_it_was(model) -> None:
+    del model["o1"].forward  # the class's, as of a layer without a hook
+    before = {name: dict(vars(module)) for name, module in model.items()}
+    with summed.summed_at_once(model):
+        assert vars(model["o0"]) != before["o0"]
+    assert {name: vars(module) for name, module in model.items()} == before

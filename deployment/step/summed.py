@@ -44,7 +44,7 @@ def _split_by_rows(model: PreTrainedModel) -> Iterator[nn.Linear]:
 
 
 def _replace_forward(module: nn.Linear, sums: Any, undo: ExitStack) -> None:
-    before: Callable[..., Tensor] = module.forward  # transformers' own, of the module
+    before: Callable[..., Tensor] = module.forward  # transformers' own
 
     def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
         rows = x.numel() // x.shape[-1]
@@ -56,5 +56,8 @@ def _replace_forward(module: nn.Linear, sums: Any, undo: ExitStack) -> None:
         bias: Any = module.bias
         return total if bias is None else total + (bias.to_local() if hasattr(bias, "to_local") else bias)
 
+    if "forward" in vars(module):  # as a hook leaves it; else it is the class's
+        undo.callback(setattr, module, "forward", before)
+    else:
+        undo.callback(delattr, module, "forward")
     module.forward = forward  # type: ignore[assignment, method-assign]
-    undo.callback(setattr, module, "forward", before)
