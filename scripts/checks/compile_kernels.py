@@ -35,7 +35,7 @@ OUTLIERS = 0.01
 MIXED = 0  # instead of a number of bits
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_RARE = ("anchor(chunk);", "rescale(score);")
+_RARE = ("anchor_again(chunk);", "rescale(score);")
 _ROUNDS = ("add_key(word, chunk + 1); });", "add_value(word, chunk - 1); });")
 
 

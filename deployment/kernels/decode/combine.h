@@ -11,7 +11,7 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     const int head = block_number() % heads, token = block_number() / heads % P.new_tokens, b = block_number() / heads / P.new_tokens, g = head / P.group;
     const int number = token * P.group + head % P.group;
     const int64_t position = P.positions[b * P.new_tokens + token];
-    const int64_t row = ((int64_t)(b * P.heads + g) * P.tiles) * QUERIES + number, per_part = (int64_t)(P.items / P.splits) * QUERIES;
+    const int64_t row = ((int64_t)(b * P.heads + g) * P.tiles) * QUERIES + number, per_part = (int64_t)P.rows * QUERIES;
     uint32_t slot[4];  // the thread's: its output's channel, and what belongs to it
     read4(slot, P.value.slots + 4 * (g * D + t % D));
     const int channel = slot[3];
@@ -27,7 +27,7 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
             const int one = p < P.rotary_half ? p : p + P.rotary_half, two = p < P.rotary_half ? p + P.rotary_half : p + PAIRS;
             const float x = element(plain.key, key + one, plain.half), y = element(plain.key, key + two, plain.half), scale = P.factor[p] * P.scaling;
             float co, si;
-            turned(P.steps[p], at - position, co, si);
+            turned(P.steps[p], (int)(at - position), co, si);
             score += scale * ((x * co - y * si) * element(P.query, query + one, !BFLOAT) + (y * co + x * si) * element(P.query, query + two, !BFLOAT));
         }
         UNROLL for (int k = 16; k; k >>= 1) score += shuffle_xor(score, k);
@@ -35,6 +35,12 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
         if (lane == 0) weight[i] = seen ? score + LIFT : HIDDEN;
         if (seen) top = maximum(top, score);
     }
+    auto value_of = [&](int i) {  // of the plain token i, the thread's channel
+        const bool second = i >= P.plain[0].tokens;
+        const Plain& plain = P.plain[second];
+        return element(plain.value, b * plain.stride_b + g * plain.stride_g + (i - (second ? P.plain[0].tokens : 0)) * plain.stride_t + channel, plain.half);
+    };
+    const float plain_value = t / D < tokens ? value_of(t / D) : 0;
     wait_for_prerequisites();
     constexpr int AHEAD = 8;
     float ahead[AHEAD];  // of the first parts, asked for before their weights are known
@@ -62,12 +68,8 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     float output = 0;
     UNROLL for (int n = 0; n < AHEAD; n++) output += 4 * n + t / D < P.parts ? weight[tokens + 4 * n + t / D] * ahead[n] : 0;
     UNROLL_BY_8 for (int i = t / D + 4 * AHEAD; i < P.parts; i += 4) output += weight[tokens + i] * P.outputs[(row + i * per_part) * D + t % D];
-    for (int i = t / D; i < tokens; i += 4) {
-        const bool second = i >= P.plain[0].tokens;
-        const Plain& plain = P.plain[second];
-        const int64_t at = b * plain.stride_b + g * plain.stride_g + (i - (second ? P.plain[0].tokens : 0)) * plain.stride_t;
-        if (weight[i] != 0) output += weight[i] * element(plain.value, at + channel, plain.half);
-    }
+    for (int i = t / D; i < tokens; i += 4)  // one that is not seen may be anything
+        if (weight[i] != 0) output += weight[i] * (i < 4 ? plain_value : value_of(i));
     outputs[t] = output;
     barrier_of_block();
     if (t >= D) return;

@@ -50,7 +50,7 @@ struct Params {
     float scaling;                                    // of scores, times log2 e
     int new_tokens, group, heads, rotary_half;        // S, H / G, G, R / 2
     int tokens, blocks, splits, tiles, items;         // of the page; parts of it, tiles of queries, all that teams take turns with
-    int first_part, parts;
+    int first_part, parts, rows;                      // of outputs; tiles of all sequences and heads
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
@@ -86,8 +86,8 @@ struct alignas(16) Team {
     float raised[WARPS][QUERIES], shrink[QUERIES];
     int end[QUERIES];  // tokens of the page that a query sees
 #if KEY_OUTLIERS
-    alignas(16) float query[PAIRS][QUERIES][2];  // rotated back to the part's first token
-    int key_sums[2][CHUNK][QUERIES];
+    alignas(16) uint32_t query[PAIRS][QUERIES];  // two fp16: rotated back to the part's first token
+    int key_sums[2][QUERIES][CHUNK];
     float key_floor[D];
 #endif
 #if VALUE_OUTLIERS
@@ -160,9 +160,9 @@ DEVICE void pair_rows(uint32_t* w) {
     w[0] = (a & 0x33333333u) | (b << 2 & 0xCCCCCCCCu), w[1] = (a >> 2 & 0x33333333u) | (b & 0xCCCCCCCCu);
 }
 
-DEVICE void turned(uint2 step, int64_t tokens, float& c, float& s) {
-    const uint64_t turns = ((uint64_t)step.x << 32 | step.y) * (uint64_t)tokens;
-    quick_cos_sin((float)(int)(turns >> 32) * TURN, c, s);
+DEVICE void turned(uint2 step, int tokens, float& c, float& s) {  // what comes before is as much of 2^32 tokens less
+    const uint32_t turns = tokens * step.x + multiply_high(tokens, step.y) - (tokens < 0 ? step.y : 0);
+    quick_cos_sin((float)(int)turns * TURN, c, s);
 }
 
 DEVICE void pair_of(int channel, int half, int& pair, bool& second) {  // as of phase.py
@@ -227,18 +227,16 @@ struct Worker {
         ask(side, from, width, block, place);
         expand<WIDTHS>(w, width[0]), expand<WIDTHS>(w + 4, width[1]);
     }
-    DEVICE int64_t query_at(int number) {
-        return b * P.query_b + (g * P.group + number % P.group) * P.query_h + (int64_t)(number / P.group) * P.query_s;
+    // Where a query lies, and how many tokens it comes after the page's first; the first one stands in for one that there is not.
+    DEVICE void find(int number, int64_t& at, int& place) {
+        number = number < P.new_tokens * P.group ? number : 0;
+        const int token = quick_quotient(number, P.group), member = number - token * P.group;
+        at = b * P.query_b + (g * P.group + member) * P.query_h + token * P.query_s;
+        place = (int)(P.positions[b * P.new_tokens + token] - P.origins[b] - P.shift);
     }
-    DEVICE int64_t position_of(int number) {
-        return number < P.new_tokens * P.group ? P.positions[b * P.new_tokens + number / P.group] : -1;
-    }
-    // A pair of a query, rotated to the token that it is `tokens` after.
-    DEVICE void rotated(int number, int p, int64_t tokens, float& x, float& y) {
-        x = y = 0;
-        if (number >= P.new_tokens * P.group) return;
+    // A pair of the query there, rotated to the token that it is `tokens` after.
+    DEVICE void rotated(int64_t at, int p, int tokens, float& x, float& y) {
         const int first_half = p < P.rotary_half ? p : p + P.rotary_half, second_half = p < P.rotary_half ? p + P.rotary_half : p + PAIRS;
-        const int64_t at = query_at(number);
         const float scale = P.factor[p] * P.scaling, a = scale * element(P.query, at + first_half, !BFLOAT), d = scale * element(P.query, at + second_half, !BFLOAT);
         float co, si;
         turned(P.steps[p], tokens, co, si);
@@ -246,11 +244,10 @@ struct Worker {
     }
 
     DEVICE void locate() {  // anew wherever it is rare, so that it takes no registers meanwhile
-        const int rest = item / P.splits;
-        split = item % P.splits, tile = rest % P.tiles, stream = rest / P.tiles, b = stream / P.heads, g = stream % P.heads;
+        const int rest = quick_quotient(item, P.splits);
+        split = item - rest * P.splits, stream = quick_quotient(rest, P.tiles), tile = rest - stream * P.tiles;
+        b = quick_quotient(stream, P.heads), g = stream - b * P.heads;
     }
-    // How many tokens a query comes after the page's first.
-    DEVICE int64_t place_of(int number) { return position_of(number) - P.origins[b] - P.shift; }
 
     DEVICE void begin(int number) {
         item = number;
@@ -259,35 +256,31 @@ struct Worker {
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         const int64_t stored = P.limits[b] - P.origins[b] - P.shift;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
-        const int chunks = (held + CHUNK - 1) / CHUNK, per = (chunks + P.splits - 1) / P.splits;
+        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks + P.splits - 1, P.splits);
         first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
         key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
         UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
         UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
         UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        begin_keys(slots);
-        anchor(first);
-        int64_t least = held;
-        UNROLL for (int q = 0; q < QUERIES; q++) {
-            const int64_t seen = place_of(tile * QUERIES + q) + 1;
-            least = min(least, max(seen, (int64_t)0));
-            if (tid == q) T.end[q] = seen < 0 ? 0 : seen < held ? (int)seen : held;
-        }
-        whole = (int)least / CHUNK;
+        int pair[4], place;
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slots[n][0][3]);
+        anchor(first, pair, place);
+        begin_keys(slots, pair);
+        if (warp == 0 && c == 0 && row < QUERIES) T.end[row] = max(min(place + 1, held), 0);
         begin_outliers();
         wait();
+        whole = held;
+        UNROLL for (int q = 0; q < QUERIES; q++) whole = min(whole, T.end[q]);
+        whole /= CHUNK;
     }
 
     // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
     //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
-    DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
+    DEVICE void begin_keys(const uint32_t (*slots)[2][4], const int* pair) {
         float scale[4][2], zero[4][2];
-        int pair[4];
-        UNROLL for (int n = 0; n < 4; n++) {
-            pair[n] = pair_of_first(slots[n][0][3]);
+        UNROLL for (int n = 0; n < 4; n++)
             UNROLL for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
-        }
         UNROLL for (int n = 0; n < 4; n++) {
             float co, si;
             turned(P.steps[pair[n]], SET, co, si);
@@ -310,12 +303,17 @@ struct Worker {
     DEVICE int slot_of_column(int n) { return 32 * warp + 2 * c + (n & 1) + 8 * (n >> 1); }
     DEVICE int pair_of_first(int channel) { return channel < P.rotary_half ? channel : channel - P.rotary_half; }
 
-    DEVICE void anchor(int chunk) {
-        if (chunk > first) locate();
-        const int number = tile * QUERIES + row % QUERIES;
-        const int64_t tokens = place_of(number) - chunk * CHUNK - row / QUERIES * STRETCH;
-        UNROLL for (int n = 0; n < 4; n++) rotated(number, pair_of_first(slot_of(P.key, slot_of_column(n))[3]), tokens, column[2 * n], column[2 * n + 1]);
+    DEVICE void anchor(int chunk, const int* pair, int& place) {
+        int64_t at;
+        find(tile * QUERIES + row % QUERIES, at, place);
+        UNROLL for (int n = 0; n < 4; n++) rotated(at, pair[n], place - chunk * CHUNK - row / QUERIES * STRETCH, column[2 * n], column[2 * n + 1]);
         park();
+    }
+    DEVICE void anchor_again(int chunk) {
+        locate();
+        int pair[4], place;
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slot_of(P.key, slot_of_column(n))[3]);
+        anchor(chunk, pair, place);
     }
     DEVICE void park() {
 #if QUERIES < 4
@@ -339,7 +337,7 @@ struct Worker {
 
     DEVICE void score_chunk(int chunk) {
         float kept[4] = {0, 0, 0, 0};
-        if (chunk > first && (chunk - first) % ANCHOR == 0) anchor(chunk);
+        if (chunk > first && (chunk - first) % ANCHOR == 0) anchor_again(chunk);
         UNROLL for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
             take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
@@ -402,7 +400,7 @@ struct Worker {
                 float s = T.scores[chunk & 1][0][place][q];
                 UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][place][q];
 #if KEY_OUTLIERS
-                s += T.key_sums[chunk & 1][t][q] * (1 / KEY_UNIT), T.key_sums[chunk & 1][t][q] = 0;
+                s += T.key_sums[chunk & 1][q][t] * (1 / KEY_UNIT), T.key_sums[chunk & 1][q][t] = 0;
 #endif
                 if (chunk >= whole && chunk * CHUNK + t >= T.end[q]) s = -infinity();
                 score[i][q] = s;
@@ -485,10 +483,13 @@ struct Worker {
     DEVICE void begin_outliers() {
 #if KEY_OUTLIERS
         begin_list(P.key, keys, tid);
+        int64_t at;
+        int place;
+        find(tile * QUERIES + tid % QUERIES, at, place);
         for (int i = tid; i < PAIRS * QUERIES; i += THREADS) {
-            const int number = tile * QUERIES + i % QUERIES;
-            float* to = T.query[i / QUERIES][i % QUERIES];
-            rotated(number, i / QUERIES, place_of(number) - first * CHUNK, to[0], to[1]);
+            float x, y;
+            rotated(at, i / QUERIES, place - first * CHUNK, x, y);
+            T.query[i / QUERIES][i % QUERIES] = halves(x, y);
         }
         uint32_t key_slot[4];
         read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
@@ -514,7 +515,13 @@ struct Worker {
         float co, si;  // the second half of a pair stands a quarter of a turn ahead
         quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
-        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.key_sums[chunk & 1][t][q], round_int(T.query[p][q][0] * co + T.query[p][q][1] * si));
+        uint32_t query[QUERIES];
+        if (QUERIES % 4 == 0)
+            UNROLL for (int q = 0; q < QUERIES; q += 4) read4(query + q, &T.query[p][q]);
+        else
+            UNROLL for (int q = 0; q < QUERIES; q++) query[q] = T.query[p][q];
+        UNROLL for (int q = 0; q < QUERIES; q++)
+            add_shared(&T.key_sums[chunk & 1][q][t], round_int(from_half(query[q] & 0xFFFF) * co + from_half(query[q] >> 16) * si));
     }
 #endif
 #if VALUE_OUTLIERS
@@ -591,7 +598,7 @@ struct Worker {
             UNROLL for (int q = 0; q < QUERIES; q++) shares[warp][0][q] = sum[q], shares[warp][1][q] = zeros[q], shares[warp][2][q] = highest[q];
         }
         wait();
-        const int64_t at = ((int64_t)(P.first_part + split) * (P.items / P.splits) + stream * P.tiles + tile) * QUERIES;
+        const int64_t at = ((int64_t)(P.first_part + split) * P.rows + stream * P.tiles + tile) * QUERIES;
         if (tid < QUERIES) {
             float total = 0, zero = 0;
             UNROLL for (int w = 0; w < WARPS; w++) total += shares[w][0][tid], zero += shares[w][1][tid];

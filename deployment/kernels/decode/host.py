@@ -54,7 +54,7 @@ Params = structure(
     ("query result positions origins limits steps factor turn outputs state", _POINTER),
     ("query_b query_h query_s shift", _LONG),
     ("scaling", _FLOAT),
-    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts", _INT),
+    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts rows", _INT),
 )
 
 
@@ -97,7 +97,7 @@ class Shape:
         )
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
-        team += keys * _padded(8 * dim // 2 * queries + 8 * CHUNK * queries + 4 * dim)
+        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 4 * dim)
         team += values * _padded(8 * queries * dim + 4 * CHUNK * queries + 4 * dim + 8 * CHUNK)
         return team
 
@@ -214,7 +214,7 @@ def attend_by(
         query=query.data_ptr(), result=result.data_ptr(), positions=positions.data_ptr(), steps=rotary.steps.data_ptr(),
         factor=rotary.factor.data_ptr(), turn=rotary.turn.data_ptr(), query_b=query.stride(0), query_h=query.stride(1),
         query_s=query.stride(2), scaling=scaling * _LOG2_E, new_tokens=new, group=group, heads=kv_heads,
-        rotary_half=rotary.half, tiles=tiles,
+        rotary_half=rotary.half, tiles=tiles, rows=streams * tiles,
     )  # fmt: skip
     kept: list[object] = [query, positions]
     plain = [segment for segment in segments if isinstance(segment, DenseSegment)]

@@ -78,4 +78,5 @@ DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
 DEVICE void quick_cos_sin(float x, float& c, float& s) { s = __sinf(x), c = __cosf(x); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+DEVICE int quick_quotient(int n, int d) { return (int)__fdividef(n + 0.5f, (float)d); }  // of n below 2^21
 DEVICE int round_int(float x) { return __float2int_rn(x); }
