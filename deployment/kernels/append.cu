@@ -131,16 +131,20 @@ template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const 
     return sum_of_block(sh, total, turn);
 }
 
-// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& scale, float& zero) {
-    const int thread = thread_number(), warp = thread / 32;
-    uint32_t up[SHARE];
+// The thread's channels of the token; one that there is not is the last, so that no load waits for a condition.
+DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
-        const int channel = k * THREADS + thread;
-        up[k] = 0;
-        if (channel < side.channels) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
+        const int channel = min(k * THREADS + thread_number(), side.channels - 1);
+        raw[k] = raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D);
     }
+}
+
+// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
+DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
+    const int thread = thread_number(), warp = thread / 32;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
@@ -268,23 +272,32 @@ DEVICE void chain(Shared& sh, int apart) {
     for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
 }
 
-// Make the bits of a channel's code in its words those of `code`, see store.py; others may change other bits of these words.
-DEVICE void put_code(uint32_t* words, const Side& side, int channel, int slot, uint32_t code) {
-    const int width = side.width[channel];
-    words += side.offset[channel];
+// Where the bits of a channel's code are: for each plane a word, what it was, and its lowest bit. See store.py.
+struct Bits { uint32_t *word[3], was[3]; int first[3], width; };
+DEVICE Bits bits_at(uint32_t* words, const Side& side, int width, int own_slot, int slot) {
+    Bits bits;
+    bits.width = width;
 #pragma unroll
-    for (int plane = 4; plane; plane /= 2) {
-        if (!(width & plane)) continue;
-        const int shift = width & (16 - 2 * plane);
+    for (int k = 0; k < 3; k++) {
+        const int plane = 4 >> k, shift = width & (16 - 2 * plane);
         int word = slot * plane / 32, bit = slot * plane % 32;
         if (side.source == 0) word = word / plane * width + shift + word % plane;
         else {
             const bool keys = side.source == 2;
-            const int c = side.slot[channel] % 16, lane = keys ? slot % 8 * 4 + c % 8 / 2 : c % 8 * 4 + slot / 16;
+            const int c = own_slot % 16, lane = keys ? slot % 8 * 4 + c % 8 / 2 : c % 8 * 4 + slot / 16;
             const int n = keys ? slot / 16 : c / 8 * 2 + slot / 8 % 2, j = keys ? slot / 8 % 2 * 4 + c / 8 * 2 + c % 2 : slot % 8;
             word = 32 * shift + lane * plane + n * plane / 4, bit = 4 * j + n * plane % 4;
         }
-        flip(words + word, (words[word] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
+        bits.word[k] = words + word, bits.was[k] = width & plane ? words[word] : 0, bits.first[k] = bit;
+    }
+    return bits;
+}
+// Make them those of `code`; others may change other bits of these words meanwhile.
+DEVICE void put_code(const Bits& bits, uint32_t code) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+        const int plane = 4 >> k, shift = bits.width & (16 - 2 * plane), bit = bits.first[k];
+        if (bits.width & plane) flip(bits.word[k], (bits.was[k] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
     }
 }
 
@@ -307,6 +320,8 @@ DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, in
 }
 
 KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
+    wait_for_prerequisites();
+    launch_dependents();  // `attend` waits for all of this before it reads what may have changed
     Shared& sh = *(Shared*)SHARED_MEMORY;
     const int thread = thread_number(), warp = thread / 32;
     const bool values = block_number() < p.streams;  // they take longer, and come first
@@ -318,11 +333,15 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const bool fed = FED && side.matrix;
     for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
     float x = 0, scale = 0, zero = 0;
+    uint32_t raw[SHARE];
+    int width = 0, offset = 0, slot = 0;
+    if (side.dynamic) read_share(raw, side, b);
     if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
     if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
     if (thread < PER) sh.outlier[thread] = 0;
     if (thread < D) {
         x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
+        width = side.width[channel], offset = side.offset[channel], slot = side.source ? side.slot[channel] : 0;
         const int place = fed ? side.order[channel] : thread, at = g * D + place;
         sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
@@ -332,6 +351,8 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     if (padding) return;
     if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(x);
     if (token < 0 || token >= p.blocks * 64) return;
+    Bits bits;
+    if (thread < D) bits = bits_at(side.words + (b * p.blocks + token / 64) * side.block_words + offset, side, width, slot, (int)(token % 64));
     int64_t begin = 0, limit = 0;
     int* const end = side.ends + stream * p.blocks + token / 64;
     if (side.outliers) {
@@ -340,7 +361,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, side, b, g, scale, zero);
+        own_range(sh, side, b, g, raw, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
@@ -365,7 +386,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     } else if (thread < D) sh.target[thread] = x, searched(sh, difference(x, sh.z[thread]), thread, sh.code[thread]);
     if (thread < D) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
-        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[sh.place[thread]]);
+        put_code(bits, outlier ? 0 : sh.code[sh.place[thread]]);
     }
     if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
 }
@@ -428,6 +449,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
 }
 
 KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
+    wait_for_prerequisites();
     Tile& sh = *(Tile*)SHARED_MEMORY;
     const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
     const int64_t all = p.streams * tiles, mine = block_number() % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;

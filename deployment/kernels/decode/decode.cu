@@ -249,24 +249,47 @@ struct Worker {
         b = quick_quotient(stream, P.heads), g = stream - b * P.heads;
     }
 
-    DEVICE void begin(int number) {
+    // Which chunks are the item's.
+    DEVICE void reach() {
+        const int64_t stored = load_shared_by_all(P.limits + b) - load_shared_by_all(P.origins + b) - P.shift;
+        held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
+        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks, P.splits), longer = chunks - per * P.splits;
+        first = split * per + min(split, longer), last = first + per + (split < longer), end_block = min(2 * last, (held + 63) / 64);
+    }
+
+    // What no kernel before this one changes, so that it need not be waited for: tables. And words of the first chunks come nearer: which those are may have changed, and they may, too.
+    DEVICE void prepare(int number) {
         item = number;
         locate();
         uint32_t slots[4][2][4];  // asked for before anything is waited for
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
-        const int64_t stored = P.limits[b] - P.origins[b] - P.shift;
-        held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
-        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks + P.splits - 1, P.splits);
-        first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
         key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
+        reach();
+        bring(P.key, key_at, key_width), bring(P.value, value_at, value_width);
+        begin_keys(slots);
+#if KEY_OUTLIERS
+        uint32_t key_slot[4];
+        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
+        for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
+#endif
+#if VALUE_OUTLIERS
+        uint32_t value_slot[4];
+        read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
+        for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
+#endif
+    }
+    DEVICE void bring(const Side& side, const uint32_t* from, const int* width) {
+        UNROLL for (int i = 0; i < 4; i++)
+            if (lane < 4 * (width[0] + width[1]) && 2 * first + i < end_block) bring_sector(from + (int64_t)(2 * first + i) * side.block_words + 4 * lane);
+    }
+
+    DEVICE void begin() {
+        reach();
         UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
         UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
         UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        int pair[4], place;
-        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slots[n][0][3]);
-        anchor(first, pair, place);
-        begin_keys(slots, pair);
+        const int place = anchor(first);
         if (warp == 0 && c == 0 && row < QUERIES) T.end[row] = max(min(place + 1, held), 0);
         begin_outliers();
         wait();
@@ -277,8 +300,10 @@ struct Worker {
 
     // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
     //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
-    DEVICE void begin_keys(const uint32_t (*slots)[2][4], const int* pair) {
+    DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
         float scale[4][2], zero[4][2];
+        int pair[4];
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slots[n][0][3]);
         UNROLL for (int n = 0; n < 4; n++)
             UNROLL for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
         UNROLL for (int n = 0; n < 4; n++) {
@@ -303,17 +328,18 @@ struct Worker {
     DEVICE int slot_of_column(int n) { return 32 * warp + 2 * c + (n & 1) + 8 * (n >> 1); }
     DEVICE int pair_of_first(int channel) { return channel < P.rotary_half ? channel : channel - P.rotary_half; }
 
-    DEVICE void anchor(int chunk, const int* pair, int& place) {
+    DEVICE int anchor(int chunk) {
         int64_t at;
+        int pair[4], place;
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slot_of(P.key, slot_of_column(n))[3]);
         find(tile * QUERIES + row % QUERIES, at, place);
         UNROLL for (int n = 0; n < 4; n++) rotated(at, pair[n], place - chunk * CHUNK - row / QUERIES * STRETCH, column[2 * n], column[2 * n + 1]);
         park();
+        return place;
     }
     DEVICE void anchor_again(int chunk) {
         locate();
-        int pair[4], place;
-        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slot_of(P.key, slot_of_column(n))[3]);
-        anchor(chunk, pair, place);
+        anchor(chunk);
     }
     DEVICE void park() {
 #if QUERIES < 4
@@ -491,15 +517,9 @@ struct Worker {
             rotated(at, i / QUERIES, place - first * CHUNK, x, y);
             T.query[i / QUERIES][i % QUERIES] = halves(x, y);
         }
-        uint32_t key_slot[4];
-        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
-        for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
 #endif
 #if VALUE_OUTLIERS
         begin_list(P.value, values, THREADS - 1 - tid);
-        uint32_t value_slot[4];
-        read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
-        for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
 #endif
     }
 
@@ -626,23 +646,22 @@ KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
     prefetch(P.key.entries, first_entry(5, KEY_WIDTHS) * (is_quad(KEY_WIDTHS) ? 2 : 1));
     prefetch(P.value.entries, first_entry(5, VALUE_WIDTHS) * (is_quad(VALUE_WIDTHS) ? 2 : 1));
-    wait_for_prerequisites();
-    launch_dependents();  // not before: `combine` reads what kernels before this one have written
     const int threads = threads_in_block(), teams = threads / THREADS, team = thread_number() / THREADS;  // TEAMS at most
     Worker worker(P, S, team, thread_number() % THREADS);
-    bool filled = false;
-    for (int item = team * blocks_in_grid() + block_number();; item += teams * blocks_in_grid()) {
-        if (item < P.items) worker.begin(item);
-        if (!filled) {  // while the first words come
-            fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
-            fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
-            for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
-            barrier_of_block();
-            filled = true;
-        }
-        if (item >= P.items) break;
+    int item = team * blocks_in_grid() + block_number();
+    if (item < P.items) worker.prepare(item);
+    fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
+    fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
+    for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
+    barrier_of_block();
+    wait_for_prerequisites();
+    launch_dependents();  // not before: `combine` reads what kernels before this one have written
+    while (item < P.items) {
+        worker.begin();
         for (int chunk = worker.first - 1; chunk <= worker.last; chunk++) worker.step(chunk);
         worker.finish();
+        item += teams * blocks_in_grid();
+        if (item < P.items) worker.prepare(item);
     }
 }
 
