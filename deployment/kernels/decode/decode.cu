@@ -77,7 +77,7 @@ constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VAL
 
 struct alignas(16) Team {
     uint32_t keys[WARPS][2][KEY_PLACE], values[WARPS][2][VALUE_PLACE];  // words of both blocks of the next chunk
-    float scores[2][WARPS][CHUNK][QUERIES];                             // a warp's shares, of two chunks
+    alignas(16) float scores[2][WARPS][CHUNK][QUERIES];                        // a warp's shares, of two chunks
     alignas(16) uint16_t scaled[2][QUERIES][CHUNK + 8];                 // weights times scales of tokens
     alignas(16) float delta[WARPS][4][8];                               // by which columns are rotated from set to set
 #if QUERIES < 4
@@ -92,7 +92,7 @@ struct alignas(16) Team {
 #endif
 #if VALUE_OUTLIERS
     int value_sums[2][QUERIES][D];
-    uint16_t weights[2][CHUNK][QUERIES];
+    alignas(16) uint32_t weights[2][CHUNK][(QUERIES + 1) / 2];  // two fp16
     float value_floor[D];
     uint32_t ranges[2][CHUNK];
 #endif
@@ -112,6 +112,12 @@ template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, in
         const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
         UNROLL for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
     }
+}
+
+template <int N> DEVICE void read_words(uint32_t* v, const void* from) {
+    if (N == 1) v[0] = *(const uint32_t*)from;
+    else if (N == 2) read2(v, from);
+    else read4(v, from);
 }
 
 DEVICE void prefetch(const uint32_t* from, int words) {
@@ -343,14 +349,16 @@ struct Worker {
     }
     DEVICE void park() {
 #if QUERIES < 4
-        UNROLL for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
+        UNROLL for (int i = 0; i < 2; i++) store4(T.column[warp][i][lane], column[4 * i], column[4 * i + 1], column[4 * i + 2], column[4 * i + 3]);
 #endif
     }
 
     // The columns as an operand, and on to those of the next set of tokens.
     DEVICE void next_columns() {
 #if QUERIES < 4
-        UNROLL for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
+        uint32_t parked[8];
+        UNROLL for (int i = 0; i < 2; i++) read4(parked + 4 * i, T.column[warp][i][lane]);
+        UNROLL for (int i = 0; i < 8; i++) column[i] = as_float(parked[i]);
 #endif
         UNROLL for (int i = 0; i < 2; i++)
             UNROLL for (int h = 0; h < 2; h++) operand[h][i] = halves(column[4 * i + h], column[4 * i + 2 + h]);
@@ -394,14 +402,15 @@ struct Worker {
         const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
         if (QUERIES == 1) {  // a lane has those of two stretches, which are four neighbouring places
             UNROLL for (int i = 0; i < 2; i++) kept[2 * (stretch % 2) + i] = c == stretch / 2 ? d[2 * i + stretch % 2] : kept[2 * (stretch % 2) + i];
-            if (t16 == 7)
-                UNROLL for (int i = 0; i < 4; i++) to[4 * (4 * row + c) + i] = kept[i];
+            if (t16 == 7) store4(to + 4 * lane, kept[0], kept[1], kept[2], kept[3]);
         } else {
             const bool mine = 2 * c / QUERIES == stretch;
-            to += (16 * t16 + row) * QUERIES + 2 * c % QUERIES;
+            to += (16 * t16 + row) * QUERIES + query_at(2 * c % QUERIES, row);
             store2_if(mine, to, d[0], d[1]), store2_if(mine, to + 8 * QUERIES, d[2], d[3]);
         }
     }
+    // Where in a place's row a query's score is: of eight, halves change places so that neighbours' are on other banks.
+    DEVICE int query_at(int q, int place) { return QUERIES == 8 ? q ^ (place & 4) : q; }
     // The token of the chunk whose score is at a place.
     DEVICE int token_at(int place) { return QUERIES == 1 ? 32 * (place / 4 % 4) + 8 * (place % 4) + place / 16 : place; }
 
@@ -411,8 +420,10 @@ struct Worker {
     DEVICE void weigh(int chunk, float score, int q, int t, uint32_t range, float& p) {
         p = exp2_of(score - highest[q] + LIFT);
         T.scaled[chunk & 1][q][weight_at(t)] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+    }
+    DEVICE void keep_weights(int chunk, int t, const float* p) {
 #if VALUE_OUTLIERS
-        T.weights[chunk & 1][t][q] = to_half(p);
+        UNROLL for (int q = 0; q < QUERIES; q += 2) T.weights[chunk & 1][t][q / 2] = halves(p[q], q + 1 < QUERIES ? p[q + 1] : 0);
 #endif
     }
 
@@ -422,9 +433,12 @@ struct Worker {
         UNROLL for (int i = 0; i < EACH; i++) {
             const int place = tid + i * THREADS, t = token_at(place);
             if (place >= CHUNK) continue;
+            uint32_t share[WARPS][QUERIES];  // a whole row a load: lanes that read a word of theirs each would meet on banks
+            UNROLL for (int w = 0; w < WARPS; w++)
+                UNROLL for (int q = 0; q < QUERIES; q += 4) read_words<QUERIES < 4 ? QUERIES : 4>(share[w] + q, &T.scores[chunk & 1][w][place][query_at(q, place)]);
             UNROLL for (int q = 0; q < QUERIES; q++) {
-                float s = T.scores[chunk & 1][0][place][q];
-                UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][place][q];
+                float s = as_float(share[0][q]);
+                UNROLL for (int w = 1; w < WARPS; w++) s += as_float(share[w][q]);
 #if KEY_OUTLIERS
                 s += T.key_sums[chunk & 1][q][t] * (1 / KEY_UNIT), T.key_sums[chunk & 1][q][t] = 0;
 #endif
@@ -433,6 +447,7 @@ struct Worker {
                 over |= s > highest[q] + SLACK;
                 weigh(chunk, s, q, t, range[i], p[i][q]);
             }
+            keep_weights(chunk, t, p[i]);
 #if VALUE_OUTLIERS
             T.ranges[chunk & 1][t] = range[i];
 #endif
@@ -550,7 +565,9 @@ struct Worker {
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
-        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
+        uint32_t weight[(QUERIES + 1) / 2];
+        read_words<(QUERIES + 1) / 2>(weight, T.weights[chunk & 1][t]);
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(weight[q / 2] >> 16 * (q % 2) & 0xFFFF) * exceeds));
     }
 #endif
 
@@ -593,9 +610,12 @@ struct Worker {
         if (!here) return;
         if (over) {
             rescale(score);
-            UNROLL for (int i = 0; i < EACH; i++)
-                UNROLL for (int q = 0; q < QUERIES; q++)
-                    if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, token_at(tid + i * THREADS), range[i], p[i][q]);
+            UNROLL for (int i = 0; i < EACH; i++) {
+                const int place = tid + i * THREADS, t = token_at(place);
+                if (place >= CHUNK) continue;
+                UNROLL for (int q = 0; q < QUERIES; q++) weigh(chunk, score[i][q], q, t, range[i], p[i][q]);
+                keep_weights(chunk, t, p[i]);
+            }
             wait();
         }
         UNROLL for (int i = 0; i < EACH; i++)
