@@ -395,11 +395,17 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 
 constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = D / 32, OWN = 4;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
 struct Tile {
-    float y[D * ROW];  // x, and from when a channel had its turn errors, in order
+    uint16_t rows[3][NEXT * D];  // of the matrix: those of this turn, of the next, and of the one after on their way
+    float y[D * ROW];            // x, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
     uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
     uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
 };
+
+// Rows of a turn's channels, 16 bytes a thread.
+DEVICE void copy_rows(Tile& sh, const uint16_t* matrix, int turn) {
+    if (turn < D / NEXT) copy_later(sh.rows[turn % 3] + 8 * thread_number(), matrix + turn * NEXT * D + 8 * thread_number());
+}
 
 // Errors `e` of both of a lane's tokens, of the channel whose row of the matrix this is, go to some of NEXT channels.
 DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NEXT]) {
@@ -414,7 +420,7 @@ DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NE
 }
 
 // Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
-DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* const* targets) {
     const int lane = thread_number() % 32;
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
@@ -444,7 +450,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
             e[h] = difference(y[h][r], value);
             sh.y[c * ROW + lane + 32 * h] = e[h];
         }
-        if (r + 1 < NEXT) hand_on(matrix + c * D + first, e, r + 1, y);
+        if (r + 1 < NEXT) hand_on(rows + r * D + first, e, r + 1, y);
     }
 }
 
@@ -456,6 +462,7 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
     const Side& side = p.side[block_number() / all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
     const uint16_t* matrix = side.matrix + g * D * D;
+    copy_rows(sh, matrix, 0), copy_rows(sh, matrix, 1);
     for (int c = thread; c < D; c += TEAM * 32) {
         const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
         sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
@@ -484,6 +491,7 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         targets[h] = side.targets + t * CHANNELS + g * D;
         if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
+    wait_for_copied();
     barrier_of_block();
 #pragma unroll
     for (int k = 0; k < OWN; k++)
@@ -493,15 +501,18 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
     for (int k = 0; k < OWN; k++)
 #pragma unroll 1
         for (int turn = 0; turn < TEAM; turn++) {
-            const int c = (TEAM * k + turn) * NEXT;
-            if (warp == turn) find_codes(sh, side, c, y[k], matrix, s, z, targets);
+            const int n = TEAM * k + turn, c = n * NEXT;
+            const uint16_t* rows = sh.rows[n % 3];
+            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets);
+            wait_for_copied();
             barrier_of_block();
+            copy_rows(sh, matrix, n + 2);  // in place of those of the turn before, which all have done with
 #pragma unroll 2
             for (int r = 0; r < NEXT; r++) {
                 const float e[2] = {sh.y[(c + r) * ROW + lane], sh.y[(c + r) * ROW + lane + 32]};
 #pragma unroll
                 for (int later = k; later < OWN; later++)
-                    if (later > k || warp > turn) hand_on(matrix + (c + r) * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
+                    if (later > k || warp > turn) hand_on(rows + r * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
             }
         }
     for (int t = warp; t < tokens; t += TEAM)
