@@ -419,9 +419,12 @@ DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NE
         }
 }
 
-// Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
+// Targets of NEXT channels from `first` on of a lane's tokens become errors, codes and, where they are stored, targets. Nothing is written between, so that loads need not wait.
 DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* const* targets) {
     const int lane = thread_number() % 32;
+    uint8_t codes[NEXT][2];
+#pragma unroll
+    for (int i = 0; i < 2 * NEXT; i++) codes[i / 2][i % 2] = sh.code[(first + i / 2) * (TILE + 4) + lane + 32 * (i % 2)];
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
         const int c = first + r;
@@ -443,14 +446,17 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
                     if (q[h] > boundaries[code[h] + step - 1]) code[h] += step;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            uint8_t& kept = sh.code[c * (TILE + 4) + lane + 32 * h];
             float value = sum(product(levels[code[h]], scale[h]), zero[h]);
-            if (kept == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
-            else kept = (uint8_t)code[h];
-            e[h] = difference(y[h][r], value);
-            sh.y[c * ROW + lane + 32 * h] = e[h];
+            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
+            else codes[r][h] = (uint8_t)code[h];
+            y[h][r] = e[h] = difference(y[h][r], value);
         }
         if (r + 1 < NEXT) hand_on(rows + r * D + first, e, r + 1, y);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * NEXT; i++) {
+        const int c = first + i / 2, t = lane + 32 * (i % 2);
+        sh.code[c * (TILE + 4) + t] = codes[i / 2][i % 2], sh.y[c * ROW + t] = y[i % 2][i / 2];
     }
 }
 
