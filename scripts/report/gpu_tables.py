@@ -159,11 +159,12 @@ def _decoded(row: Row) -> tuple[str, str, int]:
 def processes_table(rows: Sequence[Row]) -> list[Line]:
     """Commands in several processes against one."""
     columns = {"command": "{command}", "processes": "{world_size}", "GPU": "{gpu}"}
-    columns |= {"equal to one process": "within {largest_difference:.1e}", "faster": "{faster}"}
+    columns |= {"equal to one process": "{equal}", "faster": "{faster}"}
     lines = []
     for row in rows:
         faster = f"{row['speedup']:.2f}x" if "speedup" in row else ""
-        lines.append(line(columns, row, gpu=short(row["device"]), faster=faster))
+        equal = "yes" if row["identical"] else f"within {row['largest_difference']:.1e}"
+        lines.append(line(columns, row, gpu=short(row["device"]), equal=equal, faster=faster))
     return lines
 
 
