@@ -50,7 +50,7 @@ def fit(records: Records, scheme: Scheme, jobs: int = 1) -> Quantizers:
         records_digest=records.manifest.digest,
         layers=fitted,
         weights=records.manifest.weights,
-        bos=records.manifest.bos,
+        bos=records.manifest.bos if records.manifest.schema > 1 else None,
     )
 
 
