@@ -121,13 +121,18 @@ def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quant
 def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
     options = []
     for kind in KINDS:
-        side = read_side(records, scheme, layer, kind)
+        side = _sample(read_side(records, scheme, layer, kind), scheme)
         fisher = side.fisher
         if scheme.feedback:
             deviation = side.thinned(_PRICING_TOKENS).activation.float().std(0, correction=0)
             fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
         options.append(_weighted(price(ChannelHistograms.of(side.activation, fisher), scheme), scheme, kind))
     return options
+
+
+def _sample(side: Side, scheme: Scheme) -> Side:
+    """What is counted: all tokens if they say which elements are kept exactly; else every range is fitted once more, and fewer do."""
+    return side if scheme.outliers else side.thinned(_PRICING_TOKENS)
 
 
 def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> list[Options]:
@@ -154,7 +159,8 @@ def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]
     fitted = {}
     for kind, choice in zip(KINDS, chosen, strict=True):
         side = read_side(records, scheme, layer, kind)
-        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
+        sample = _sample(side, scheme)
+        quantizer = bind(ChannelHistograms.of(sample.activation, sample.fisher), choice[0], scheme, choice[1])
         fitted[kind] = _compensated(quantizer, records, side, layer, kind)
     return fitted
 
