@@ -102,7 +102,6 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
 }
 DEVICE float shuffle_xor(float x, int k) { float v[32]; lanes::gather(x, v); return v[lanes::now % 32 ^ k]; }
 DEVICE uint32_t load1(const uint32_t* p) { lanes::check(p, 4); return *p; }
-DEVICE int64_t load_shared_by_all(const int64_t* p) { return *p; }
 DEVICE void read2(uint32_t* v, const void* p) { lanes::check(p, 8); memcpy(v, p, 8); }
 DEVICE void read4(uint32_t* v, const void* p) { lanes::check(p, 16); memcpy(v, p, 16); }
 DEVICE void barrier_of_warp() { lanes::meet(lanes::of_warp[lanes::now / 32], 32); }
@@ -126,7 +125,6 @@ DEVICE uint32_t shared1(uint32_t at) { return load1((const uint32_t*)(lanes::sha
 DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { uint32_t v[2]; read2(v, lanes::shared + at); a = v[0], b = v[1]; }
 DEVICE void read4_if(bool p, uint32_t* v, const void* at) { if (p) read4(v, at); else std::fill(v, v + 4, 0x7FFF7FFFu); }
 DEVICE void prefetch_line(const void*) {}
-DEVICE void bring_sector(const void*) {}
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
 DEVICE void store4(float* p, float a, float b, float c, float d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
 DEVICE void store2_if(bool p, float* to, float x, float y) { if (p) lanes::check(to, 8), to[0] = x, to[1] = y; }

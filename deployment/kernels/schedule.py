@@ -17,7 +17,7 @@ EVEN_TOKENS = (
 )
 CHUNK = 128  # tokens that a team takes at a time
 _MOST_SPLITS = 1024
-_START = 1.5  # what a team does before its first chunk, in chunks
+_START = 5.0  # what a team does before its first chunk, in chunks
 _PART = 0.02  # what `combine` does for a part
 _CROWD = 1.0  # what it costs if `combine` finds no room beside `attend`
 

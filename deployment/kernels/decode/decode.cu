@@ -50,7 +50,7 @@ struct Params {
     float scaling;                                    // of scores, times log2 e
     int new_tokens, group, heads, rotary_half;        // S, H / G, G, R / 2
     int tokens, blocks, splits, tiles, items;         // of the page; parts of it, tiles of queries, all that teams take turns with
-    int first_part, parts, rows;                      // of outputs; tiles of all sequences and heads
+    int first_part, parts, rows, early;               // of outputs; tiles of all sequences and heads; whether what follows `combine` finds room beside it
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
@@ -255,23 +255,13 @@ struct Worker {
         b = quick_quotient(stream, P.heads), g = stream - b * P.heads;
     }
 
-    // Which chunks are the item's.
-    DEVICE void reach() {
-        const int64_t stored = load_shared_by_all(P.limits + b) - load_shared_by_all(P.origins + b) - P.shift;
-        held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
-        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks, P.splits), longer = chunks - per * P.splits;
-        first = split * per + min(split, longer), last = first + per + (split < longer), end_block = min(2 * last, (held + 63) / 64);
-    }
-
-    // What no kernel before this one changes, so that it need not be waited for: tables. And words of the first chunks come nearer: which those are may have changed, and they may, too.
+    // What no kernel just before this one changes, so that it need not be waited for.
     DEVICE void prepare(int number) {
         item = number;
         locate();
         uint32_t slots[4][2][4];  // asked for before anything is waited for
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
-        reach();
-        bring(P.key, key_at, key_width), bring(P.value, value_at, value_width);
         begin_keys(slots);
 #if KEY_OUTLIERS
         uint32_t key_slot[4];
@@ -284,13 +274,11 @@ struct Worker {
         for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
 #endif
     }
-    DEVICE void bring(const Side& side, const uint32_t* from, const int* width) {
-        UNROLL for (int i = 0; i < 4; i++)
-            if (lane < 4 * (width[0] + width[1]) && 2 * first + i < end_block) bring_sector(from + (int64_t)(2 * first + i) * side.block_words + 4 * lane);
-    }
-
     DEVICE void begin() {
-        reach();
+        const int64_t stored = P.limits[b] - P.origins[b] - P.shift;
+        held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
+        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks, P.splits), longer = chunks - per * P.splits;
+        first = split * per + min(split, longer), last = first + per + (split < longer), end_block = min(2 * last, (held + 63) / 64);
         UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
         UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
@@ -505,18 +493,20 @@ struct Worker {
     DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
     DEVICE void begin_list(const Side& side, List& list, int number) {
         list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
+        ask_list(side, list, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
         list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
     }
-    // Outliers of a chunk, which are loaded two rounds ahead.
-    template <class Add> DEVICE void add_list(const Side& side, List& list, Add add) {
+    // Outliers of a chunk, which are loaded two rounds ahead, and the first two of the next one.
+    template <class Add> DEVICE void add_list(const Side& side, List& list, int chunk, Add add) {
         ROLLED for (; list.at < list.end; list.at += THREADS) {
             const uint32_t word = list.one;
             list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
             add(word);
         }
         list.at = list.end + list.number, list.end = list.later;
+        ask_list(side, list, chunk + 1);
     }
     DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
     DEVICE int token_of(uint32_t word) { return ((word & 0xFFFF) / D) % CHUNK; }
@@ -580,21 +570,15 @@ struct Worker {
             range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
         if (chunk + 1 < last) {
-#if KEY_OUTLIERS
-            ask_list(P.key, keys, chunk + 1);
-#endif
             score_chunk(chunk + 1);
 #if KEY_OUTLIERS
-            add_list(P.key, keys, [&](uint32_t word) { add_key(word, chunk + 1); });
+            add_list(P.key, keys, chunk + 1, [&](uint32_t word) { add_key(word, chunk + 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         if (first < chunk) {
-#if VALUE_OUTLIERS
-            ask_list(P.value, values, chunk - 1);
-#endif
             add_values(chunk - 1);
 #if VALUE_OUTLIERS
-            add_list(P.value, values, [&](uint32_t word) { add_value(word, chunk - 1); });
+            add_list(P.value, values, chunk - 1, [&](uint32_t word) { add_value(word, chunk - 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         float score[EACH][QUERIES], p[EACH][QUERIES];

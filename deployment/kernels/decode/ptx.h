@@ -31,7 +31,6 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
 DEVICE float shuffle_xor(float x, int k) { return __shfl_xor_sync(~0u, x, k); }
 // words that are read once: they pass by the first-level cache
 DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cs.b32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
-DEVICE int64_t load_shared_by_all(const int64_t* p) { int64_t v; asm volatile("ld.global.cg.b64 %0,[%1];" : "=l"(v) : "l"(p)); return v; }  // as others have written it
 DEVICE void barrier_of_warp() { __syncwarp(); }
 // 16 bytes to shared memory, which arrive some time after a group of copies has ended
 DEVICE void copy16_if(bool p, uint32_t* to, const uint32_t* from) {
@@ -57,7 +56,6 @@ DEVICE void read4_if(bool p, uint32_t* v, const void* at) {  // from shared memo
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"((uint32_t)__cvta_generic_to_shared(at)), "r"((int)p));
 }
 DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
-DEVICE void bring_sector(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }  // 32 bytes to the second-level cache, where all see the same
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
 DEVICE void store4(float* p, float a, float b, float c, float d) { *(float4*)p = make_float4(a, b, c, d); }
 DEVICE void store2_if(bool p, float* to, float x, float y) {
