@@ -19,7 +19,7 @@ CHUNK = 128  # tokens that a team takes at a time
 _MOST_SPLITS = 1024
 _START = 5.0  # what a team does before its first chunk, in chunks
 _PART = 0.02  # what `combine` does for a part
-_CROWD = 1.0  # what it costs if `combine` finds no room beside `attend`
+_CROWD = 3.0  # what it costs if `combine` finds no room beside `attend`
 
 
 @cache
