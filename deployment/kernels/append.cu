@@ -320,33 +320,37 @@ DEVICE void put_outliers(const Shared& sh, const Params& p, const Side& side, in
 }
 
 KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
-    wait_for_prerequisites();
-    launch_dependents();  // `attend` waits for all of this before it reads what may have changed
     Shared& sh = *(Shared*)SHARED_MEMORY;
     const int thread = thread_number(), warp = thread / 32;
     const bool values = block_number() < p.streams;  // they take longer, and come first
     const Side& side = p.side[values];
     const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
     const int g = (int)(stream % HEADS), channel = g * D + thread;
-    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
+    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time; and tables before kernels before this one are waited for
+    float x = 0, scale = 0, zero = 0, level = 0, boundary = 0;
+    int width = 0, offset = 0, slot = 0;
+    if (thread < side.all_levels) level = side.levels[thread];
+    if (thread < side.all_boundaries) boundary = side.boundaries[thread];
+    if (thread < D) {
+        scale = side.scale[channel], zero = side.zero[channel], width = side.width[channel], offset = side.offset[channel];
+        if (side.source) slot = side.slot[channel];
+    }
+    wait_for_prerequisites();
+    launch_dependents();  // `attend` waits for all of this before it reads what may have changed
     const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + (side.first_head + g) * side.stride_g;
     const bool fed = FED && side.matrix;
     for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
-    float x = 0, scale = 0, zero = 0;
     uint32_t raw[SHARE];
-    int width = 0, offset = 0, slot = 0;
     if (side.dynamic) read_share(raw, side, b);
-    if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
-    if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
-    if (thread < PER) sh.outlier[thread] = 0;
     if (thread < D) {
-        x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
-        width = side.width[channel], offset = side.offset[channel], slot = side.source ? side.slot[channel] : 0;
+        x = number_of(raw_of(side.x, own + thread));
         const int place = fed ? side.order[channel] : thread, at = g * D + place;
         sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
     }
+    if (thread < MOST_LEVELS) sh.levels[thread] = level, sh.boundaries[thread] = boundary;
+    if (thread < PER) sh.outlier[thread] = 0;
     const int64_t token = number - p.sinks - p.page_start;
     if (padding) return;
     if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(x);
