@@ -183,7 +183,7 @@ DEVICE float element(const void* at, int64_t i, bool half) {
 
 struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
     int at, end, later, number;  // the thread's, so that remainders fall to other warps than those of the other side
-    uint32_t one, two;
+    uint16_t index[2], value[2];  // as they are loaded: to put them together would be to wait for them
 };
 
 // What a thread knows of its team's item: part `split` of a page, for a tile of queries of one sequence and KV head.
@@ -490,19 +490,23 @@ struct Worker {
 
     // Where the list of a chunk ends: at its last block that exists.
     DEVICE int list_end(const Side& side, int chunk) { return side.ends[(int64_t)stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
-    DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
+    DEVICE void ask_entry(const Side& side, List& list, int n, int at) {
+        if (at < list.end) list.index[n] = side.index[at], list.value[n] = side.value[at];
+    }
     DEVICE void begin_list(const Side& side, List& list, int number) {
         list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
         ask_list(side, list, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
-        list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
+        list.later = list_end(side, chunk + 1);
+        ask_entry(side, list, 0, list.at), ask_entry(side, list, 1, list.at + THREADS);
     }
     // Outliers of a chunk, which are loaded two rounds ahead, and the first two of the next one.
     template <class Add> DEVICE void add_list(const Side& side, List& list, int chunk, Add add) {
         ROLLED for (; list.at < list.end; list.at += THREADS) {
-            const uint32_t word = list.one;
-            list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
+            const uint32_t word = list.index[0] | (uint32_t)list.value[0] << 16;
+            list.index[0] = list.index[1], list.value[0] = list.value[1];
+            ask_entry(side, list, 1, list.at + 2 * THREADS);
             add(word);
         }
         list.at = list.end + list.number, list.end = list.later;
