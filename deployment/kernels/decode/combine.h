@@ -3,7 +3,7 @@
 
 // One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
 SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
-    if (P.early) launch_dependents();  // else some multiprocessors would begin long after the others, which slow them down
+    launch_dependents();  // all it reads was written before `attend` began, or is that kernel's
     constexpr int ALL = 4 * D;
     const int tokens = P.plain[0].tokens + P.plain[1].tokens;
     float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]
@@ -73,7 +73,6 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     for (int i = t / D; i < tokens; i += 4)  // one that is not seen may be anything
         if (weight[i] != 0) output += weight[i] * (i < 4 ? plain_value : value_of(i));
     outputs[t] = output;
-    launch_dependents();
     barrier_of_block();
     if (t >= D) return;
     total = zero = 0;

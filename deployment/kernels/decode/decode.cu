@@ -50,12 +50,12 @@ struct Params {
     float scaling;                                    // of scores, times log2 e
     int new_tokens, group, heads, rotary_half;        // S, H / G, G, R / 2
     int tokens, blocks, splits, tiles, items;         // of the page; parts of it, tiles of queries, all that teams take turns with
-    int first_part, parts, rows, early;               // of outputs; tiles of all sequences and heads; whether what follows `combine` finds room beside it
+    int first_part, parts, rows;                      // of outputs; tiles of all sequences and heads
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
 constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
-constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
+constexpr int ANCHOR = SET;  // chunks, 128 sets, after which columns are rotated from the queries again, so that errors do not add up
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;

@@ -54,7 +54,7 @@ Params = structure(
     ("query result positions origins limits steps factor turn outputs state", _POINTER),
     ("query_b query_h query_s shift", _LONG),
     ("scaling", _FLOAT),
-    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts rows early", _INT),
+    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts rows", _INT),
 )
 
 
@@ -230,7 +230,6 @@ def attend_by(
     params.parts = sum(splits)
     outputs = query.new_empty(params.parts * streams * tiles * rows, dim, dtype=torch.float32)
     state = query.new_empty(params.parts * streams * tiles * rows, 4, dtype=torch.float32)
-    params.early = 1
     params.outputs, params.state = outputs.data_ptr(), state.data_ptr()
     for page, shape, parts in zip(packed, shapes, splits, strict=True):
         params.key, params.value = _side(page.key, page.key_page), _side(page.value, page.value_page)
@@ -239,7 +238,6 @@ def attend_by(
         params.splits, params.items = parts, streams * tiles * parts
         blocks = min(count, params.items)
         teams = min(shape.teams, -(-params.items // blocks))  # where few will do, `combine` finds room beside them
-        params.early &= teams <= roomy_teams(shape)
         run("attend", shape, blocks, teams * dim, shape.shared_bytes - (shape.teams - teams) * shape.team_bytes, params)
         params.first_part += parts
     shared = 4 * (3 * params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 3 * dim // 8)
