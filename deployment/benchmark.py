@@ -31,7 +31,7 @@ from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend, runs_kernels
 from gradients.cli import command_parser, format_table, positive_int, run_command
 from quant.options import add_scheme_arguments, scheme_from
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 
 OPS = ("append", "chunk", "decode", "prefill")
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--ops", type=parse_ops, default=list(OPS), help=f"some of {','.join(OPS)} (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 
     with current(torch.device(arguments.device)):
