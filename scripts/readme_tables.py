@@ -163,7 +163,7 @@ def speed() -> str:
 
 def retrieval_packed() -> str:
     """Retrieval through the packed cache beside simulated."""
-    return markdown(*packed_table(rows_of("passkey"), rows_of("ruler")))
+    return markdown(*packed_table(rows_of("passkey"), rows_of("passkey-ten"), rows_of("ruler")))
 
 
 def allocation() -> str:

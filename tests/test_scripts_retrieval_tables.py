@@ -16,10 +16,18 @@ def packed(scheme: str, context: int, share: float, exact_chunk: bool, **fields:
 
 
 def test_passkeys_by_scheme_and_length() -> None:
-    rows = [row("unquantized", 512, 1), row("nuq2", 2048, 0.5), row("nuq2", 512, 0.25), packed("nuq2", 512, 1, True)]
+    rows = [row("nuq2", 2048, 0.5), row("unquantized", 512, 1), row("nuq2", 512, 0.25), packed("nuq2", 512, 1, True)]
+    window = {"scheme": "nuq2 sink_tokens=32 residual_tokens=128"}
+    rows += [row("nuq4", 512, 1), row("nuq4", 512, 1) | window | {"bits_per_element": 9.5}]
+    rows += [row("nuq4", 2048, 1) | window | {"bits_per_element": 4}]
     header, lines = passkey_table(rows)
     assert header[1:] == ["512 tokens", "2048 tokens"]
-    assert lines == [["unquantized", "100 % (4.00)", ""], ["nuq2", "25 % (1.00)", "50 % (2.00)"]]
+    assert lines == [
+        ["unquantized", "100 % (4.00)", ""],
+        ["nuq4", "100 % (4.00)", ""],
+        ["nuq2, 32 and 128 exact", "100 % (4.00)", "100 % (4.00)"],  # as large as in the longest text
+        ["nuq2", "25 % (1.00)", "50 % (2.00)"],
+    ]
 
 
 def test_needles_are_averaged_over_depths_that_all_schemes_have() -> None:
@@ -46,10 +54,12 @@ def test_packed_cells_stand_beside_simulated_ones() -> None:
     passkeys += [packed("nuq2", 2048, 1, True), packed("nuq2", 512, 0.5, False), packed("nuq2", 512, 0.75, True)]
     passkeys += [packed("nuq2", 512, 1, False, prefill_chunk=512)]
     tasks = [packed("nuq4", 512, 1, True, task="vt"), row("nuq4", 512, 0.5, task="niah_single")]
-    header, lines = packed_table(passkeys, tasks)
+    of_ten = [packed("nuq2", 2048, 0.5, False), row("nuq2", 2048, 1)]
+    header, lines = packed_table(passkeys, of_ten, tasks)
     assert header[3:] == ["simulated", "packed, every token quantized", "packed, chunk exact"]
     assert lines == [
         ["passkey", "512", "nuq2", "25 % (1.00)", "100 % (4.00); 50 % (2.00)", "75 % (3.00)"],
         ["passkey", "2048", "nuq2", "50 % (2.00)", "", "100 % (4.00)"],
+        ["passkey, ten", "2048", "nuq2", "100 % (4.00)", "50 % (2.00)", ""],
         ["ruler vt", "512", "nuq4", "", "", "100 % (4.00)"],
     ]

@@ -5,6 +5,7 @@ brackets, the NLL of the expected answer in nats: what is found says whether a c
 that, also where so few questions are asked, or so hard ones, that nothing is found at all.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -19,12 +20,12 @@ WAYS = ("simulated", "every token quantized", "chunk exact")
 
 def passkey_table(rows: Sequence[Row]) -> Table:
     """The share of pass keys retrieved and the NLL of their digits, a column for each context; simulated."""
-    cells = {(row["scheme"], row["context"]): row for row in rows if row["mode"] != "packed"}
-    contexts = sorted({context for _, context in cells})
-    lines = [
-        [scheme, *(shown([cells[scheme, one]] if (scheme, one) in cells else [], "retrieved") for one in contexts)]
-        for scheme in dict.fromkeys(scheme for scheme, _ in cells)
-    ]
+    cells, schemes = simulated_cells(rows, "context")
+    contexts = sorted({context for _, context, _ in cells})
+    lines = []
+    for scheme in schemes:
+        own = [[cells[scheme, one, one]] if (scheme, one, one) in cells else [] for one in contexts]
+        lines.append([brief(scheme), *(shown(some, "retrieved") for some in own)])
     return ["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], lines
 
 
@@ -41,7 +42,7 @@ def needle_table(rows: Sequence[Row]) -> Table:
             for length in lengths
         ]
         bits = next(some for some in reversed(own) if some)[0]["bits_per_element"]
-        lines.append([scheme, f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own)])
+        lines.append([brief(scheme), f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own)])
     return ["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines
 
 
@@ -54,17 +55,18 @@ def ruler_table(rows: Sequence[Row]) -> Table:
     for length, scheme in product(lengths, schemes):
         own = [[cells[scheme, length, task]] if (scheme, length, task) in cells else [] for task in shown_tasks]
         if any(own):
-            lines.append([scheme, str(length), *(shown(some, "found", "nll_per_token") for some in own)])
+            lines.append([brief(scheme), str(length), *(shown(some, "found", "nll_per_token") for some in own)])
     return ["found (NLL per token)", "tokens", *shown_tasks], lines
 
 
-def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> Table:
+def packed_table(passkey: Sequence[Row], passkey_ten: Sequence[Row], ruler: Sequence[Row]) -> Table:
     """Cells that ran through the packed cache, beside the same cells simulated.
 
     With `--no-exact-chunk` every token reads a quantized past, as simulated, and the length of a chunk is a matter of
     speed alone: where it varies, all runs stand in the cell, the longest chunk first.
     """
     rows = [("passkey", "retrieved", row) for row in passkey]
+    rows += [("passkey, ten", "retrieved", row) for row in passkey_ten]
     rows += [(f"ruler {row['task']}", "found", row) for row in ruler]
     cells: dict[tuple[str, int, str], dict[str, dict[int, str]]] = {}
     for test, share, row in rows:
@@ -75,7 +77,7 @@ def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> Table:
         if found.keys() & set(WAYS[1:]):
             runs_of = (found.get(one, {}) for one in WAYS)
             texts = ("; ".join(runs[chunk] for chunk in sorted(runs, reverse=True)) for runs in runs_of)
-            lines.append([test, str(context), scheme, *texts])
+            lines.append([test, str(context), brief(scheme), *texts])
     return ["test", "tokens", "scheme", WAYS[0], *(f"packed, {one}" for one in WAYS[1:])], lines
 
 
@@ -87,10 +89,21 @@ def way(row: Row) -> str:
 
 
 def simulated_cells(rows: Sequence[Row], part: str) -> tuple[dict[Any, Row], list[str]]:
-    """Rows by scheme, length and `part` of a test, and the schemes, the largest first; packed ones left out."""
+    """Rows by scheme, length and `part` of a test, and the schemes, the largest first; packed ones left out.
+
+    A scheme is as large as in its longest text, where tokens that stay exact weigh least.
+    """
     simulated = [row for row in rows if row["mode"] != "packed"]
-    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
-    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
+    bits: dict[str, float] = {}
+    for row in simulated:
+        bits[row["scheme"]] = min(row["bits_per_element"], bits.get(row["scheme"], row["bits_per_element"]))
+    cells = {(row["scheme"], row["context"], row[part]): row for row in simulated}
+    return cells, sorted(bits, key=lambda scheme: -bits[scheme])
+
+
+def brief(scheme: str) -> str:
+    """`nuq2+fb sink_tokens=32 residual_tokens=128` as `nuq2+fb, 32 and 128 exact`."""
+    return re.sub(r" sink_tokens=(\d+) residual_tokens=(\d+)", r", \1 and \2 exact", scheme)
 
 
 def shown(rows: Sequence[Row], share: str, nll: str = "answer_nll") -> str:
