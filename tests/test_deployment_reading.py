@@ -104,3 +104,26 @@ def test_a_model_that_changes_is_recorded_anew(make_model, quantizers, make_toke
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
         assert not read(model, cache, ids[:, :CHUNK]).any()
         assert (own.recordings, own.replays) == (1, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="records CUDA graphs")
+@pytest.mark.parametrize("padding", [0, 7])
+def test_on_a_gpu_chunks_are_read_as_they_were_without_graphs(
+    make_model, quantizers, make_tokens, padding: int
+) -> None:
+    model, ids = make_model("llama").to(DEVICE), make_tokens(2, 9 * CHUNK).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    plain, first, second = (PackedCache(quantizers, model.config) for _ in range(3))
+    with torch.no_grad(), packed_attention(model, graphs=False):
+        expected = read(model, plain, ids, mask)
+    with torch.no_grad(), packed_attention(model):
+        own: Reading = model.forward.automatic.reading
+        for cache in (first, second):
+            logits = read(model, cache, ids, mask)
+            assert ((logits - expected).norm() / expected.norm()).item() < 1e-2
+            assert [layer.stored.tolist() for layer in cache.layers] == [
+                layer.stored.tolist() for layer in plain.layers
+            ]
+        assert (own.recordings, own.replays) == (1, 15)
