@@ -60,6 +60,8 @@ class Rope(Numbered):
         """
         batch, tokens = positions.shape
         last = positions.new_full((batch, 1), length - 1)
+        if self.length_dependent:  # blocks may end beyond the text, which the module must not take for its length
+            positions = positions.clamp(max=length - 1)
         # `x` tells the module nothing but device and dtype
         x = torch.empty(0, device=positions.device, dtype=dtype)
         kind = {} if self.layer_type is None else {"layer_type": self.layer_type}

@@ -24,7 +24,15 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, priced_share, targeted, thinned, with_feedback, without_feedback
+from quant.compensate import (
+    ElementQuantizer,
+    priced_share,
+    stretched,
+    targeted,
+    thinned,
+    with_feedback,
+    without_feedback,
+)
 from quant.grouping import units_of
 from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
@@ -121,13 +129,18 @@ def _fit_layer(records: Records, scheme: Scheme, layer: int) -> dict[Kind, Quant
 def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
     options = []
     for kind in KINDS:
-        side = read_side(records, scheme, layer, kind)
+        side = _sample(read_side(records, scheme, layer, kind), scheme)
         fisher = side.fisher
         if scheme.feedback:
             deviation = side.thinned(_PRICING_TOKENS).activation.float().std(0, correction=0)
             fisher = fisher.float() * priced_share(records.read_moment(layer, kind), deviation)
         options.append(_weighted(price(ChannelHistograms.of(side.activation, fisher), scheme), scheme, kind))
     return options
+
+
+def _sample(side: Side, scheme: Scheme) -> Side:
+    """What is counted: all tokens if they say which elements are kept exactly; else every range is fitted once more, and fewer do."""
+    return side if scheme.outliers else side.thinned(_PRICING_TOKENS)
 
 
 def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> list[Options]:
@@ -154,7 +167,8 @@ def _bind_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]
     fitted = {}
     for kind, choice in zip(KINDS, chosen, strict=True):
         side = read_side(records, scheme, layer, kind)
-        quantizer = bind(ChannelHistograms.of(side.activation, side.fisher), choice[0], scheme, choice[1])
+        sample = _sample(side, scheme)
+        quantizer = bind(ChannelHistograms.of(sample.activation, sample.fisher), choice[0], scheme, choice[1])
         fitted[kind] = _compensated(quantizer, records, side, layer, kind)
     return fitted
 
@@ -164,7 +178,10 @@ def _compensated(quantizer: Quantizer, records: Records, side: Side, layer: int,
     if not quantizer.scheme.feedback:
         return without_feedback(quantizer, side) if isinstance(quantizer, MixedQuantizer) else quantizer
     assert isinstance(quantizer, ElementQuantizer)
-    return with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
+    fed = with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
+    if kind == "value" and isinstance(fed, MixedQuantizer) and not fed.scheme.outliers:
+        return stretched(fed, thinned(side))
+    return fed
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

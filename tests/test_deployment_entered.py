@@ -207,3 +207,15 @@ def test_frequencies_are_those_of_the_length_asked_for(fit_model, make_tokens) -
         assert (read(ids) - expected).abs().max() < EXACT
         assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
+@pytest.mark.parametrize("tokens", [40, 90])
+def test_stored_tokens_have_the_frequencies_of_the_text(fit_model, make_tokens, tokens: int) -> None:
+    """Codes are read in whole blocks, whose last positions lie beyond the text, and beyond where frequencies change."""
+    quantizers, ids = fit_model(build_model(dynamic_llama()), Scheme.parse("nuq4")), make_tokens(1, tokens)
+    model = build_model(dynamic_llama()).double()  # another, which remembers no longer text
+    with simulated(model, quantizers):
+        expected = model(ids, use_cache=False).logits
+    cache = PackedCache(quantizers, model.config, exact_chunk=False)
+    with packed_attention(model):
+        assert (model(ids, past_key_values=cache).logits - expected).abs().max() < 1e-6

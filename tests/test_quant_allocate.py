@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import quant.fit as fitting
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from quant.allocate import SHARES, WIDTHS, ChannelHistograms, Options, allocate, bind, price
@@ -107,6 +108,25 @@ def test_what_lies_outside_the_range_is_exact() -> None:
 def allocated(records) -> MixedQuantizer:
     """Fitted to the tiny Llama."""
     return fit(records, Scheme.parse("rdnuq2.5-4%"))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("name", "sampled"), [("rdnuq2.4+fb", True), ("rdnuq2.4", True), ("rdnuq2.4-4%", False)])
+def test_all_tokens_are_counted_only_where_outliers_are_chosen(
+    name: str, sampled: bool, records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    of = ChannelHistograms.of
+
+    def counting(activation: Tensor, fisher: Tensor) -> ChannelHistograms:
+        counted.append(len(activation))
+        return of(activation, fisher)
+
+    monkeypatch.setattr(ChannelHistograms, "of", counting)
+    monkeypatch.setattr(fitting, "_PRICING_TOKENS", 16)
+    fit(records, Scheme.parse(name))
+    tokens = len(records.read_layer(0, "key", skip_tokens=1)[0])
+    assert tokens >= 64 and set(counted) <= (set(range(16, 32)) | {tokens} if sampled else {tokens})
+    assert (counted[0] < 32) is sampled and (counted[-1] < 32) is sampled  # for the prices, and for what is chosen
 
 
 def test_the_budget_is_kept_on_the_calibration_text(allocated, records) -> None:

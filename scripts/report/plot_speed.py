@@ -45,7 +45,7 @@ class Point(NamedTuple):
 
 
 def read_lines(rows: Sequence[Row], batch: int) -> dict[str, dict[str, list[Point]]]:
-    """Points by shape and by scheme (fp16 first), in order of contexts. Raises `UserError` without any."""
+    """Points by shape and by scheme (fp16 first), in order of contexts; single ones only if there are no lines. Raises `UserError` without any."""
     cells: dict[tuple[str, str, int], Point] = {}
     try:
         device = rows[-1]["device"] if rows else None
@@ -71,7 +71,8 @@ def read_lines(rows: Sequence[Row], batch: int) -> dict[str, dict[str, list[Poin
         cells.items(), key=lambda cell: (cell[0][0], _order(cell[0][1]), cell[0][2])
     ):
         lines.setdefault(shape, {}).setdefault(scheme, []).append(point)
-    return lines
+    longer = {shape: {scheme: each for scheme, each in of.items() if len(each) > 1} for shape, of in lines.items()}
+    return {shape: of for shape, of in longer.items() if of} or lines
 
 
 def _order(scheme: str) -> tuple[int, str]:
