@@ -56,7 +56,7 @@ TINY = {
 _STEPS = (4, 64)  # measured at least and at most
 _MEASURED_SECONDS = 2.0  # of each, about
 _WARM_STEPS = 3  # the first compiles, the second records
-_CHUNKS_EACH = 3  # forwards of a chunk; the first compiles
+_CHUNKS_EACH, _WARM_CHUNKS = 6, 3  # forwards of a chunk; the first compiles, the third records
 
 Row = dict[str, Any]
 Forward = Callable[[Tensor], Tensor]
@@ -267,7 +267,7 @@ class Benchmark:
                     self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                     self._wait()
                     times.append(time.perf_counter() - started)
-                best = min(times[1:])
+                best = min(times[_WARM_CHUNKS:])
                 peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
                 measured = {"chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
                 self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
