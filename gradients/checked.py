@@ -4,6 +4,9 @@ Such a file holds tensors and, as its metadata, one JSON object: what the artefa
 every tensor (name, dtype, shape and bytes), and a digest of this whole object, checksums included. So one digest covers
 everything, and single tensors can be read and checked without the others. A file is opened only when its digest is
 right, and a tensor handed out only when it is of the dtype and shape that its reader expects, and has its checksum.
+
+Files written before there were digests have none: whatever they say is believed, except that tensors are still checked
+against what is expected, and against the checksums of their bytes where they have such.
 """
 
 import hashlib
@@ -44,7 +47,10 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Artefact:
-    """A kind of file: what it is called, the key of its metadata, its schema, and the remedy if one cannot be used."""
+    """A kind of file: what it is called, the key of its metadata, its schema, and the remedy if one cannot be used.
+
+    Schema 1 stands for files without a digest, read as far as they go.
+    """
 
     noun: str
     key: str
@@ -84,7 +90,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def bytes_checksum(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes alone."""
+    """Hash of a tensor's bytes alone, as files without a digest have it."""
     return _hash(tensor, "")
 
 
@@ -117,15 +123,21 @@ class CheckedFile:
     content: dict[str, Any]
     file: Any
 
+    @property
+    def has_digest(self) -> bool:
+        """Whether it is of a version that wrote digests."""
+        return "digest" in self.content
+
     def error(self, what: object) -> UserError:
         """The error that says in one line what is wrong with this file."""
         return self.kind.error(self.path, what)
 
     def check(self) -> None:
-        """Raise `UserError` unless the metadata are of this version's schema, and have their digest."""
-        if (schema := self.content.get("schema")) != self.kind.schema:
+        """Raise `UserError` unless the metadata are of a schema that is known, and have their digest."""
+        schema = self.content.get("schema", 1)
+        if schema not in (1, self.kind.schema):
             raise self.error(f"has schema {schema!r:.40}, this version reads {self.kind.schema}")
-        if self.content.get("digest") != digest_of(self.content):
+        if self.has_digest != (schema != 1) or (self.has_digest and self.content["digest"] != digest_of(self.content)):
             raise self.error("was altered after it was written: its metadata do not have their digest")
 
     def names(self) -> list[str]:
@@ -164,14 +176,17 @@ class CheckedFile:
         self._require(name, wanted)
         tensor: Tensor = self.file.get_tensor(name)
         sums = self.content.get("checksums")
-        if not isinstance(sums, dict) or sums.get(name) != checksum(tensor):
+        if sums is None and not self.has_digest:
+            return tensor
+        taken = checksum(tensor) if self.has_digest else bytes_checksum(tensor)
+        if not isinstance(sums, dict) or sums.get(name) != taken:
             raise self.error(f"was altered after it was written: tensor {name} is another")
         return tensor
 
 
 @contextmanager
 def open_checked(path: str | Path, kind: Artefact) -> Iterator[CheckedFile]:
-    """Open a file that `write_checked` wrote.
+    """Open a file that `write_checked` wrote, or a version before it.
 
     Raises `UserError` when it is missing, not safetensors (a pickle, say), truncated, of another kind, or altered, and
     within the block whenever what is read cannot be used (ValueError, KeyError, TypeError).

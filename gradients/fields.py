@@ -1,15 +1,15 @@
 """Dataclasses from untrusted JSON: no field missing, none unknown, each of its type."""
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Made = TypeVar("Made")
 
 
-def from_fields(cls: type[Made], content: object) -> Made:
-    """An instance of a dataclass from the fields in `content`, none of which may be left out.
+def from_fields(cls: type[Made], content: object, optional: Collection[str] = ()) -> Made:
+    """An instance of a dataclass from the fields in `content`; only `optional` ones may be left to their defaults.
 
     A field whose type is another dataclass is made likewise; JSON's lists become tuples where a tuple is wanted. Raises
     ValueError naming the field that is missing, unknown or of another type.
@@ -22,7 +22,7 @@ def from_fields(cls: type[Made], content: object) -> Made:
         if name not in names:
             raise ValueError(f"field {name!r} is unknown to this version")
     for name in names:
-        if name not in content:
+        if name not in content and name not in optional:
             raise ValueError(f"field {name!r} is missing")
     return cls(**{name: _typed(name, value, hints[name]) for name, value in content.items()})
 

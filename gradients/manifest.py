@@ -11,11 +11,12 @@ from gradients.fields import from_fields
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
 
-SCHEMA = 2
+SCHEMA = 2  # 1 knew neither weights nor bos, and had no digest of the manifest and of a window's dtypes and shapes; it had no moments either
 ACTIVATION_DTYPE = torch.float16
 FISHER_DTYPE = torch.bfloat16
 MOMENT_DTYPE = torch.float32
 What = Literal["activation", "fisher", "moment"]
+_SINCE_SCHEMA_2 = ("weights", "bos", "moment_windows")
 _MAX_WINDOWS = 100_000  # five digits in a file's name
 
 
@@ -29,7 +30,7 @@ class Manifest:
     seqlen: int
     windows: int
     seed: int
-    moment_windows: int = 0  # windows that hold moments, those of `windows` included
+    moment_windows: int = 0  # windows that hold moments, those of `windows` included; 0 in records of schema 1
     model: str = ""
     model_dtype: str = ""
     versions: dict[str, str] | None = None
@@ -53,22 +54,29 @@ class Manifest:
             self.seqlen,
             self.seed,
             self.model_dtype,
-            self.weights,
-            self.bos,
+            *([self.weights, self.bos] if self.schema > 1 else []),
         ]
         return hashlib.sha256(canonical_json(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `run` is what windows carry, `digest` covers everything."""
         content = {**asdict(self), "fingerprint": self.fingerprint.to_json()}
+        if self.schema == 1:
+            return {name: value for name, value in content.items() if name not in _SINCE_SCHEMA_2} | {
+                "digest": self.digest
+            }
         content["run"] = self.digest
         return {**content, "digest": digest_of(content)}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Manifest":
         """Inverse of `to_json`; raises ValueError for other content, and for content that was altered."""
-        made = from_fields(cls, {name: value for name, value in content.items() if name not in ("digest", "run")})
-        if content.get("run") != made.digest or content.get("digest") != digest_of(content):
+        old = content.get("schema") == 1
+        fields = {name: value for name, value in content.items() if name not in ("digest", "run")}
+        made = from_fields(cls, fields, _SINCE_SCHEMA_2 if old else ())
+        if content.get("digest" if old else "run") != made.digest or (
+            not old and content.get("digest") != digest_of(content)
+        ):
             raise ValueError("it was altered after it was written")
         return made
 
@@ -90,6 +98,8 @@ class Manifest:
 
     def difference(self, wanted: "Manifest") -> str:
         """In what a run that is `wanted` is another, for an error message."""
+        if self.schema != wanted.schema:
+            return f"it was recorded by an older version, schema {self.schema} and not {wanted.schema}"
         for name in ("text", "token_digest", "seqlen", "seed", "model_dtype", "bos"):
             if getattr(self, name) != getattr(wanted, name):
                 return f"{name} {getattr(self, name)!r} there, {getattr(wanted, name)!r} asked for"

@@ -19,11 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gradients.atomic import atomic_write, remove_leftovers
 from gradients.checked import Artefact, CheckedFile, Expected, open_checked, parse_json, write_checked
-from gradients.cli import UserError
+from gradients.cli import UserError, note
 from gradients.manifest import SCHEMA, Manifest, What
 from gradients.models import Kind
 
@@ -69,7 +71,7 @@ class Records:
             content = parse_json(path.read_text(encoding="utf-8"))
             if "schema" not in content:
                 raise ValueError("field 'schema' is missing")
-            if content["schema"] != SCHEMA:
+            if content["schema"] not in (1, SCHEMA):
                 raise UserError(
                     f"records {str(folder)!r} have schema {content['schema']!r:.40}, this version reads {SCHEMA}; record again"
                 )
@@ -84,6 +86,8 @@ class Records:
             raise UserError(
                 f"records manifest {str(path)!r} is damaged ({error}); delete the folder and record again"
             ) from error
+        if manifest.schema == 1:
+            note(f"records {str(folder)!r} are of an older version, which did not say of which weights they are")
         return cls(folder, manifest)
 
     def path(self, window: int) -> Path:
@@ -144,6 +148,8 @@ class Records:
         with open_checked(self.path(window), _window_file(self.folder)) as file:
             if (file.content["manifest"], file.content["window"]) != (self.manifest.digest, window):
                 raise file.error("belongs to another run or window")
+            if file.has_digest != (self.manifest.schema > 1):
+                raise file.error("is of another version than its manifest")
             yield file
 
     def _require_window(self, window: int) -> None:
@@ -175,10 +181,17 @@ class Records:
     def read_rope(self) -> tuple[Tensor, Tensor]:
         """(cos, sin) `[S, R]` float32. Raises `UserError` when they are missing, damaged or of another run."""
         path, wanted = self.folder / ROPE_FILE, Expected((self.manifest.seqlen, -1), torch.float32)
-        with open_checked(path, _ROPE) as file:
-            if file.content["run"] != self.manifest.digest:
-                raise file.error("belongs to another run")
-            cos, sin = file.read("cos", wanted), file.read("sin", wanted)
+        if self.manifest.schema == 1:  # tables without metadata
+            try:
+                tables = load_file(path)
+                cos, sin = tables["cos"], tables["sin"]
+            except (OSError, SafetensorError, KeyError) as error:
+                raise _ROPE.error(path, f"cannot be read ({error!r})") from error
+        else:
+            with open_checked(path, _ROPE) as file:
+                if file.content["run"] != self.manifest.digest:
+                    raise file.error("belongs to another run")
+                cos, sin = file.read("cos", wanted), file.read("sin", wanted)
         for table in (cos, sin):
             if not wanted.fits(table.shape, table.dtype) or table.shape != cos.shape or not table.isfinite().all():
                 raise _ROPE.error(path, f"has a table {tuple(table.shape)} {table.dtype} that is none of its windows")

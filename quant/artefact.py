@@ -30,7 +30,7 @@ from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.rotated import RotatedQuantizer
 from quant.scheme import GROUP_CHANNELS, MAX_BITS, Axis, Scheme
 
-SCHEMA = 2
+SCHEMA = 2  # 1 had no digest, and knew neither the weights nor bos
 FILE = Artefact("quantizers file", "kvquant", SCHEMA, "fit them again with `python -m quant.fit`")
 
 
@@ -130,19 +130,23 @@ def load_quantizers(path: str | Path) -> Quantizers:
     layers or tensors are missing, too many, or do not fit its scheme.
     """
     with open_checked(path, FILE) as file:
-        content = file.content
-        scheme = Scheme.from_json(content["scheme"])
+        content, old = file.content, not file.has_digest
+        scheme = Scheme.from_json(content["scheme"], old)
         fingerprint = Fingerprint.from_json(content["fingerprint"])
         places = [(layer, kind) for layer in fingerprint.cached_layers for kind in KINDS]
-        schemes = {place: _scheme_of(content, scheme, *place) for place in places}
+        schemes = {place: _scheme_of(content, scheme, *place, old) for place in places}
         tables = _read_tables(file, schemes, fingerprint)
         layers: dict[int, dict[Kind, Quantizer]] = {layer: {} for layer in fingerprint.cached_layers}
         for (layer, kind), own in schemes.items():
             layers[layer][kind] = assemble(own, axis_of(own, kind), tables[layer, kind])
             check_groups(layers[layer][kind], kind, fingerprint, f"layers.{layer}.{kind}.places")
-        weights, bos = content["weights"], content["bos"]
+        weights, bos = ("", None) if old else (content["weights"], content["bos"])
         if not isinstance(weights, str) or bos not in (None, False, True) or not isinstance(content["records"], str):
             raise ValueError("fields weights, bos and records are not a text, a boolean and a text")
+    if old:
+        note(
+            f"quantizers file {str(path)!r} is of an older version: it has no digest, and does not say of which weights it is"
+        )
     return Quantizers(
         scheme=scheme,
         fingerprint=fingerprint,
@@ -174,9 +178,9 @@ def check_groups(quantizer: Quantizer, kind: Kind, fingerprint: Fingerprint, nam
         raise ValueError(f"{name} has groups whose channels differ in width")
 
 
-def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind) -> Scheme:
+def _scheme_of(content: dict[str, Any], default: Scheme, layer: int, kind: Kind, old: bool) -> Scheme:
     departure = content["layer_schemes"].get(f"{layer}.{kind}")
-    scheme = Scheme.from_json(departure) if departure is not None else default
+    scheme = Scheme.from_json(departure, old) if departure is not None else default
     for name in ("sink_tokens", "residual_tokens", "key_rope"):  # what is exact, and where, does not vary by layer
         if getattr(scheme, name) != getattr(default, name):
             raise ValueError(

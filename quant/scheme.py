@@ -228,19 +228,22 @@ class Scheme:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, content: object) -> "Scheme":
-        """Inverse of `to_json`: every field is there and none is unknown.
+    def from_json(cls, content: object, old: bool = False) -> "Scheme":
+        """Inverse of `to_json`: every field is there and none is unknown; `old` files lack those that came later.
 
         Raises ValueError for other content, `UserError` for a scheme that cannot be.
         """
         if isinstance(content, dict) and "groups" not in content:
             content = content | (_BEFORE_GROUPS if content.get("datatype") == "rdnuq" else {"groups": GROUP_CHANNELS})
-        return from_fields(cls, content)
+        return from_fields(cls, content, _LATER_FIELDS if old else ())
 
     def with_changes(self, **changes: Any) -> "Scheme":
         """A copy with some fields replaced, for layers that depart from the rest."""
         return replace(self, **changes)
 
+
+# of files without a digest; what they lack of these was the default
+_LATER_FIELDS = ("channel_range", "group", "thresholds", "residual_tokens", "feedback")
 
 # what rdnuq was before it had groups: widths of channels, and shares that were its own affair
 _BEFORE_GROUPS = {"groups": 1, "outliers": 0.04}

@@ -20,7 +20,7 @@ from deployment.format.order import ChannelOrder, uniform_order
 from deployment.layer import PackedLayer
 from deployment.text.pages import one_page
 from deployment.text.saved import load_cache, quantizers_digest, save_cache
-from gradients.checked import canonical_json, checksum, digest_of
+from gradients.checked import bytes_checksum, canonical_json, checksum, digest_of
 from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.artefact import load_quantizers
@@ -247,6 +247,17 @@ def test_a_cache_of_other_weights_is_refused(saved_file, quantizers, make_model)
         other.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.1)
     with pytest.raises(UserError, match="made with another model: other weights, digest .* give --model that one"):
         load_cache(saved_file, quantizers, other)
+
+
+def test_a_cache_of_the_version_before_is_refused(saved_file, quantizers, llama) -> None:
+    def as_schema_1(content: dict, tensors: dict[str, Tensor]) -> None:
+        content |= {"schema": 1, "checksums": {name: bytes_checksum(tensor) for name, tensor in tensors.items()}}
+        for name in ("digest", "weights"):
+            del content[name]
+
+    rewrite(saved_file, as_schema_1)
+    with pytest.raises(UserError, match="older version, whose codes lie in another order; read the text again"):
+        load_cache(saved_file, quantizers, llama)
 
 
 def test_tensors_that_do_not_fit_are_refused(saved_file, quantizers, llama) -> None:

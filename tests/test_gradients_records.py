@@ -16,11 +16,10 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import gradients.checked
 from gradients.__main__ import main
-from gradients.checked import digest_of
 from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS
@@ -238,9 +237,9 @@ def test_a_window_in_anothers_place_is_noticed(folder) -> None:
         ("", "is damaged"),
         ("[1]", "is damaged"),
         ("{}", "is damaged"),
+        ('{"schema": 1}', "is damaged"),
+        ('{"schema": 1, "fingerprint": {"layers": 2}}', "is damaged"),
         ('{"schema": 2}', "is damaged"),
-        ('{"schema": 2, "fingerprint": {"layers": 2}}', "is damaged"),
-        ('{"schema": 1}', "have schema 1, this version reads 2; record again"),
         ('{"schema": 3}', "have schema 3, this version reads 2; record again"),
         ("[" * 100_000, "is damaged"),
     ],
@@ -279,13 +278,44 @@ def test_a_full_disk_loses_nothing(record_arguments, records, snapshot, tmp_path
     assert snapshot(tmp_path / "records") == complete
 
 
-@pytest.mark.parametrize("windows", ["4", 10**9, 0, True])
-def test_numbers_of_windows_that_cannot_be_are_refused(windows: object, folder) -> None:
+def as_schema_1(folder: Path) -> None:
+    """Make a folder what the version before digests would have left."""
+    opened = Records.open(folder)
+    old = replace(opened.manifest, schema=1, weights="", bos=False, moment_windows=0)
+    (folder / "manifest.json").write_text(json.dumps(old.to_json()))
+    for window in range(opened.manifest.windows):
+        stored = load_file(opened.path(window))
+        tensors = {name: tensor for name, tensor in stored.items() if not name.endswith("moment")}
+        sums = {name: gradients.checked.bytes_checksum(tensor) for name, tensor in tensors.items()}
+        stamp = {"manifest": old.digest, "window": window, "checksums": sums}
+        save_file(tensors, opened.path(window), metadata={"kvquant": json.dumps(stamp)})
+    save_file(load_file(folder / "rope.safetensors"), folder / "rope.safetensors")
+
+
+def test_a_folder_without_digests_is_read_with_a_note_and_not_mixed(folder, records, record_arguments, capsys) -> None:
+    as_schema_1(folder)
+    assert not {"weights", "bos", "run", "moment_windows"} & set(json.loads((folder / "manifest.json").read_text()))
+    capsys.readouterr()
+    old = Records.open(folder)
+    assert "are of an older version" in capsys.readouterr().err
+    assert all(old.is_complete(window) for window in range(4))
+    assert all(torch.equal(mine, table) for mine, table in zip(old.read_rope(), records.read_rope(), strict=True))
+    for mine, other in zip(old.read_layer(1, "key"), records.read_layer(1, "key"), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(UserError, match="recorded by an older version, schema 1 and not 2"):
+        main([*record_arguments, "--output", str(folder)])
+
+
+def test_windows_of_an_old_manifest_are_not_made_room_for_before_they_are_there(folder) -> None:
+    as_schema_1(folder)
     path = folder / "manifest.json"
-    content = json.loads(path.read_text()) | {"windows": windows}
-    path.write_text(json.dumps(content | {"digest": digest_of(content)}))
-    with pytest.raises(UserError, match="manifest.json' is damaged"):
-        Records.open(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": 99_999}))
+    with pytest.raises(UserError, match="window-00004.safetensors' is missing"):
+        Records.open(folder).read_layer(0, "key")
+    for windows in ("4", 10**9, 0, True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"windows": windows}))
+        with pytest.raises(UserError, match="manifest.json' is damaged"):
+            Records.open(folder)
 
 
 def test_two_commands_at_once_say_so(folder, record_arguments, snapshot) -> None:

@@ -65,6 +65,13 @@ def rewrite(source: Path, target: Path, change: Callable[[dict[str, torch.Tensor
     return target
 
 
+def as_schema_1(_tensors: object, content: dict[str, Any]) -> None:
+    """What the metadata were before there were digests."""
+    content["schema"] = 1
+    for name in ("digest", "checksums", "weights", "bos"):
+        del content[name]
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
 def test_load_gives_back_what_was_saved(scheme: Scheme, records, tmp_path) -> None:
     fitted = fit(records, scheme)
@@ -130,6 +137,22 @@ def test_tables_of_another_shape_are_refused(
     path = rewrite(tmp_path / "good.safetensors", path, lambda t, _m: t.pop(name))
     with pytest.raises(UserError, match=f"lacks tensor {name}; fit them again"):
         load_quantizers(path)
+
+
+def test_a_file_written_before_these_fields_loads_with_a_note(quantizers, quantizers_file, tmp_path, capsys) -> None:
+    """As files were before there were groups, ranges, thresholds and windows to choose, and digests."""
+
+    def without(_tensors: object, content: dict[str, Any]) -> None:
+        as_schema_1(_tensors, content)
+        for field in ("channel_range", "group", "thresholds", "residual_tokens"):
+            del content["scheme"][field]
+
+    loaded = load_quantizers(rewrite(quantizers_file, tmp_path / "q.safetensors", without))
+    assert_same(loaded, quantizers)
+    assert (loaded.weights, loaded.bos) == ("", None)
+    assert "q.safetensors' is of an older version" in capsys.readouterr().err
+    load_quantizers(quantizers_file)
+    assert capsys.readouterr().err == ""
 
 
 def test_layers_and_sides_may_depart_from_the_scheme(records, tmp_path) -> None:
@@ -219,7 +242,7 @@ def _spoil(tensors: dict[str, torch.Tensor], name: str, index: int, value: float
 
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str]] = {
     "other schema": (lambda _t, m: m.update(schema=99), "schema 99, this version reads 2; fit them again"),
-    "no schema": (lambda _t, m: m.pop("schema"), "has schema None, this version reads 2; fit them again"),
+    "no schema": (lambda _t, m: m.pop("schema"), "was altered"),
     "missing tensor": (lambda t, _m: t.pop("layers.1.key.zero"), "lacks tensor layers.1.key.zero; fit them again"),
     "missing layer": (
         lambda t, _m: [t.pop(n) for n in list(t) if n.startswith("layers.1.")],

@@ -207,6 +207,8 @@ def read_cache(path: str | Path, quantizers: Quantizers) -> SavedCache:
     """
     with open_checked(path, FILE) as file:
         content = file.content
+        if not file.has_digest:
+            raise file.error("is of an older version, whose codes lie in another order")
         fingerprint = Fingerprint.from_json(content["fingerprint"])
         weights = content["weights"]
         if not isinstance(weights, str):
