@@ -26,7 +26,7 @@ from gradients.cli import UserError, command_parser, non_negative_int, positive_
 from gradients.loading import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
 from quant.options import add_exact_arguments, exact_from
-from quant.results import append_row, is_of, read_rows
+from quant.results import append_row, is_of, read_rows, results_file
 
 
 def _require_harness() -> None:
@@ -151,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--chat", action="store_true", help="prompts are messages, rendered by the chat template")
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="prompt tokens per forward")
     parser.add_argument("--exact-chunk", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--results", metavar="FILE", help="append one JSON line per task to this file")
+    parser.add_argument(
+        "--results", type=results_file, metavar="FILE", help="append one JSON line per task to this file"
+    )
     arguments = parser.parse_args(argv)
 
     _require_harness()

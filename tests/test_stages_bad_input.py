@@ -198,6 +198,9 @@ def test_damaged_windows_are_refused(workspace, refuses) -> None:
     [
         *(("record", ["--dtype", name], ["dtype", repr(name), "use auto"]) for name in ("int8", "float99", "nn")),
         ("record", ["--device", "abacus"], ["device", "abacus"]),
+        ("record", ["--device", "cuda:99"], ["device 'cuda:99' is not there; use auto, cpu, or one"]),
+        ("evaluate", ["--model", "none", "--results", "{root}"], ["--results", "{root}", "give another file"]),
+        ("evaluate", ["--results", "{quantizers}/rows"], ["--results", "{quantizers}/rows", "give another file"]),
         ("record", ["--windows", "0"], ["--windows", "0 is not a positive integer", "--help"]),
         ("record", ["--seed", "-1"], ["--seed", "-1 is negative", "--help"]),
         ("record", ["--seqlen", "513"], ["--seqlen 513", "512 positions", "tiny-llama", "lower it"]),
