@@ -9,6 +9,7 @@ line on stderr that names the thing, the value and the remedy, and exit code 2. 
 import argparse
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    number = int(text)
+    number = _int64(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive integer")
     return number
@@ -46,9 +47,32 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
-    number = int(text)
+    number = _int64(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def _int64(text: str) -> int:
+    number = int(text)
+    if number >= 2**63:  # torch has no larger ones, be they seeds or sizes
+        raise argparse.ArgumentTypeError(f"{number} is too large")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def share(text: str) -> float:
+    """argparse type: a number above 0, and 1 at most."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0, and 1 at most")
     return number
 
 
@@ -98,10 +122,10 @@ def end_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table; the keys of the first row are the header."""
-    header = list(rows[0])
-    cells = [header] + [[_format_cell(row[key]) for key in header] for row in rows]
+def format_table(rows: Sequence[Mapping[str, Any]], columns: str = "") -> str:
+    """Rows as an aligned text table of `columns`, names with blanks between them; default: the keys of the first row."""
+    header = columns.split() or list(rows[0])
+    cells = [header] + [[_format_cell(row.get(key, "")) for key in header] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

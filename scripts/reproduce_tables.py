@@ -11,6 +11,7 @@ and so should those of the records: record with --no-bos.
 """
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,10 @@ from gradients.text import Corpus
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_corpus, result_identity
 from quant.fit import fit
 from quant.results import is_of, read_rows
-from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
+from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, cell_table, corpus_table
+from scripts.report.cells import Row
 
 _BATCH = 4  # evaluations between two writes: they share the unquantized pass
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Evaluation:
     weights: str
     text_digest: str
     bos: bool
+
+    @property
+    def fit(self) -> tuple[Any, ...]:
+        """What is fitted for it."""
+        return self.scheme, self.records, self.calibration_windows
 
     def matches(self, row: Row) -> bool:
         """Whether a row of the results holds it."""
@@ -85,7 +90,17 @@ def run(
     arguments: Namespace,
 ) -> int:
     """Evaluate what is wanted, a few at a time; returns how many rows were added."""
-    added = 0
+    added, fits = 0, Counter(evaluation.fit for evaluation in wanted)
+    kept: dict[tuple[Any, ...], Any] = {}  # of several lengths of windows
+
+    def fitted(evaluation: Evaluation) -> Any:
+        if evaluation.fit in kept:
+            return kept[evaluation.fit]
+        quantizers = _fitted(wanted[evaluation][0][1], records, arguments.jobs)
+        if fits[evaluation.fit] > 1:
+            kept[evaluation.fit] = quantizers
+        return quantizers
+
     for seqlen in sorted({evaluation.seqlen for evaluation in wanted}):
         of_length = [evaluation for evaluation in wanted if evaluation.seqlen == seqlen]
         setting = Namespace(**{**vars(arguments), "seqlen": seqlen, "windows": windows_of(seqlen, arguments)})
@@ -93,7 +108,7 @@ def run(
         windows = corpus.evaluation_windows(seqlen, setting.windows)
         for start in range(0, len(of_length), _BATCH):
             batch = of_length[start : start + _BATCH]
-            candidates = [_fitted(wanted[evaluation][0][1], records, arguments.jobs) for evaluation in batch]
+            candidates = [fitted(evaluation) for evaluation in batch]
             for quantizers in candidates:
                 if quantizers is not None:
                     quantizers.check_run(loaded, corpus.bos is not None)
@@ -136,22 +151,8 @@ def show(tables: Iterable[Table], rows: Sequence[Row]) -> None:
     """Print every table for people."""
     for table in tables:
         latest = {row["cell"]: row for row in rows if row["table"] == table.name}
-        print(f"\n{table.title} (the paper's {table.source})")
         shown = [latest[cell.label] for cell in table.cells if cell.label in latest]
-        print(
-            format_table(
-                [
-                    {
-                        "cell": row["cell"],
-                        "bits/element": row["bits_per_element"],
-                        "perplexity": row["perplexity"],
-                        "NLL change": row["nll"] - row["baseline_nll"],
-                        "paper": "" if row["paper"] is None else row["paper"],
-                    }
-                    for row in shown
-                ]
-            )
-        )
+        print(f"\n{table.title} (the paper's {table.source})\n{format_table(cell_table(shown))}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

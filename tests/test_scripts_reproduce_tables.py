@@ -10,7 +10,7 @@ from gradients.cli import UserError
 from quant.results import read_rows
 from scripts.bench.fit_shape import main as fit_shape_main
 from scripts.bench.overhead import main as overhead_main
-from scripts.experiments.paper_tables import MODELS, TABLES, Table, corpus_table
+from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
 from scripts.reproduce_tables import main, paper_model
 
 
@@ -75,29 +75,17 @@ def test_every_cell_gets_one_row_and_shares_equal_evaluations(command, tmp_path)
     assert all(row["paper"] is None and row["baseline_nll"] == rows[0]["baseline_nll"] for row in rows)
 
 
-def test_a_rerun_runs_only_what_is_missing(command, tmp_path, monkeypatch) -> None:
-    real, calls = scripts.reproduce_tables.evaluate_many, []
-
-    def stop_at_second(*arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(scripts.reproduce_tables, "evaluate_many", stop_at_second)
-        with pytest.raises(KeyboardInterrupt):
-            main(command("--tables", "sinks"))
-    kept = read_rows(tmp_path / "tables.jsonl")
-    assert 0 < len(kept) < 8
-    assert main(command("--tables", "sinks"))["rows_added"] == 8 - len(kept)
-    assert main(command("--tables", "sinks"))["rows_added"] == 0
-    assert read_rows(tmp_path / "tables.jsonl")[: len(kept)] == kept
-
-
 def test_other_lengths_cover_the_same_text(command) -> None:
     arguments = scripts.reproduce_tables.Namespace(windows=2, seqlen=64)
     assert [scripts.reproduce_tables.windows_of(seqlen, arguments) for seqlen in (16, 256)] == [8, 1]
+
+
+def test_a_scheme_is_fitted_once_for_all_lengths(command, monkeypatch) -> None:
+    real, fitted = scripts.reproduce_tables.fit, []
+    monkeypatch.setattr(scripts.reproduce_tables, "fit", lambda *what: fitted.append(what) or real(*what))
+    cells = [Cell(f"{name}, {seqlen} tokens", name, seqlen=seqlen) for seqlen in (16, 33) for name in ("nuq2", "nuq3")]
+    monkeypatch.setattr(scripts.reproduce_tables, "TABLES", (Table("seqlens", "Sequence lengths", "", cells),))
+    assert main(command("--tables", "seqlens"))["rows_added"] == 4 and len(fitted) == 2
 
 
 def test_another_corpus_gets_rows_of_its_own(command, record_arguments, tmp_path) -> None:

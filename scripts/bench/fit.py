@@ -33,7 +33,7 @@ from quant.artefact import axis_of
 from quant.codebook import nuq_codebook
 from quant.kmeans import Histogram, weighted_error
 from quant.quantizer import FedBack, normalise
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, kmeans_weights
 
@@ -109,17 +109,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--scheme", default="nuq3-1%", help="nuqBITS[-P%%]")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
-    parser.add_argument("--results", type=Path, help="append the summary as a row to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the summary as a row to this JSONL file")
     arguments = parser.parse_args(argv)
     scheme = Scheme.parse(arguments.scheme)
     if scheme.datatype != "nuq":
         raise UserError(f"--scheme {arguments.scheme} fits no codebook; give a nuq scheme, such as nuq3-1%")
     records = Records.open(arguments.records)
-    recorded = records.manifest.fingerprint.cached_layers
-    if unknown := set(arguments.layers or ()) - set(recorded):
-        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
     rows = []
-    sides = [(layer, kind) for layer in arguments.layers or recorded for kind in KINDS]
+    sides = [(layer, kind) for layer in records.chosen_layers(arguments.layers) for kind in KINDS]
     # the first is for threads, caches and imports of both ways, and does not count
     for layer, kind in progress([sides[0], *sides], desc=f"fitting {scheme} twice"):
         side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))

@@ -26,36 +26,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.measure.filled import filled_cache, synthetic_artefact
-from deployment.measure.shapes import SHAPES, ModelShape, named_config
+from deployment.measure.shapes import SHAPES, ModelShape
 from deployment.plan import parse_tokens
 from deployment.step.graphed import graphed
 from deployment.step.recording import record
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from quant.results import append_row
+from gradients.placement import resolve_device
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
-from scripts.bench.random_model import random_model
+from scripts.bench.random_model import config_of, random_model
 
 CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
 MODES = ("eager", "graph", "generate")
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 _STEPS = (4, 64)  # measured at least and at most
 _MEASURED_SECONDS = 2.0  # of each, about
 _WARM_STEPS = 3  # the first compiles, the second records
-_CHUNKS_EACH = 3  # forwards of a chunk; the first compiles
+_CHUNKS_EACH, _WARM_CHUNKS = 6, 3  # forwards of a chunk; the first compiles, the third records
 
 Row = dict[str, Any]
 Forward = Callable[[Tensor], Tensor]
@@ -78,7 +72,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.deadline = arguments, time.monotonic() + arguments.seconds
-        self.device = torch.device(arguments.device)
+        self.device = torch.device(resolve_device(arguments.device))
         self.config = _config(arguments.shape, arguments.layers, max(*arguments.contexts, arguments.prefill_context))
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.config.dtype = dtype
@@ -266,7 +260,7 @@ class Benchmark:
                     self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                     self._wait()
                     times.append(time.perf_counter() - started)
-                best = min(times[1:])
+                best = min(times[_WARM_CHUNKS:])
                 peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
                 measured = {"chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
                 self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
@@ -282,8 +276,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _config(shape: str, layers: int | None, context: int) -> PreTrainedConfig:
-    config = LlamaConfig(**TINY, vocab_size=1000) if shape == "tiny" else named_config(shape)
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config = config_of(shape, layers)
     config.max_position_embeddings = max(config.max_position_embeddings, 2 * context)
     return config
 
@@ -326,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser.add_argument("--prefill-context", type=parse_tokens, default=1 << 15, help="tokens before the chunk (32K)")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun later (540)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     rows = Benchmark(parser.parse_args(argv)).run()
     print(_table(rows))
     return {"rows": rows}

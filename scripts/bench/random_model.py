@@ -9,6 +9,7 @@ to live: nothing goes through the host.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers import (
 from deployment.measure.shapes import SHAPES, shape_config
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import decoder_config
+from gradients.placement import resolve_device
 
 _TINY = {
     "vocab_size": 288,
@@ -138,8 +140,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", required=True, help="the folder to write")
     arguments = parser.parse_args(argv)
 
+    if Path(arguments.output).is_file():
+        raise UserError(f"--output {arguments.output!r} is a file; give a folder")
     config = config_of(arguments.shape, arguments.layers)
-    model = random_model(config, [arguments.device], getattr(torch, arguments.dtype), arguments.seed)
+    model = random_model(config, [resolve_device(arguments.device)], getattr(torch, arguments.dtype), arguments.seed)
     model.save_pretrained(arguments.output)
     byte_tokenizer().save_pretrained(arguments.output)
     parameters = model.num_parameters()

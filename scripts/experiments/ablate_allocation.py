@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import axis_of
 from quant.quantizer import Quantizer, code_bits
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.side import Side, fit_side
 from quant.storage import OUTLIER_BITS, TOKEN_SCALE_BITS
@@ -93,11 +93,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--bits", type=positive_int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--results", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the rows to this JSONL file")
     arguments = parser.parse_args(argv)
 
     records = Records.open(arguments.records)
-    halves = read_halves(records, arguments.layers or records.manifest.fingerprint.cached_layers)
+    if records.manifest.windows < 2:
+        raise UserError(f"records {arguments.records!r} hold 1 window; record at least 2, for a fit and for its error")
+    halves = read_halves(records, records.chosen_layers(arguments.layers))
     rows = []
     for bits in arguments.bits:
         reference, budget = 0.0, 0.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant.scheme import Scheme
+from scripts.report.cells import Line, Row, line
 
 MODELS = (
     "llama-7b",
@@ -150,14 +151,14 @@ _FEEDBACK = tuple(
 
 _CALIBRATION = tuple(
     Cell(f"{name}, {windows or 'all'} windows", name, calibration_windows=windows)
-    for name in ("nuq3-1%", "rdnuq3.4g1-4%")
+    for name in ("nuq3-1%", "rdnuq3.4+fb")
     for windows in (1, 4, None)
 )
 
 _SEQLENS = tuple(
     Cell(f"{name or 'unquantized'}, {seqlen} tokens", name, seqlen=seqlen)
     for seqlen in (128, 256, 1024, 2048)
-    for name in (None, "nuq3-1%", "nuq2-1%", "rdnuq3.4g1-4%", "rdnuq2.4g1-4%")
+    for name in (None, "nuq3-1%", "nuq2-1%", "rdnuq3.4+fb", "rdnuq2.4+fb")
 )
 
 TABLES = (
@@ -178,7 +179,19 @@ def corpus_table(corpora: Sequence[str]) -> Table:
     """The calibration corpus, as in the paper's Table 21: one cell for each of `--other-records`."""
     cells: Iterator[Cell] = (
         Cell(f"{name}, calibrated on {corpus or 'the main text'}", name, corpus=corpus)
-        for name in ("nuq3-1%", "rdnuq3.4g1-4%")
+        for name in ("nuq3-1%", "rdnuq3.4+fb")
         for corpus in (None, *corpora)
     )
     return Table("corpora", "Calibration corpus", "Table 21", tuple(cells))
+
+
+def cell_table(rows: Sequence[Row]) -> list[Line]:
+    """Cells of one table, with the paper's figures where it has that model."""
+    columns = {"": "{cell}", "bits/element": "{bits_per_element:.2f}", "perplexity": "{perplexity:.2f}"}
+    papers = any(row["paper"] is not None for row in rows)
+    lines = []
+    for row in rows:
+        change = "" if row["scheme"] == "unquantized" else f"{row['nll'] - row['baseline_nll']:+.4f}"
+        paper = {"paper": f"{row['paper']:.2f}" if row["paper"] is not None else ""}
+        lines.append(line(columns, row) | {"NLL change": change} | (paper if papers else {}))
+    return lines
