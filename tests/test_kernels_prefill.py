@@ -1,9 +1,12 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
+import unpack_on_cpu
+from decode_on_cpu import has_compiler
 from test_kernels_attention import (
     DEVICE,
     generator,
@@ -16,7 +19,7 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import library, prefill
+from deployment.kernels import library, prefill, unpack_host
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
@@ -228,38 +231,86 @@ def test_angles_are_exact_at_ten_million() -> None:
 KINDS = [("channel", "token"), ("token", "channel"), ("mixed", "mixed"), ("groups", "groups")]
 
 
-@pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize(("dim", "share"), [(64, 0.0), (96, 0.05)])
-def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: int, share: float) -> None:
-    heads, base, first, blocks, at, row0 = 2, 10_000_000, 1, 2, 3, 1
-    lengths = [
-        200,
-        64 + 10,
-        3 * 64 + 5,
-        20,
-    ]  # the last sequence has nothing in these blocks, the first is not asked for
+def unpacked_case(
+    kinds: tuple[str, str], dim: int, share: float, bits: int = 3
+) -> tuple[PackedSegment, Rotary, list[int], list[Tensor]]:
+    """A page of four sequences of two heads at position 10,000,007, its rotation, lengths, and what its page reads, rotated in float64."""
+    heads, base, lengths = 2, 10_000_000, [200, 64 + 10, 3 * 64 + 5, 20]
     sides = []
     for number, (kind, role) in enumerate(zip(kinds, ("key", "value"), strict=True)):
         x = torch.randn(len(lengths), max(lengths), heads * dim, generator=generator(number)).to(DEVICE)
         widths, channels = make_groups(heads, dim, role, dim // 2, 6) if kind == "groups" else (None, None)
-        quantizer = make_quantizer(heads * dim, kind, 3, share, widths)
+        if widths is not None:
+            widths = widths.clamp(max=max(bits, 3) + 3 * (bits == 6))
+        quantizer = make_quantizer(heads * dim, kind, min(bits, 4), share, widths)
         sides.append(packed_tensor(quantizer, x, heads, role, lengths, dim // 2, channels))
     limits = torch.tensor(lengths, device=DEVICE) + base
     origins = torch.full((len(lengths),), base - 7, device=DEVICE)
     segment = PackedSegment(sides[0], sides[0].pages[0], sides[1], sides[1].pages[0], origins, limits, 7)
     frequencies = (10000.0 ** (-torch.arange(dim // 2) / (dim // 2))).float().to(DEVICE)
-    key, value = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, heads, dim, device=DEVICE)
-    unpack(segment, Rotary.of(frequencies, dim), first, blocks, row0, key, value, at)
+    positions = base + torch.arange(64 * sides[0].pages[0].blocks, device=DEVICE)
+    key, value = (side.read(side.pages[0]) for side in sides)
+    expected = [rotate64(key, frequencies, positions[None]), value.double()]
+    return segment, Rotary.of(frequencies, dim), lengths, expected
 
-    positions = base + first * 64 + torch.arange(blocks * 64, device=DEVICE)
-    expected_key, expected_value = (side.read(side.pages[0], first, blocks) for side in sides)
-    expected_key = rotate64(expected_key, frequencies, positions[None])
+
+def assert_unpacked(
+    result: Tensor,
+    lengths: list[int],
+    expected: list[Tensor],
+    row0: int,
+    first: int,
+    blocks: int,
+    at: int,
+    bounds: tuple[float, float],
+) -> None:
+    """`[2, R, room, G, D]` has what is expected of some blocks, finite numbers where no token is, and beside them what it had."""
     for row, length in enumerate(lengths[row0:]):
         held = min(max(length - first * 64, 0), blocks * 64)
-        if held:
-            own_key, own_value = (x[row, at : at + held].transpose(0, 1) for x in (key, value))
-            assert relative_rms(own_key, expected_key[row + row0, :, :held]) < 1e-6
-            assert relative_rms(own_value, expected_value[row + row0, :, :held].double()) < 1e-7
-        for tokens in (key[row], value[row]):
+        for tokens, of_side, bound in zip(result[:, row], expected, bounds, strict=True):
+            if held:
+                own = tokens[at : at + held].transpose(0, 1)
+                assert relative_rms(own, of_side[row + row0, :, first * 64 : first * 64 + held]) < bound
             assert tokens[at : at + blocks * 64].isfinite().all()
             assert tokens[:at].isnan().all() and tokens[at + blocks * 64 :].isnan().all()
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(("dim", "share"), [(64, 0.0), (96, 0.05)])
+def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: int, share: float) -> None:
+    """The last sequence has nothing in these blocks, the first is not asked for."""
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, 6)
+    first, blocks, at, row0 = 1, 2, 3, 1
+    result = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, 2, dim, device=DEVICE)
+    unpack(segment, rotary, first, blocks, row0, *result, at)
+    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (1e-6, 1e-7))
+
+
+@pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
+@pytest.mark.parametrize(
+    ("dim", "share", "bits"), [(64, 0.0, 4), (64, 0.05, 3), (96, 0.0, 2), (128, 0.05, 4), (128, 0.0, 1), (256, 0.0, 3)]
+)
+def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
+    kinds: tuple[str, str], dim: int, share: float, bits: int
+) -> None:
+    """In fp16, which levels, tokens of the tile and results are rounded to."""
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, bits)
+    first, blocks, at, row0 = 1, 2, 3, 1
+    result = torch.full(
+        (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
+    )
+    assert unpack_host.fits(segment, rotary, result[0])
+    if DEVICE.type == "cuda":
+        assert unpack_host.takes(segment, rotary, result[0])
+        unpack(segment, rotary, first, blocks, row0, *result, at)
+    elif has_compiler():
+        unpack_host.unpack_by(unpack_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
+    else:
+        pytest.skip("no C++ compiler")
+    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_host_knows_the_sizes_of_structures() -> None:
+    shape = unpack_host.Shape(64, 2, 1, 0, 1)
+    assert unpack_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]
