@@ -19,11 +19,11 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import library, prefill, unpack_host
+from deployment.kernels import prefill, scratch, unpack_host
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import attend_many, stretch_blocks
+from deployment.kernels.prefill import attend_many
 from deployment.kernels.unpacking import unpack
 
 
@@ -44,7 +44,7 @@ def attend_knowing(
     befores = [int(row[pad]) for row, pad in zip(positions, pads, strict=True)]
     known = [Known(before, before, pad) for before, pad in zip(befores, pads, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "_FEW", 0)
+        patch.setattr(prefill, "FEW", 0)
         patch.delattr(prefill, "attend_portably")
         return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)
 
@@ -100,37 +100,35 @@ def test_outliers(share: float, exact_chunk: bool) -> None:
 @WAYS
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "stretch_blocks", lambda size: blocks)
+    monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 64 * blocks)
     assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
 
 
 def test_scratch_is_bounded() -> None:
     for bytes_per_token in (16 * 32 * 128 * 2, 32 * 128 * 2, 8 * 128 * 2, 3 * 96 * 4):
-        tokens = stretch_blocks(bytes_per_token) * 64
-        assert tokens % library.PLANNED == 0 or tokens < library.PLANNED
-        assert (
-            2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token
-            or tokens == 65536
-        )
-    assert stretch_blocks(prefill.SCRATCH_BYTES // 2000) == 15
-    assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
+        tokens = scratch.stretch_tokens(bytes_per_token)
+        assert tokens % scratch.PLANNED == 0 or tokens < scratch.PLANNED
+        held = 2 * tokens * bytes_per_token
+        assert held <= scratch.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token or tokens == 65536
+    assert scratch.stretch_tokens(scratch.SCRATCH_BYTES // 2000) == 15 * 64
+    assert scratch.stretch_tokens(scratch.SCRATCH_BYTES) == 64
 
 
 @pytest.mark.parametrize("stretch", [64, 192, 16384, 65536])
 def test_the_last_stretch_takes_what_is_too_little_for_one_of_its_own(stretch: int) -> None:
     for past in (0, 1, stretch, stretch + stretch // 8, stretch + stretch // 8 + 1, 3 * stretch, 9 * stretch + 5):
-        whole = prefill.whole_stretches(stretch, past)
-        assert 0 <= past - whole * stretch <= stretch * 9 // 8
-        assert whole == 0 or past - whole * stretch > stretch // 8
+        whole = scratch.whole_stretches(stretch, past)
+        last = past - whole * stretch
+        assert 0 <= last <= stretch * 9 // 8 and (whole == 0 or last > stretch // 8)
+        alone, room = scratch.room_of(stretch, past, 100, 1), scratch.room_of(stretch, past, 100, 3)
+        assert max(last + 164, min(past, stretch)) == alone <= room <= alone + min(alone, stretch // 8)
+    assert len({scratch.room_of(16384, past, 100, 3) for past in range(99999)}) < 20
 
 
-def test_few_lengths_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    query = torch.empty(1, 1, 256, 64)
-    assert list(library.planned_for(query, 40000)) == []
-    monkeypatch.setattr(library, "_is_planned", lambda _: True)
-    assert list(library.planned_for(query, 40000)) == [32768, 6144]
-    assert list(library.planned_for(query, 65536 + 2047)) == [65536] and not list(library.planned_for(query, 2047))
-    lengths = {length for tokens in range(1, 70000, 7) for length in library.planned_for(query, tokens)}
+def test_few_lengths_are_planned_for() -> None:
+    assert list(scratch.planned_lengths(40000)) == [32768, 6144]
+    assert list(scratch.planned_lengths(65536 + 2047)) == [65536] and not list(scratch.planned_lengths(2047))
+    lengths = {length for tokens in range(1, 70000, 7) for length in scratch.planned_lengths(tokens)}
     assert lengths == {*range(2048, 16385, 2048), 32768, 65536}
 
 
