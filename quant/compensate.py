@@ -4,8 +4,7 @@ A channel that is quantized early leaves its error to those behind it; what the 
 Fisher information D_i, of A = U^-1 diag(D) U^-T. So codebooks are fitted to the targets that feedback makes of the
 calibration tokens, and an error's weight is the paper's (Eq. 7) times D_i / A_ii. Where no element is kept exactly, the
 range of a calibrated channel need not hold every element either: scale and zero are then those of the least weighted error,
-in turns with the codebook. Least squares shrink numbers towards their mean, which attention, averaging values, does not forgive:
-ranges of values are stretched most of the way back in the end.
+in turns with the codebook.
 """
 
 import warnings
@@ -34,9 +33,6 @@ _PRICING_FLOOR = 0.7
 _TARGETED_FLOOR = 0.3  # lower, since targets show what feedback hands on
 _REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
 _BINS = 8192
-_STRETCH = 0.5  # of the way to errors that are not correlated with the numbers
-_STRETCHES = 2  # hence three quarters of the way; codes follow after the first
-_MOST_STRETCH = 1.25
 
 
 def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name: str) -> ElementQuantizer:
@@ -149,24 +145,6 @@ def steps(quantizer: ElementQuantizer, moment: Tensor) -> Tensor:
     if isinstance(quantizer, MixedQuantizer):
         step = step * 0.5 ** quantizer.widths.float()
     return step.view(moment.shape[:2])
-
-
-def stretched(quantizer: MixedQuantizer, side: Side) -> MixedQuantizer:
-    """The same quantizer with ranges under which numbers keep their mean and are shrunk less towards it than by least squares."""
-    for _ in range(_STRETCHES):
-        sums, count = torch.zeros(4, len(quantizer.scale), dtype=torch.float64), 0
-        for activation, _ in side.chunks():
-            x, decoded = activation.double(), quantizer.decode(quantizer.encode(activation)).double()
-            sums += torch.stack([x.sum(0), decoded.sum(0), (x * x).sum(0), (x * decoded).sum(0)])
-            count += len(x)
-        mean, decoded_mean, square, product = sums / count
-        variance, covariance = square - mean.square(), product - mean * decoded_mean
-        told = (covariance > 1e-9 * square) & (quantizer.widths > 0)  # a single level has nothing to stretch
-        slope = torch.where(told, variance / covariance, 1.0).clamp(1 / _MOST_STRETCH, _MOST_STRETCH)
-        stretch = 1 + _STRETCH * (slope - 1)
-        zero = stretch * (quantizer.zero - decoded_mean) + mean
-        quantizer = replace(quantizer, scale=(quantizer.scale * stretch).float(), zero=zero.float())
-    return quantizer
 
 
 def _coded(

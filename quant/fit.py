@@ -24,15 +24,7 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import (
-    ElementQuantizer,
-    priced_share,
-    stretched,
-    targeted,
-    thinned,
-    with_feedback,
-    without_feedback,
-)
+from quant.compensate import ElementQuantizer, priced_share, targeted, thinned, with_feedback, without_feedback
 from quant.grouping import units_of
 from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
@@ -178,10 +170,7 @@ def _compensated(quantizer: Quantizer, records: Records, side: Side, layer: int,
     if not quantizer.scheme.feedback:
         return without_feedback(quantizer, side) if isinstance(quantizer, MixedQuantizer) else quantizer
     assert isinstance(quantizer, ElementQuantizer)
-    fed = with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
-    if kind == "value" and isinstance(fed, MixedQuantizer) and not fed.scheme.outliers:
-        return stretched(fed, thinned(side))
-    return fed
+    return with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

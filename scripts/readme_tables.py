@@ -10,32 +10,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
 from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
 from scripts.experiments.paper_tables import corpus_table
-from scripts.report import summary
-from scripts.report.default_tables import sparse_table, window_table
-from scripts.report.gpu_tables import (
-    device_table,
-    generate_table,
-    other_ops_table,
-    parallel_table,
-    prefill_table,
-    processes_table,
-    sharded_table,
-    speed_table,
-)
-from scripts.report.long_tables import all_measured, decoding_in_float32
-from scripts.report.retrieval_tables import needle_table, packed_table, passkey_table, ruler_table
+from scripts.report import default_tables, gpu_tables, long_tables, retrieval_tables, summary
+from scripts.report.cells import Line, Row, latest, line, markdown, percent
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "scripts/results/README.md", "quant/README.md", "deployment/kernels/README.md")
 _MARKED = re.compile(r"(<!-- table: (?P<name>\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-Row = dict[str, Any]
 
 
 def rows_of(name: str) -> list[Row]:
@@ -43,38 +28,17 @@ def rows_of(name: str) -> list[Row]:
     return read_rows(REPOSITORY / "scripts" / "results" / f"{name}.jsonl")
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with its first column to the left and all others to the right."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def scheme_table(rows: Sequence[Row]) -> str:
-    """Simulated loss of every row, fewest stored bits first."""
+def scheme_table(name: str) -> list[Line]:
+    """Simulated loss of every row of a file, fewest stored bits first."""
+    columns = {"scheme": "{scheme}", "bits/element": "{bits_per_element:.2f}", "perplexity": "{perplexity:.2f}"}
+    columns |= {"change": "{change}", "KL (nats)": "{kl:.4f}", "top-1 agreement": "{agreement}"}
+    rows = rows_of(name)
     unquantized = math.exp(rows[0]["baseline_nll"])
-    cells = [["unquantized", "32", f"{unquantized:.2f}", "", "0", "100 %"]]
-    cells += [
-        [
-            row["scheme"],
-            f"{row['bits_per_element']:.2f}",
-            f"{row['perplexity']:.2f}",
-            percent(row["perplexity"] / unquantized - 1, "+.1%"),
-            f"{row['kl']:.4f}",
-            percent(row["top1_agreement"], ".1%"),
-        ]
-        for row in sorted(rows, key=lambda row: float(row["bits_per_element"]))
-    ]
-    return markdown(["scheme", "bits/element", "perplexity", "change", "KL (nats)", "top-1 agreement"], cells)
-
-
-def percent(share: float, style: str) -> str:
-    """`0.065` as `6.5 %`."""
-    return format(share, style).replace("%", " %")
-
-
-def schemes() -> str:
-    """Everything that ran on the same windows."""
-    return scheme_table(rows_of("schemes"))
+    lines = [dict(zip(columns, ["unquantized", "32", f"{unquantized:.2f}", "", "0", "100 %"], strict=True))]
+    for row in sorted(rows, key=lambda row: float(row["bits_per_element"])):
+        change = percent(row["perplexity"] / unquantized - 1, "+.1%")
+        lines.append(line(columns, row, change=change, agreement=percent(row["top1_agreement"], ".1%")))
+    return lines
 
 
 def laboratory() -> str:
@@ -88,49 +52,51 @@ def laboratory() -> str:
             continue
         labels.sort(key=lambda label: order.index(label) if label in order else len(order))
         parts.append(
-            f"**{table.title}** ({table.source})\n\n{cell_table([rows[table.name, label] for label in labels])}"
+            f"**{table.title}** ({table.source})\n\n{markdown(cell_table([rows[table.name, label] for label in labels]))}"
         )
     return "\n".join(parts)
 
 
-def cell_table(rows: Sequence[Row]) -> str:
+def cell_table(rows: Sequence[Row]) -> list[Line]:
     """Cells of one table, with the paper's figures where it has that model."""
+    columns = {"": "{cell}", "bits/element": "{bits_per_element:.2f}", "perplexity": "{perplexity:.2f}"}
     papers = any(row["paper"] is not None for row in rows)
-    cells = []
+    lines = []
     for row in rows:
         change = "" if row["scheme"] == "unquantized" else f"{row['nll'] - row['baseline_nll']:+.4f}"
-        own = [row["cell"], f"{row['bits_per_element']:.2f}", f"{row['perplexity']:.2f}", change]
-        cells.append([*own, *([f"{row['paper']:.2f}" if row["paper"] is not None else ""] if papers else [])])
-    return markdown(["", "bits/element", "perplexity", "NLL change", *(["paper"] if papers else [])], cells)
+        paper = {"paper": f"{row['paper']:.2f}" if row["paper"] is not None else ""}
+        lines.append(line(columns, row) | {"NLL change": change} | (paper if papers else {}))
+    return lines
 
 
-def packed() -> str:
+PACKED = {
+    "scheme": "{scheme}",
+    "context": "{seqlen}",
+    "chunk": "{prefill_chunk}",
+    "NLL simulated": "{simulated[nll]:.4f}",
+    "NLL packed": "{nll:.4f}",
+    "relative difference": "{difference:.1e}",
+    "bits simulated": "{simulated[bits_per_element]:.3f}",
+    "bits held": "{bits_per_element:.3f}",
+    "smaller than fp16": "{smaller:.2f}x",
+}
+
+
+def packed() -> list[Line]:
     """NLL through the packed cache beside the simulated one, and the bytes held."""
     simulated: dict[tuple[str, int, str | None], Row] = {}
     for row in rows_of("sparse") + rows_of("simulated") + rows_of("schemes"):
         simulated[row["scheme"], row["tokens"], row.get("records")] = row
         simulated[row["scheme"], row["tokens"], None] = row  # packed rows of old do not say which records
-    cells = []
+    lines = []
     for row in rows_of("packed"):
         expected = simulated[row["scheme"], row["tokens"], row.get("records")]
-        cells.append(
-            [
-                row["scheme"],
-                str(row["seqlen"]),
-                str(row["prefill_chunk"]),
-                f"{expected['nll']:.4f}",
-                f"{row['nll']:.4f}",
-                f"{abs(row['nll'] / expected['nll'] - 1):.1e}",
-                f"{expected['bits_per_element']:.3f}",
-                f"{row['bits_per_element']:.3f}",
-                f"{row['fp16_bytes'] / row['cache_bytes']:.2f}x",
-            ]
-        )
-    header = ["scheme", "context", "chunk", "NLL simulated", "NLL packed", "relative difference"]
-    return markdown([*header, "bits simulated", "bits held", "smaller than fp16"], cells)
+        difference, smaller = abs(row["nll"] / expected["nll"] - 1), row["fp16_bytes"] / row["cache_bytes"]
+        lines.append(line(PACKED, row, simulated=expected, difference=difference, smaller=smaller))
+    return lines
 
 
-def speed() -> str:
+def speed() -> list[Line]:
     """The benchmarks of fitting and recording."""
     fit, recording = rows_of("benchmark_fit")[-1], rows_of("benchmark_recording")[-1]
     sides, worse = fit["layer_sides"], fit["larger_error_than_sklearn"]
@@ -149,127 +115,128 @@ def speed() -> str:
             f"{recording['median_ratio']:.2f}x its time",
         ],
     ]
-    for row in {row["scheme"]: row for row in rows_of("benchmark_simulation")}.values():
+    for row in latest(rows_of("benchmark_simulation"), lambda row: row["scheme"]):
         what = f"{row['scheme']}: a forward of {row['seqlen']} tokens, simulated"
         cells.append([what, "the unquantized forward", f"{row['median_ratio']:.2f}x its time"])
-    for row in {row["scheme"]: row for row in rows_of("fit_shape")}.values():
-        shape = (
-            f"{row['of_layers']} layers, C = {row['heads'] * row['head_dim']}, {row['windows'] * row['seqlen']} tokens"
-        )
+    for row in latest(rows_of("fit_shape"), lambda row: row["scheme"]):
+        channels, tokens = row["heads"] * row["head_dim"], row["windows"] * row["seqlen"]
+        what = f"{row['scheme']}: a fit of {row['of_layers']} layers, C = {channels}, {tokens} tokens"
         minutes = f"{row['scaled_minutes']:.1f} minutes, {row['peak_gb']:.1f} GB"
-        cells.append([f"{row['scheme']}: a fit of {shape}", f"{row['layers']} layers measured, time scaled", minutes])
-    return markdown(["what", "against", "result"], cells)
+        cells.append([what, f"{row['layers']} layers measured, time scaled", minutes])
+    return [dict(zip(("what", "against", "result"), each, strict=True)) for each in cells]
 
 
-def retrieval_packed() -> str:
-    """Retrieval through the packed cache beside simulated."""
-    return markdown(*packed_table(rows_of("passkey"), rows_of("ruler")))
-
-
-def allocation() -> str:
+def allocation() -> list[Line]:
     """Held-out error of ways to spend bits, a column for each width of the paper's scheme."""
-    rows = {(row["idea"], row["bits"]): row for row in rows_of("allocation")}
-    widths = sorted({bits for _, bits in rows})
-    cells = []
-    for idea in dict.fromkeys(idea for idea, _ in rows):
-        of_idea = [rows[idea, bits] for bits in widths]
-        cells.append([idea, *(f"{row['error_ratio']:.2f} ({row['bits_per_element']:.2f})" for row in of_idea)])
-    return markdown(["error (bits per element)", *(f"{bits} bits" for bits in widths)], cells)
+    columns = {"error (bits per element)": "{idea}"}
+    return pivoted(rows_of("allocation"), columns, "{bits} bits", "{error_ratio:.2f} ({bits_per_element:.2f})")
 
 
-def feedback() -> str:
+def feedback() -> list[Line]:
     """Held-out error under the whole Fisher matrix, a column for each scheme."""
-    rows = {(row["idea"], row["scheme"]): row for row in rows_of("feedback")}
-    names = list(dict.fromkeys(scheme for _, scheme in rows))
-    cells = [
-        [idea, *(f"{rows[idea, name]['error_ratio']:.2f}" for name in names)]
-        for idea in dict.fromkeys(idea for idea, _ in rows)
-    ]
-    return markdown(["error of d^T F d", *names], cells)
+    return pivoted(rows_of("feedback"), {"error of d^T F d": "{idea}"}, "{scheme}", "{error_ratio:.2f}")
 
 
-def of_gpus(name: str, table: Callable[[list[Row]], tuple[list[str], list[list[str]]]]) -> str:
-    """A table of `gpu_tables`, or that there is nothing yet."""
-    rows = rows_of(name)
-    return markdown(*table(rows)) if rows else "Not measured yet.\n"
+def pivoted(rows: Sequence[Row], columns: Line, name: str, cell: str) -> list[Line]:
+    """A line for each idea, and a column for each `name` that its rows have."""
+    lines: dict[str, Line] = {}
+    for row in rows:
+        lines.setdefault(row["idea"], line(columns, row)).update(line({name.format(**row): cell}, row))
+    return list(lines.values())
 
 
-def instructions() -> str:
+INSTRUCTIONS = {
+    "GPU": "{target}",
+    "bits": "{widths}",
+    "queries": "{queries}",
+    "teams": "{teams}",
+    "loop": "{loop:.2f}",
+    "outliers": "{outliers:.2f}",
+    "whole": "{whole:.2f}",
+    "registers": "{registers}",
+    "spills in loops": "{usual_spills}",
+    "shared memory, KiB": "{kib:.0f}",
+}
+
+
+def instructions() -> list[Line]:
     """Machine instructions per element, as counted last."""
-    cells = []
     rows = [row for row in rows_of("instructions") if "teams" in row]  # those of the kernel in Triton had other columns
-    for row in {(row["target"], row["bits"], row["queries"]): row for row in rows}.values():
-        what = [row["target"], str(row["bits"] or "2, 3, 4"), str(row["queries"]), str(row["teams"])]
-        counts = [f"{row[part]:.2f}" for part in ("loop", "outliers", "whole")]
-        cells.append([*what, *counts, str(row["registers"]), str(row["usual_spills"]), f"{row['shared'] / 1024:.0f}"])
-    header = ["GPU", "bits", "queries", "teams", "loop", "outliers", "whole", "registers", "spills in loops"]
-    return markdown([*header, "shared memory, KiB"], cells)
-
-
-def roofline() -> str:
-    """What memory and instructions allow at most, as counted last."""
-    cells = []
-    rows = [row for row in rows_of("roofline") if "shared_us" in row]
-    for row in {(row["machine"], row["shape"], row["scheme"]): row for row in rows}.values():
-        what = [row["machine"], row["shape"], str(row["group"]), row["scheme"], f"{row['instructions']:.1f}"]
-        times = [f"{row[name]:.0f}" for name in ("memory_us", "shared_us", "issue_us", "fp16_us")]
-        cells.append([*what, *times, row["bound"], f"{row['most_speedup']:.1f}x"])
-    header = [
-        "GPU",
-        "shape",
-        "queries to a KV head",
-        "scheme",
-        "instructions",
-        "memory, us",
-        "shared memory, us",
-        "issue, us",
+    return [
+        line(INSTRUCTIONS, row, widths=row["bits"] or "2, 3, 4", kib=row["shared"] / 1024)
+        for row in latest(rows, lambda row: (row["target"], row["bits"], row["queries"]))
     ]
-    return markdown([*header, "fp16, us", "bound", "at most"], cells)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "headline": lambda: summary.headline(rows_of("schemes"), rows_of("gpu-benchmark")),
-    "summary_quality": lambda: markdown(*summary.quality_table(rows_of("schemes"))),
-    "summary_speed": lambda: markdown(*summary.speed_table(rows_of("gpu-benchmark"))),
-    "summary_long": lambda: markdown(
-        *summary.long_table(
-            rows_of("gpu-generate"), rows_of("gpu-multi-sharded") + rows_of("gpu-tensor-parallel"), rows_of("long")
-        )
+ROOFLINE = {
+    "GPU": "{machine}",
+    "shape": "{shape}",
+    "queries to a KV head": "{group}",
+    "scheme": "{scheme}",
+    "instructions": "{instructions:.1f}",
+    "memory, us": "{memory_us:.0f}",
+    "shared memory, us": "{shared_us:.0f}",
+    "issue, us": "{issue_us:.0f}",
+    "fp16, us": "{fp16_us:.0f}",
+    "bound": "{bound}",
+    "at most": "{most_speedup:.1f}x",
+}
+
+
+def roofline() -> list[Line]:
+    """What memory and instructions allow at most, as counted last."""
+    rows = [row for row in rows_of("roofline") if "shared_us" in row]
+    return [line(ROOFLINE, row) for row in latest(rows, lambda row: (row["machine"], row["shape"], row["scheme"]))]
+
+
+TABLES: dict[str, Callable[[], list[Line]]] = {
+    "summary_quality": lambda: summary.quality_table(rows_of("schemes")),
+    "summary_speed": lambda: summary.speed_table(rows_of("gpu-benchmark")),
+    "summary_long": lambda: summary.long_table(
+        rows_of("gpu-generate"), rows_of("gpu-multi-sharded") + rows_of("gpu-tensor-parallel"), rows_of("long")
     ),
-    "schemes": schemes,
-    "gemma": lambda: scheme_table(rows_of("gemma")),
-    "sparse": lambda: markdown(*sparse_table(rows_of("sparse"), rows_of("gpu-sparse"))),
-    "window": lambda: markdown(*window_table(rows_of("window"))),
-    "passkey_ten": lambda: markdown(*passkey_table(rows_of("passkey-ten"))),
-    "needle_long": lambda: markdown(*needle_table(rows_of("needle-long"))),
-    "ruler_long": lambda: markdown(*ruler_table(rows_of("ruler-long"))),
-    "laboratory": laboratory,
+    "schemes": lambda: scheme_table("schemes"),
+    "gemma": lambda: scheme_table("gemma"),
+    "sparse": lambda: default_tables.sparse_table(rows_of("sparse"), rows_of("gpu-sparse")),
+    "window": lambda: default_tables.window_table(rows_of("window")),
+    "passkey_ten": lambda: retrieval_tables.passkey_table(rows_of("passkey-ten")),
+    "needle_long": lambda: retrieval_tables.needle_table(rows_of("needle-long")),
+    "ruler_long": lambda: retrieval_tables.ruler_table(rows_of("ruler-long")),
     "packed": packed,
     "speed": speed,
-    "long": lambda: markdown(*all_measured(rows_of("long"))),
-    "long_float32": lambda: markdown(*decoding_in_float32(rows_of("long"))),
-    "passkey": lambda: markdown(*passkey_table(rows_of("passkey"))),
-    "needle": lambda: markdown(*needle_table(rows_of("needle"))),
-    "ruler": lambda: markdown(*ruler_table(rows_of("ruler"))),
-    "retrieval_packed": retrieval_packed,
-    "gpu": lambda: of_gpus("gpu-benchmark", speed_table),
-    "gpu_other_ops": lambda: of_gpus("gpu-benchmark", other_ops_table),
-    "gpu_generate": lambda: of_gpus("gpu-generate", generate_table),
-    "gpu_prefill": lambda: of_gpus("gpu-generate", prefill_table),
-    "gpu_sharded": lambda: of_gpus("gpu-multi-sharded", sharded_table),
-    "gpu_parallel": lambda: of_gpus("gpu-tensor-parallel", parallel_table),
-    "gpu_processes": lambda: of_gpus("gpu-multi-processes", processes_table),
-    "gpu_device": lambda: of_gpus("gpu-device", device_table),
+    "long": lambda: long_tables.all_measured(rows_of("long")),
+    "long_float32": lambda: long_tables.decoding_in_float32(rows_of("long")),
+    "passkey": lambda: retrieval_tables.passkey_table(rows_of("passkey")),
+    "needle": lambda: retrieval_tables.needle_table(rows_of("needle")),
+    "ruler": lambda: retrieval_tables.ruler_table(rows_of("ruler")),
+    "retrieval_packed": lambda: retrieval_tables.packed_table(rows_of("passkey"), rows_of("ruler")),
+    "gpu": lambda: gpu_tables.speed_table(rows_of("gpu-benchmark")),
+    "gpu_other_ops": lambda: gpu_tables.other_ops_table(rows_of("gpu-benchmark")),
+    "gpu_generate": lambda: gpu_tables.generate_table(rows_of("gpu-generate")),
+    "gpu_prefill": lambda: gpu_tables.prefill_table(rows_of("gpu-generate")),
+    "gpu_sharded": lambda: gpu_tables.sharded_table(rows_of("gpu-multi-sharded")),
+    "gpu_parallel": lambda: gpu_tables.parallel_table(rows_of("gpu-tensor-parallel")),
+    "gpu_processes": lambda: gpu_tables.processes_table(rows_of("gpu-multi-processes")),
+    "gpu_device": lambda: gpu_tables.device_table(rows_of("gpu-device")),
     "instructions": instructions,
     "roofline": roofline,
     "allocation": allocation,
     "feedback": feedback,
 }
+TEXTS: dict[str, Callable[[], str]] = {
+    "headline": lambda: summary.headline(rows_of("schemes"), rows_of("gpu-benchmark")),
+    "laboratory": laboratory,
+}
+
+
+def made(name: str) -> str:
+    """What stands between the marks of that name."""
+    return TEXTS[name]() if name in TEXTS else markdown(TABLES[name]())
 
 
 def with_tables(text: str) -> str:
     """The text with every marked table made anew."""
-    return _MARKED.sub(lambda match: match[1] + TABLES[match["name"]]() + match[3], text)
+    return _MARKED.sub(lambda match: match[1] + made(match["name"]) + match[3], text)
 
 
 def main(argv: Sequence[str] | None = None) -> Row:

@@ -15,18 +15,15 @@ from gradients.__main__ import main as record
 from gradients.cli import UserError
 from gradients.fisher import record_window
 from gradients.models import KVSite, kv_sites
-from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
-from quant.codebook import int_codebook, nf_codebook, nuq_codebook
-from quant.compensate import fit_feedback, stretched
+from quant.codebook import int_codebook, nf_codebook
+from quant.compensate import fit_feedback
 from quant.feedback import Feedback
 from quant.fit import fit
-from quant.kmeans import Histogram
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.results import read_rows
 from quant.scheme import Scheme
-from quant.side import Side
 from scripts.experiments.ablate_feedback import IDEAS
 from scripts.experiments.ablate_feedback import main as ablate
 
@@ -248,54 +245,3 @@ def test_the_ablation_compares_every_idea_on_windows_it_has_not_seen(record_argu
     kept, fitted = list(IDEAS)[1:3]
     assert rows["int3", kept] == rows["int3", fitted]
     assert rows["nuq2", kept] != rows["nuq2", fitted]
-
-
-def slopes_and_means(quantizer: MixedQuantizer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(regression of decoded numbers on the numbers, mean error) of every channel, `[C]`."""
-    decoded = quantizer.decode(quantizer.encode(x))
-    centred = x - x.mean(0)
-    return (centred * decoded).sum(0) / centred.square().sum(0), (decoded - x).mean(0)
-
-
-def test_stretched_ranges_shrink_numbers_less_and_keep_their_mean() -> None:
-    quantizer = quantizer_of("mixed", HEADS, DIM)
-    draw, spread = torch.Generator().manual_seed(9), quantizer.scale * (0.5 + quantizer.widths)
-    x = quantizer.zero + 0.2 + 0.5 * spread * torch.randn(4000, HEADS * DIM, generator=draw)
-    books = {width: nuq_codebook(gaussian_histogram(), 2**width) for width in quantizer.codebooks}
-    quantizer = replace(
-        quantizer,
-        scheme=Scheme.parse("rdnuq2+fb"),
-        codebooks=books,
-        scale=x.std(0),
-        feedback=replace(quantizer.feedback, matrix=torch.zeros_like(quantizer.feedback.matrix)),
-    )
-    wide = quantizer.widths > 0
-    before, _ = slopes_and_means(quantizer, x)
-    after, off = slopes_and_means(stretched(quantizer, Side(x, torch.ones_like(x))), x)
-    assert (before[wide] < 0.99).all()
-    assert (after[wide] > before[wide]).all()
-    few = wide & (quantizer.widths < 3)
-    assert (1 - after[few] < 0.75 * (1 - before[few])).all()
-    assert (after < 1).all()
-    assert (off.abs() < 0.05 * x.std(0)).all()
-
-
-def gaussian_histogram() -> Histogram:
-    histogram = Histogram.empty(-4, 4)
-    points = np.linspace(-4, 4, 2001)
-    histogram.add(points, np.exp(-0.5 * points**2))
-    return histogram
-
-
-def test_only_values_without_outliers_are_stretched(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def watched(quantizer: MixedQuantizer, _side: Side) -> MixedQuantizer:
-        asked.append(quantizer.scheme)
-        return quantizer
-
-    monkeypatch.setattr("quant.fit.stretched", watched)
-    for name in ("rdnuq2.4+fb", "rdnuq2.4-1%+fb", "rdnuq2.4", "nuq3+fb"):
-        fit(records, Scheme.parse(name))
-    assert set(map(str, asked)) == {"rdnuq2.4+fb"}
-    assert len(asked) == len(records.manifest.fingerprint.cached_layers)

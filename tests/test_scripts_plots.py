@@ -19,7 +19,7 @@ from gradients.records import Records
 from gradients.rope import rotate
 from quant.fit import fit
 from quant.scheme import Scheme
-from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods
+from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods, plot_speed
 
 Draw = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -54,7 +54,7 @@ def check_png(path: Path, figure: Any) -> None:
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and 5_000 < len(data) < 120_000
     size = struct.unpack(">II", data[16:24])
-    assert size == tuple((figure.get_size_inches() * figures.DPI).astype(int)) and min(size) > 300
+    assert size == tuple((figure.get_size_inches() * figures.DPI + 1e-6).astype(int)) and min(size) > 300
     assert len(Image.open(path).convert("RGB").getcolors(1 << 20)) > 50, "hardly anything was drawn"
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "a temporary file was left"
 
@@ -67,15 +67,8 @@ def texts(place: Any) -> list[str]:
 
 
 def row(scheme: str, bits: float, increase: float, **changes: Any) -> dict[str, Any]:
-    evaluation = {"model": "tiny", "text": "words.txt", "seqlen": 65, "tokens": 64}
-    return {
-        **evaluation,
-        "scheme": scheme,
-        "bits_per_element": bits,
-        "nll": 3 + increase,
-        "baseline_nll": 3.0,
-        **changes,
-    }
+    evaluation = {"model": "tiny", "text": "words.txt", "seqlen": 65, "tokens": 64, "baseline_nll": 3.0}
+    return {**evaluation, "scheme": scheme, "bits_per_element": bits, "nll": 3 + increase, **changes}
 
 
 ROWS = [
@@ -104,21 +97,6 @@ def rows_file(tmp_path) -> Callable[[Sequence[dict[str, Any]]], Path]:
     return write
 
 
-@pytest.mark.parametrize(
-    ("scheme", "method"),
-    [
-        ("nuq3-1%", "nuq-1%"),
-        ("nuq3", "nuq"),
-        ("rdnuq2.4", "rdnuq"),
-        ("rdnuq2.4g1-4%+fb", "rdnuqg1-4%+fb"),
-        ("kivi2 residual_tokens=0", "kivi residual_tokens=0"),
-        ("turbo4", "turbo"),
-    ],
-)
-def test_a_method_is_a_scheme_without_its_bits(scheme: str, method: str) -> None:
-    assert plot_methods.method_of(scheme) == method
-
-
 def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
     figure, summary = draw(plot_methods, "--results", str(rows_file(ROWS)))
     (place,) = figure.axes
@@ -138,18 +116,20 @@ def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("plot", "rows", "message"),
     [
-        ([], "holds no rows"),
-        ([row("nuq2", 2.1, 0.6), row("nuq3", 3.1, 0.1, seqlen=512)], "mixes evaluations"),
-        ([{"scheme": "nuq2"}], "lacks 'model'"),
-        ([row("two bits", 2.0, 0.1)], "two bits"),
+        (plot_methods, [], "holds no rows"),
+        (plot_methods, [row("nuq2", 2.1, 0.6), row("nuq3", 3.1, 0.1, seqlen=512)], "mixes evaluations"),
+        (plot_methods, [{"scheme": "nuq2"}], "lacks 'model'"),
+        (plot_methods, [row("two bits", 2.0, 0.1)], "two bits"),
+        (plot_speed, [], "no row holds decode steps of the kernels for batch 1"),
+        (plot_speed, [{"shape": "llama-7b", "device": "H200"}], "a row lacks 'ops'"),
     ],
 )
-def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
+def test_rows_that_cannot_be_drawn(plot: Any, rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(UserError, match=message):
-        plot_methods.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
+        plot.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
     assert not (tmp_path / "none.png").exists()
 
 
@@ -157,6 +137,37 @@ def test_the_committed_rows_can_be_drawn() -> None:
     methods, evaluation = plot_methods.read_methods(plot_methods.RESULTS)
     assert {"rdnuqg1-4%", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
     assert all(one.bits < other.bits for points in methods.values() for one, other in pairwise(points))
+
+
+# speed
+
+
+def layer_row(scheme: str, context: int, us: float, fp16_us: float, **other: Any) -> dict[str, Any]:
+    step = {"op": "decode", "us": us, "fp16_us": fp16_us, "speedup": fp16_us / us, "percent_of_copy": 50.0}
+    sizes = {"copy_gb_per_s": 2.0, "bytes_per_token": 100.0, "fp16_bytes_per_token": 400.0}
+    row = {"shape": "llama-7b", "scheme": scheme, "context": context, "batch": 1, "path": "triton", "device": "H200"}
+    return row | sizes | {"ops": [{"op": "append", "us": 1.0}, step]} | other
+
+
+def test_speed_shows_times_and_limits(draw, rows_file) -> None:
+    rows = [
+        layer_row("nuq3-1%", 1 << 20, 1, 1, device="another"),
+        layer_row("nuq3-1%", 1 << 20, 1, 1, batch=8),
+        layer_row("nuq2-1%", 4096, 300, 900),
+        layer_row("nuq3-1%", 2048, 200, 500),
+        layer_row("nuq3-1%", 4096, 400, 800),
+    ]
+    figure, summary = draw(plot_speed, "--results", str(rows_file(rows)))
+    assert summary["points"] == 4 and summary["shapes"] == ["llama-7b"]
+    (place,) = figure.axes
+    lines = {line.get_label(): line for line in place.lines}
+    assert lines["fp16"].get_xydata().tolist() == [[2048, 500], [4096, 800]]  # the quicker of the two at 4096
+    assert lines["nuq3-1%"].get_xydata().tolist() == [[2048, 200], [4096, 400]]
+    limits = [line.get_ydata()[-1] for line in place.lines if line.get_linestyle() == ":" and len(line.get_xdata())]
+    assert limits == pytest.approx([400 * 4096 / 2e3, 100 * 4096 / 2e3])
+    assert "nuq2-1%" not in lines  # one context makes no line
+    assert place.get_xscale() == place.get_yscale() == "log"
+    assert [label.get_text() for label in place.get_xticklabels()] == ["2K", "4K"]
 
 
 # records
@@ -256,15 +267,11 @@ def test_bad_arguments_are_refused_and_write_nothing(
 # what all share
 
 
-@pytest.mark.parametrize("command", [plot_methods, plot_key_ranges, plot_levels, plot_fisher])
-def test_missing_matplotlib_names_its_extra(command: Any, monkeypatch, tmp_path) -> None:
+def test_missing_matplotlib_names_its_extra(monkeypatch, rows_file, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    name = command.__name__.split("plot_")[1]
-    needed = {"methods": [], "fisher": ["--records", "."], "key_ranges": ["--records", ".", "--layer", "0"]}
-    needed["levels"] = [*needed["key_ranges"], "--schemes", "nuq3"]
     with pytest.raises(UserError, match=r"plots need matplotlib.*\[plots\]"):
-        command.main([*needed[name], "--output", str(tmp_path / "none.png")])
-    assert not list(tmp_path.iterdir())
+        plot_methods.main(["--results", str(rows_file(ROWS)), "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("plot", ["speed", "methods", "needle", "levels", "fisher", "key_ranges"])

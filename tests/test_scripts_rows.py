@@ -13,7 +13,7 @@ from gradients.cli import UserError
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
 from scripts import sweep_schemes
-from scripts.readme_tables import DOCUMENTS, TABLES, with_tables
+from scripts.readme_tables import DOCUMENTS, TABLES, TEXTS, with_tables
 from scripts.report.quickstart_table import table_rows
 from scripts.sweep_schemes import main as sweep_main
 
@@ -21,7 +21,7 @@ from scripts.sweep_schemes import main as sweep_main
 def test_the_readme_shows_the_rows() -> None:
     text = "".join((REPOSITORY / name).read_text() for name in DOCUMENTS)
     assert with_tables(text) == text, "run `python -m scripts.readme_tables`"
-    assert all(f"<!-- table: {name} -->" in text for name in TABLES)
+    assert all(f"<!-- table: {name} -->" in text for name in [*TABLES, *TEXTS])
 
 
 def test_an_outdated_table_is_noticed() -> None:

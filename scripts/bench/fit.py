@@ -17,7 +17,6 @@ with every point at its own place; the histogram that our search looks at does n
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +26,11 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
 from gradients.cli import UserError, command_parser, format_table, run_command
-from gradients.models import KINDS, Kind
+from gradients.models import KINDS
 from gradients.progress import progress
 from gradients.records import Records
 from quant.artefact import axis_of
-from quant.codebook import Codebook, nuq_codebook
+from quant.codebook import nuq_codebook
 from quant.kmeans import Histogram, weighted_error
 from quant.quantizer import FedBack, normalise
 from quant.results import append_row
@@ -42,33 +41,29 @@ Points = NDArray[np.float32]
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One layer's keys or values: seconds, and our weighted squared error in units of scikit-learn's."""
+def compare(side: Side, scheme: Scheme, per_channel: bool) -> dict[str, float]:
+    """Fit one layer's keys or values both ways: seconds, and our weighted squared error in units of scikit-learn's."""
 
-    layer: int
-    kind: Kind
-    points: int
-    fit: float
-    search: float
-    sklearn: float
-    error: float
+    def search() -> None:
+        histogram = Histogram.empty(-1, 1)
+        histogram.add(points, weights)
+        nuq_codebook(histogram, scheme.levels)
 
+    def sklearn() -> Points:
+        kmeans = KMeans(n_clusters=scheme.levels, n_init="auto", max_iter=50, random_state=0)
+        return kmeans.fit(points[:, None], sample_weight=weights).cluster_centers_[:, 0]
 
-def compare(records: Records, scheme: Scheme, layer: int, kind: Kind) -> Comparison:
-    """Fit one layer's keys or values both ways."""
-    side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
-    quantizer, fit_seconds = timed(lambda: fit_side(side, scheme, axis_of(scheme, kind) == "channel"))
+    quantizer, fit_seconds = timed(lambda: fit_side(side, scheme, per_channel))
     assert isinstance(quantizer, FedBack)
     points, weights = inliers(side, quantizer)
-    _, search_seconds = timed(lambda: search(points, weights, scheme.levels))
-    centres, sklearn_seconds = timed(lambda: sklearn_centres(points, weights, scheme.levels))
-    exact_points, exact_weights = points.astype(np.float64), weights.astype(np.float64)
-    our_error, sklearn_error = (
-        weighted_error(exact_points, exact_weights, np.sort(levels.astype(np.float64)))
+    _, search_seconds = timed(search)
+    centres, sklearn_seconds = timed(sklearn)
+    ours, theirs = (
+        weighted_error(points.astype(np.float64), weights.astype(np.float64), np.sort(levels.astype(np.float64)))
         for levels in (quantizer.codebook.levels.numpy(), centres)
     )
-    return Comparison(layer, kind, len(points), fit_seconds, search_seconds, sklearn_seconds, our_error / sklearn_error)
+    seconds = {"fit": fit_seconds, "search": search_seconds, "sklearn": sklearn_seconds}
+    return {"points": len(points), **seconds, "error": ours / theirs}
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float]:
@@ -90,26 +85,13 @@ def inliers(side: Side, quantizer: FedBack) -> tuple[Points, Points]:
     return points[coded].numpy(), weights[coded].numpy()
 
 
-def search(points: Points, weights: Points, levels: int) -> Codebook:
-    """The codebook of normalised inliers, as `fit_side` finds it."""
-    histogram = Histogram.empty(-1, 1)
-    histogram.add(points, weights)
-    return nuq_codebook(histogram, levels)
-
-
-def sklearn_centres(points: Points, weights: Points, levels: int) -> Points:
-    """The baseline: `[L]` cluster centres, in no order."""
-    kmeans = KMeans(n_clusters=levels, n_init="auto", max_iter=50, random_state=0)
-    return kmeans.fit(points[:, None], sample_weight=weights).cluster_centers_[:, 0]
-
-
-def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
+def summarise(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Totals over layers, keys and values."""
-    fit, search, sklearn = (sum(getattr(c, name) for c in comparisons) for name in ("fit", "search", "sklearn"))
-    errors = [c.error for c in comparisons]
+    fit, search, sklearn = (sum(row[name] for row in rows) for name in ("fit", "search", "sklearn"))
+    errors = [row["error"] for row in rows]
     return {
-        "layer_sides": len(comparisons),
-        "inliers": sum(c.points for c in comparisons),
+        "layer_sides": len(rows),
+        "inliers": sum(row["points"] for row in rows),
         "fit_seconds": round(fit, 3),
         "search_seconds": round(search, 3),
         "sklearn_seconds": round(sklearn, 3),
@@ -119,14 +101,6 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, Any]:
         "worst_error_ratio": max(errors),
         "median_error_ratio": float(np.median(errors)),
     }
-
-
-def chosen_layers(wanted: Sequence[int] | None, records: Records) -> Sequence[int]:
-    """The layers to compare. Raises `UserError` for one that was not recorded."""
-    recorded = records.manifest.fingerprint.cached_layers
-    if unknown := set(wanted or ()) - set(recorded):
-        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
-    return wanted or recorded
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -141,12 +115,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if scheme.datatype != "nuq":
         raise UserError(f"--scheme {arguments.scheme} fits no codebook; give a nuq scheme, such as nuq3-1%")
     records = Records.open(arguments.records)
-    layers = chosen_layers(arguments.layers, records)
-    compare(records, scheme, layers[0], "key")  # warm-up: threads, caches and imports of both sides
-    sides = [(layer, kind) for layer in layers for kind in KINDS]
-    comparisons = [compare(records, scheme, *side) for side in progress(sides, desc=f"fitting {scheme} twice")]
-    print(format_table([asdict(comparison) for comparison in comparisons]))
-    result = {"benchmark": "fit", "scheme": scheme.describe(), **summarise(comparisons)}
+    recorded = records.manifest.fingerprint.cached_layers
+    if unknown := set(arguments.layers or ()) - set(recorded):
+        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
+    rows = []
+    sides = [(layer, kind) for layer in arguments.layers or recorded for kind in KINDS]
+    # the first is for threads, caches and imports of both ways, and does not count
+    for layer, kind in progress([sides[0], *sides], desc=f"fitting {scheme} twice"):
+        side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))
+        rows.append({"layer": layer, "kind": kind, **compare(side, scheme, axis_of(scheme, kind) == "channel")})
+    print(format_table(rows[1:]))
+    result = {"benchmark": "fit", "scheme": scheme.describe(), **summarise(rows[1:])}
     manifest = records.manifest
     identity = {"model": Path(manifest.model).name, "text": Path(manifest.text).name, "seqlen": manifest.seqlen}
     identity |= {"windows": manifest.windows, "records": manifest.digest}

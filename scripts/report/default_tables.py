@@ -1,52 +1,49 @@
-"""The tables behind the default scheme: sparse or dense, and what a recent window buys. Each is a header and lines of cells."""
+"""The tables behind the default scheme: sparse or dense, and what a recent window buys."""
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS, FP16_BITS
-
-Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
+from scripts.report.cells import Line, Row, line, percent
 
 _OUTLIERS = {0.0: "none", 0.005: "at most 0.5 %", 0.04: "free (at most 4 %)"}
 _SHAPES = ("llama-7b", "llama-3-8b")
 _CONTEXTS = {"4K": 1 << 12, "128K": 1 << 17}
 
 
-def sparse_table(simulated: Sequence[Row], timed: Sequence[Row]) -> Table:
+def sparse_table(simulated: Sequence[Row], timed: Sequence[Row]) -> list[Line]:
     """Budgets and outliers of rdnuq with feedback: simulated loss beside the time of a decode step's attention.
 
     `timed` rows are of schemes without feedback, which changes what is stored and not how it is read.
     """
+    columns = {"bits asked": "{bits:g}", "outliers": "{outliers}", "bits stored": "{bits_per_element:.2f}"}
+    columns |= {"NLL increase": "{increase:+.4f}", "KL": "{kl:.4f}"}
     times = {(row["scheme"], row["shape"]): op for row in timed for op in row["ops"] if op["op"] == "decode"}
     lines = []
-    for row in sorted(simulated, key=lambda row: _budget(row["scheme"])):
+    for row in simulated:
         scheme = Scheme.parse(row["scheme"])
-        increase = row["nll"] - row["baseline_nll"]
-        what = [f"{scheme.bits:g}", _OUTLIERS[scheme.outliers], f"{row['bits_per_element']:.2f}"]
-        steps = [times.get((row["scheme"].removesuffix("+fb"), shape)) for shape in _SHAPES]
-        shown = [f"{step['us']:.0f} ({step['speedup']:.2f}x)" if step else "" for step in steps]
-        lines.append([*what, f"{increase:+.4f}", f"{row['kl']:.4f}", *shown])
-    return ["bits asked", "outliers", "bits stored", "NLL increase", "KL", *(f"{name}, us" for name in _SHAPES)], lines
+        asked = {"bits": scheme.bits, "outliers": _OUTLIERS[scheme.outliers]}
+        steps = {shape: times.get((row["scheme"].removesuffix("+fb"), shape)) for shape in _SHAPES}
+        shown = {
+            f"{shape}, us": f"{step['us']:.0f} ({step['speedup']:.2f}x)" if step else ""
+            for shape, step in steps.items()
+        }
+        lines.append(line(columns, row | asked, increase=row["nll"] - row["baseline_nll"]) | shown)
+    return lines
 
 
-def _budget(name: str) -> tuple[float, float]:
-    scheme = Scheme.parse(name)
-    return scheme.bits, scheme.outliers
-
-
-def window_table(rows: Sequence[Row]) -> Table:
+def window_table(rows: Sequence[Row]) -> list[Line]:
     """Sinks and recent tokens kept exact: simulated loss, and bits per element at two lengths of context."""
     lines = []
     for row in rows:
         scheme = parsed(row["scheme"])
-        bits = [f"{bits_at(row, scheme, tokens):.3f}" for tokens in _CONTEXTS.values()]
-        loss = [f"{row['nll'] - row['baseline_nll']:+.4f}", f"{row['kl']:.4f}", f"{100 * row['top1_agreement']:.1f} %"]
-        lines.append([row["scheme"].split()[0], str(scheme.sink_tokens), str(scheme.residual_tokens), *bits, *loss])
-    header = ["scheme", "sinks", "recent tokens", *(f"bits at {name}" for name in _CONTEXTS)]
-    return [*header, "NLL increase", "KL", "top-1 agreement"], lines
+        exact = {"sinks": str(scheme.sink_tokens), "recent tokens": str(scheme.residual_tokens)}
+        bits = {f"bits at {name}": f"{bits_at(row, scheme, tokens):.3f}" for name, tokens in _CONTEXTS.items()}
+        loss = {"NLL increase": f"{row['nll'] - row['baseline_nll']:+.4f}", "KL": f"{row['kl']:.4f}"}
+        agreement = {"top-1 agreement": percent(row["top1_agreement"], ".1%")}
+        lines.append({"scheme": row["scheme"].split()[0]} | exact | bits | loss | agreement)
+    return lines
 
 
 def parsed(described: str) -> Scheme:

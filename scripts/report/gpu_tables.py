@@ -1,57 +1,45 @@
 """Tables of what was measured on GPUs, from rows of deployment.benchmark, scripts.bench.generate and scripts.checks.device.
 
-Each is a header and lines of cells. Of rows that measure the same thing, the last counts.
+Of rows that measure the same thing, the last counts.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
-_MODES = ("eager", "graph", "generate")
-_EQUAL = ("equal_tokens", "rounded_equal_tokens")
+from scripts.report.cells import Line, Row, latest, line, short
+
+_SPEED = {
+    "GPU": "{gpu}",
+    "shape": "{shape}",
+    "batch": "{batch}",
+    "scheme": "{scheme}",
+    "context": "{context:,}",
+    "smaller than fp16": "{smaller:.1f}x",
+    "decode, us": "{us:.0f}",
+    "fp16, us": "{fp16_us:.0f}",
+    "faster": "{speedup:.2f}x",
+    "of copy bandwidth": "{percent_of_copy:.0f} %",
+}
 
 
-def latest(rows: Sequence[Row], key: Callable[[Row], Hashable]) -> list[Row]:
-    """The last row of each key, in the order in which keys first came."""
-    return list({key(row): row for row in rows}.values())
-
-
-def short(device: str) -> str:
-    """`NVIDIA H100 80GB HBM3` as `H100`."""
-    return device.removeprefix("NVIDIA ").split()[0]
-
-
-def speed_table(rows: Sequence[Row]) -> Table:
+def speed_table(rows: Sequence[Row]) -> list[Line]:
     """Decode attention of one layer from the packed cache against fp16, in one run."""
     lines = []
-    rows = [row for row in rows if any(op["op"] == "decode" for op in row["ops"])]
-    for row in latest(rows, lambda row: (row["device"], row["shape"], row["batch"], row["scheme"], row["context"])):
-        for step in (op for op in row["ops"] if op["op"] == "decode"):
-            smaller = row["fp16_bytes_per_token"] / row["bytes_per_token"]
-            what = [
-                short(row["device"]),
-                row["shape"],
-                str(row["batch"]),
-                row["scheme"],
-                f"{row['context']:,}",
-                f"{smaller:.1f}x",
-            ]
-            times = [f"{step['us']:.0f}", f"{step['fp16_us']:.0f}", f"{step['speedup']:.2f}x"]
-            lines.append([*what, *times, f"{step['percent_of_copy']:.0f} %"])
-    header = [
-        "GPU",
-        "shape",
-        "batch",
-        "scheme",
-        "context",
-        "smaller than fp16",
-        "decode, us",
-        "fp16, us",
-        "faster",
-        "of copy bandwidth",
-    ]
-    return header, lines
+    for row in latest_decode_rows(rows):
+        smaller = row["fp16_bytes_per_token"] / row["bytes_per_token"]
+        lines.append(line(_SPEED, row | decode_step(row), gpu=short(row["device"]), smaller=smaller))
+    return lines
+
+
+def latest_decode_rows(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each cell that timed a decode step."""
+    timed = [row for row in rows if any(op["op"] == "decode" for op in row["ops"])]
+    return latest(timed, lambda row: (row["device"], row["shape"], row["batch"], row["scheme"], row["context"]))
+
+
+def decode_step(row: Row) -> Row:
+    """What a row of `latest_decode_rows` says of the step."""
+    step: Row = next(op for op in row["ops"] if op["op"] == "decode")
+    return step
 
 
 _OTHER_OPS = {
@@ -59,134 +47,142 @@ _OTHER_OPS = {
     "chunk": "store 1024 tokens",
     "prefill": "attend 1024 queries over past and chunk",
 }
+_OTHER = {
+    "GPU": "{gpu}",
+    "shape": "{shape}",
+    "operation": "{operation}",
+    "scheme": "{scheme}",
+    "tokens before": "{context:,}",
+    "us": "{us:.1f}",
+    "fp16, us": "{fp16_us:.1f}",
+    "faster": "{speedup:.2f}x",
+}
 
 
-def other_ops_table(rows: Sequence[Row]) -> Table:
+def other_ops_table(rows: Sequence[Row]) -> list[Line]:
     """What one layer does besides decode: storing new tokens, and attention of a chunk of a prompt, against fp16."""
-    lines: dict[tuple[str, ...], Row] = {}
-    for row in rows:
-        for op in (op for op in row["ops"] if op["op"] in _OTHER_OPS):
-            lines[short(row["device"]), row["shape"], _OTHER_OPS[op["op"]], row["scheme"], f"{row['context']:,}"] = op
-    cells = [
-        [*what, f"{op['us']:.1f}", f"{op['fp16_us']:.1f}", f"{op['speedup']:.2f}x"]
-        for what, op in sorted(lines.items(), key=lambda line: line[0][2::-1])
+    steps = [
+        row | op | {"gpu": short(row["device"]), "operation": _OTHER_OPS[op["op"]]}
+        for row in rows
+        for op in row["ops"]
+        if op["op"] in _OTHER_OPS
     ]
-    return ["GPU", "shape", "operation", "scheme", "tokens before", "us", "fp16, us", "faster"], cells
-
-
-def generate_table(rows: Sequence[Row]) -> Table:
-    """Greedy decoding with whole models: a line for each shape, context and cache."""
-    steps = latest(
-        [row for row in rows if row["op"] == "decode"],
-        lambda row: (row["device"], row["shape"], row["layers"], row["context"], row["cache"], row.get("mode")),
-    )
-    lines: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in steps:
-        line = lines.setdefault((short(row["device"]), row["shape"], row["context"], row["cache"]), {})
-        line |= {mode: row for mode in ([row["mode"]] if "mode" in row else _MODES)}
-    cells = []
-    for (device, shape, context, cache), modes in sorted(lines.items(), key=lambda line: line[0][0]):
-        rates = [_rate(modes[mode]) if mode in modes else "" for mode in _MODES]
-        sizes = [
-            max((row.get(name) or 0 for row in modes.values()), default=0) for name in ("cache_bytes", "peak_bytes")
-        ]
-        cells.append(
-            [device, shape, f"{context:,}", cache, *rates, *(f"{size / 1e9:.1f}" if size else "" for size in sizes)]
-        )
+    steps = latest(steps, lambda step: tuple(step[name] for name in ("gpu", "shape", "op", "scheme", "context")))
     return [
-        "GPU",
-        "shape",
-        "context",
-        "cache",
-        "tokens/s",
-        "CUDA graph",
-        "`generate`",
-        "cache, GB",
-        "peak memory, GB",
-    ], cells
+        line(_OTHER, step) for step in sorted(steps, key=lambda step: (step["operation"], step["shape"], step["gpu"]))
+    ]
+
+
+_MODEL = {"GPU": "{gpu}", "shape": "{shape}", "context": "{context:,}", "cache": "{cache}"}
+_MODES = {"tokens/s": "eager", "CUDA graph": "graph", "`generate`": "generate"}
+_SIZES = {"cache, GB": "cache_bytes", "peak memory, GB": "peak_bytes"}
+
+
+def generate_table(rows: Sequence[Row]) -> list[Line]:
+    """Greedy decoding with whole models: a line for each shape, context and cache."""
+    lines = []
+    for steps in _models([row for row in rows if row["op"] == "decode"]):
+        modes = {mode: row for row in steps for mode in ([row["mode"]] if "mode" in row else _MODES.values())}
+        rates = {name: _rate(modes[mode]) if mode in modes else "" for name, mode in _MODES.items()}
+        sizes = {name: max(row.get(size) or 0 for row in modes.values()) for name, size in _SIZES.items()}
+        shown = {name: f"{size / 1e9:.1f}" if size else "" for name, size in sizes.items()}
+        lines.append(line(_MODEL, steps[0], gpu=short(steps[0]["device"])) | rates | shown)
+    return lines
+
+
+def prefill_table(rows: Sequence[Row]) -> list[Line]:
+    """Tokens per second of reading, a column for each size of chunk."""
+    reads = [row for row in rows if row["op"] == "prefill"]
+    chunks = sorted({row["chunk"] for row in reads if "chunk" in row})
+    lines = []
+    for cells in _models(reads):
+        rates = {chunk: _rate(row) for row in cells for chunk in ([row["chunk"]] if "chunk" in row else chunks)}
+        shown = {f"chunks of {chunk}": rates.get(chunk, "") for chunk in chunks}
+        lines.append(line(_MODEL, cells[0], gpu=short(cells[0]["device"])) | shown)
+    return lines
+
+
+def _models(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of the same GPU, shape, context and cache together, by GPU."""
+    models: dict[tuple[str, str, int, str], list[Row]] = {}
+    for row in rows:
+        models.setdefault((short(row["device"]), row["shape"], row["context"], row["cache"]), []).append(row)
+    return [models[key] for key in sorted(models, key=lambda key: key[0])]
 
 
 def _rate(row: Row) -> str:
-    if "error" in row:
-        return row["error"] if row["error"] in ("out of memory", "not installed") else "failed"
-    return f"{row['tokens_per_second']:.1f}"
+    return str(row["error"]) if "error" in row else f"{row['tokens_per_second']:.1f}"
 
 
-def prefill_table(rows: Sequence[Row]) -> Table:
-    """Tokens per second of reading, a column for each size of chunk."""
-    chunks = sorted({row["chunk"] for row in rows if row["op"] == "prefill" and "chunk" in row})
-    lines: dict[tuple[Any, ...], dict[int, str]] = {}
-    for row in rows:
-        if row["op"] == "prefill":
-            line = lines.setdefault((short(row["device"]), row["shape"], row["context"], row["cache"]), {})
-            line |= {chunk: _rate(row) for chunk in ([row["chunk"]] if "chunk" in row else chunks)}
-    cells = [
-        [device, shape, f"{context:,}", cache, *(line.get(chunk, "") for chunk in chunks)]
-        for (device, shape, context, cache), line in sorted(lines.items(), key=lambda line: line[0][0])
-    ]
-    return ["GPU", "shape", "tokens before", "cache", *(f"chunks of {chunk}" for chunk in chunks)], cells
+_SEVERAL = {"shape": "{shape}", "scheme": "{scheme}", "context": "{context:,}"}
 
 
-def sharded_table(rows: Sequence[Row]) -> Table:
+def sharded_table(rows: Sequence[Row]) -> list[Line]:
     """A model on one GPU and on several: speed, bytes against the plan, tokens."""
-    cells = []
+    columns = _SEVERAL | {"cache filled by": "{filled}", "GPUs": "{gpus}", "tokens/s": "{tokens_per_second:.1f}"}
+    columns |= {"held, GiB": "{held}", "planned, GiB": "{predicted_held}", "tokens as on one GPU": "{equal}"}
+    lines = []
     for row in rows:
-        gpus = f"{row['world_size']} x {short(row['device'])}"
-        what = [row["shape"], row["scheme"], f"{row['context']:,}", row["filled"], gpus]
-        held = ", ".join(f"{part['held'] / 2**30:.2f}" for part in row["memory"])
-        planned = ", ".join(f"{part['predicted_held'] / 2**30:.2f}" for part in row["memory"])
+        sizes = {
+            name: ", ".join(f"{part[name] / 2**30:.2f}" for part in row["memory"])
+            for name in ("held", "predicted_held")
+        }
         equal = {True: "yes", False: "no", None: ""}[row.get("tokens_equal_one_device")]
-        cells.append([*what, f"{row['tokens_per_second']:.1f}", held, planned, equal])
-    header = ["shape", "scheme", "context", "cache filled by", "GPUs", "tokens/s", "held, GiB", "planned, GiB"]
-    return [*header, "tokens as on one GPU"], cells
+        lines.append(line(columns, row | sizes, gpus=_gpus(row), equal=equal))
+    return lines
 
 
-def parallel_table(rows: Sequence[Row]) -> Table:
+def parallel_table(rows: Sequence[Row]) -> list[Line]:
     """A model on one GPU and tensor-parallel on several: speed, and bytes of each GPU against the plan."""
-    decoded = [row for row in rows if "context" in row]
-    alone = {_of(row): row["tokens_per_second"] for row in decoded if row["world_size"] == 1}
-    cells = []
-    for row in sorted(decoded, key=lambda row: (*_of(row), row["world_size"])):
-        several = row["world_size"] > 1 and _of(row) in alone
-        times = f"{row['tokens_per_second'] / alone[_of(row)]:.2f}x" if several else ""
-        what = [row["shape"], row["scheme"], f"{row['context']:,}", f"{row['world_size']} x {short(row['device'])}"]
+    columns = _SEVERAL | {"GPUs": "{gpus}", "tokens/s": "{tokens_per_second:.1f}", "of one GPU's": "{times}"}
+    columns |= {"held by each, GiB": "{held:.2f}", "planned, GiB": "{predicted_held:.2f}"}
+    alone = {_decoded(row): row["tokens_per_second"] for row in rows if row["world_size"] == 1}
+    lines = []
+    for row in sorted(rows, key=lambda row: (*_decoded(row), row["world_size"])):
+        several = row["world_size"] > 1 and _decoded(row) in alone
+        times = f"{row['tokens_per_second'] / alone[_decoded(row)]:.2f}x" if several else ""
         most = max(row["memory"], key=lambda part: part["held"])
-        sizes = [f"{most[name] / 2**30:.2f}" for name in ("held", "predicted_held")]
-        cells.append([*what, f"{row['tokens_per_second']:.1f}", times, *sizes])
-    header = ["shape", "scheme", "context", "GPUs", "tokens/s", "of one GPU's", "held by each, GiB", "planned, GiB"]
-    return header, cells
+        sizes = {name: most[name] / 2**30 for name in ("held", "predicted_held")}
+        lines.append(line(columns, row | sizes, gpus=_gpus(row), times=times))
+    return lines
 
 
-def _of(row: Row) -> tuple[str, str, int]:
+def _gpus(row: Row) -> str:
+    return f"{row['world_size']} x {short(row['device'])}"
+
+
+def _decoded(row: Row) -> tuple[str, str, int]:
     """What is decoded, whatever it is decoded on."""
     return row["shape"], row["scheme"], row["context"]
 
 
-def processes_table(rows: Sequence[Row]) -> Table:
+def processes_table(rows: Sequence[Row]) -> list[Line]:
     """Commands in several processes against one."""
-    cells = []
+    columns = {"command": "{command}", "processes": "{world_size}", "GPU": "{gpu}"}
+    columns |= {"equal to one process": "{equal}", "faster": "{faster}"}
+    lines = []
     for row in rows:
-        speed = f"{row['speedup']:.2f}x" if "speedup" in row else ""
-        same = "yes" if row["identical"] else f"within {row['largest_difference']:.1e}"
-        cells.append([row["command"], str(row["world_size"]), short(row["device"]), same, speed])
-    return ["command", "processes", "GPU", "equal to one process", "faster"], cells
+        faster = f"{row['speedup']:.2f}x" if "speedup" in row else ""
+        equal = "yes" if row["identical"] else f"within {row['largest_difference']:.1e}"
+        lines.append(line(columns, row, gpu=short(row["device"]), equal=equal, faster=faster))
+    return lines
 
 
-def device_table(rows: Sequence[Row]) -> Table:
+_DEVICE = {
+    "device": "{device}",
+    "scheme": "{scheme}",
+    "dtype": "{dtype}",
+    "NLL simulated": "{nll_simulated:.4f}",
+    "NLL packed": "{nll_packed:.4f}",
+    "relative difference": "{nll_difference:.1e}",
+    "greedy tokens equal to the CPU's": "{equal_tokens} of {tokens}",
+    "the CPU's own, rounded otherwise": "{rounded_equal_tokens} of {tokens}",
+}
+
+
+def device_table(rows: Sequence[Row]) -> list[Line]:
     """A real model on a device, against simulation there and against the CPU."""
-    cells = []
-    for row in latest(rows, lambda row: (row["device"], row["model"], row["scheme"], row["dtype"])):
-        losses = [f"{row['nll_simulated']:.4f}", f"{row['nll_packed']:.4f}", f"{row['nll_difference']:.1e}"]
-        # what rounding does on the CPU was not asked of the oldest rows
-        equal = [f"{row[name]} of {row['tokens']}" if name in row else "" for name in _EQUAL]
-        cells.append([row["device"], row["scheme"], row["dtype"], *losses, *equal])
-    header = [
-        "device",
-        "scheme",
-        "dtype",
-        "NLL simulated",
-        "NLL packed",
-        "relative difference",
-        "greedy tokens equal to the CPU's",
+    return [
+        line(_DEVICE, row)
+        for row in latest(rows, lambda row: (row["device"], row["model"], row["scheme"], row["dtype"]))
     ]
-    return [*header, "the CPU's own, rounded otherwise"], cells

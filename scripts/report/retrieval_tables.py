@@ -1,6 +1,6 @@
 """The README's tables of retrieval, from rows of `scripts.retrieval.passkey`, `scripts.retrieval.needle` and `scripts.retrieval.ruler`.
 
-Each function takes rows and returns a table's header and lines. A cell shows the share of the answers found and, in
+A cell shows the share of the answers found and, in
 brackets, the NLL of the expected answer in nats: what is found says whether a cache is usable, the NLL how far it is from
 that, also where so few questions are asked, or so hard ones, that nothing is found at all.
 """
@@ -9,26 +9,28 @@ from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
+from scripts.report.cells import Line, Row
 from scripts.retrieval.tasks import TASKS
 
-Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
-
 WAYS = ("simulated", "every token quantized", "chunk exact")
+_COLUMNS = (WAYS[0], *(f"packed, {way}" for way in WAYS[1:]))
 
 
-def passkey_table(rows: Sequence[Row]) -> Table:
+def passkey_table(rows: Sequence[Row]) -> list[Line]:
     """The share of pass keys retrieved and the NLL of their digits, a column for each context; simulated."""
     cells = {(row["scheme"], row["context"]): row for row in rows if row["mode"] != "packed"}
     contexts = sorted({context for _, context in cells})
-    lines = [
-        [scheme, *(shown([cells[scheme, one]] if (scheme, one) in cells else [], "retrieved") for one in contexts)]
+    return [
+        {"retrieved (NLL of the answer)": scheme}
+        | {
+            f"{one} tokens": shown([cells[scheme, one]] if (scheme, one) in cells else [], "retrieved")
+            for one in contexts
+        }
         for scheme in dict.fromkeys(scheme for scheme, _ in cells)
     ]
-    return ["retrieved (NLL of the answer)", *(f"{context} tokens" for context in contexts)], lines
 
 
-def needle_table(rows: Sequence[Row]) -> Table:
+def needle_table(rows: Sequence[Row]) -> list[Line]:
     """A sentence hidden in a long text: a column for each length, over the depths that all schemes asked there were asked."""
     cells, schemes = simulated_cells(rows, "depth")
     lengths = sorted({length for _, length, _ in cells})
@@ -36,29 +38,31 @@ def needle_table(rows: Sequence[Row]) -> Table:
     depths = {length: set.intersection(*filter(None, of_schemes)) for length, of_schemes in asked.items()}
     lines = []
     for scheme in schemes:
-        own = [
-            [cells[scheme, length, depth] for depth in sorted(depths[length]) if (scheme, length, depth) in cells]
+        own = {
+            length: [cells[scheme, length, depth] for depth in depths[length] if (scheme, length, depth) in cells]
             for length in lengths
-        ]
-        bits = next(some for some in reversed(own) if some)[0]["bits_per_element"]
-        lines.append([scheme, f"{bits:.2f}", *(shown(some, "found", "nll_per_token") for some in own)])
-    return ["found (NLL per token)", "bits/element", *(f"{length} tokens" for length in lengths)], lines
+        }
+        bits = next(some for some in reversed(own.values()) if some)[0]["bits_per_element"]
+        grades = {f"{length} tokens": shown(some, "found", "nll_per_token") for length, some in own.items()}
+        lines.append({"found (NLL per token)": scheme, "bits/element": f"{bits:.2f}"} | grades)
+    return lines
 
 
-def ruler_table(rows: Sequence[Row]) -> Table:
+def ruler_table(rows: Sequence[Row]) -> list[Line]:
     """RULER's synthetic tasks: a line for each length and scheme, a column for each task."""
     cells, schemes = simulated_cells(rows, "task")
     tasks, lengths = {task for *_, task in cells}, sorted({length for _, length, _ in cells})
     shown_tasks = [task for task in TASKS if task in tasks]
     lines = []
     for length, scheme in product(lengths, schemes):
-        own = [[cells[scheme, length, task]] if (scheme, length, task) in cells else [] for task in shown_tasks]
-        if any(own):
-            lines.append([scheme, str(length), *(shown(some, "found", "nll_per_token") for some in own)])
-    return ["found (NLL per token)", "tokens", *shown_tasks], lines
+        own = {task: cells[scheme, length, task] for task in shown_tasks if (scheme, length, task) in cells}
+        if own:
+            grades = {task: shown([own[task]] if task in own else [], "found", "nll_per_token") for task in shown_tasks}
+            lines.append({"found (NLL per token)": scheme, "tokens": str(length)} | grades)
+    return lines
 
 
-def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> Table:
+def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> list[Line]:
     """Cells that ran through the packed cache, beside the same cells simulated.
 
     With `--no-exact-chunk` every token reads a quantized past, as simulated, and the length of a chunk is a matter of
@@ -73,10 +77,10 @@ def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> Table:
     lines = []
     for (test, context, scheme), found in sorted(cells.items(), key=lambda cell: cell[0][:2]):
         if found.keys() & set(WAYS[1:]):
-            runs_of = (found.get(one, {}) for one in WAYS)
-            texts = ("; ".join(runs[chunk] for chunk in sorted(runs, reverse=True)) for runs in runs_of)
-            lines.append([test, str(context), scheme, *texts])
-    return ["test", "tokens", "scheme", WAYS[0], *(f"packed, {one}" for one in WAYS[1:])], lines
+            runs_of = {name: found.get(one, {}) for name, one in zip(_COLUMNS, WAYS, strict=True)}
+            texts = {name: "; ".join(runs[n] for n in sorted(runs, reverse=True)) for name, runs in runs_of.items()}
+            lines.append({"test": test, "tokens": str(context), "scheme": scheme} | texts)
+    return lines
 
 
 def way(row: Row) -> str:

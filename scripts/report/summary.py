@@ -2,14 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from scripts.report.gpu_tables import latest, short
+from scripts.report.cells import Line, Row, latest, line, percent, short
+from scripts.report.gpu_tables import decode_step, latest_decode_rows
 
-Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
-
-_QUALITY = [
+_QUALITY = (
     "nuq4-1%",
     "nuq3-1%",
     "nuq2-1%",
@@ -18,7 +15,7 @@ _QUALITY = [
     "rdnuq2.4+fb",
     "turbo3",
     "kivi2 residual_tokens=0",
-]
+)
 _METHODS = {"nuq": "KVQuant", "rdnuq": "ours", "turbo": "TurboQuant", "kivi": "KIVI, no exact window"}
 _TIMED = ("nuq4", "nuq3", "nuq2")
 _SHAPES = ("llama-7b", "llama-3-8b")
@@ -36,10 +33,10 @@ def headline(schemes: Sequence[Row], gpu: Sequence[Row]) -> str:
     reads_as = _OURS.removesuffix("+fb")  # feedback changes what is stored, not how it is read
     timed = [
         row
-        for row in _decode_rows(gpu)
+        for row in _of_one_sequence(gpu)
         if (row["scheme"], row["context"]) == (reads_as, _LONG) and row["shape"] in _SHAPES
     ]
-    speeds = " and ".join(f"{_decode(row)['speedup']:.1f}x ({row['shape']}'s shape)" for row in timed)
+    speeds = " and ".join(f"{decode_step(row)['speedup']:.1f}x ({row['shape']}'s shape)" for row in timed)
     return (
         f"- **{16 / ours['bits_per_element']:.1f}x smaller** than fp16: {ours['bits_per_element']:.2f} bits per element "
         f"(`{_OURS}`, ours), everything counted\n"
@@ -49,47 +46,49 @@ def headline(schemes: Sequence[Row], gpu: Sequence[Row]) -> str:
     )
 
 
-def quality_table(schemes: Sequence[Row]) -> Table:
+def quality_table(schemes: Sequence[Row]) -> list[Line]:
     """Few schemes: bits, perplexity, and how often the most likely token stays."""
-    by_name = {row["scheme"]: row for row in schemes}
-    cells = [["fp32 cache", "", "32", f"{_unquantized(schemes[0]):.2f}", "", "100 %"]]
-    for row in sorted((by_name[name] for name in _QUALITY), key=lambda row: float(row["bits_per_element"])):
+    columns = {"scheme": "{scheme}", "method": "{method}", "bits/element": "{bits_per_element:.2f}"}
+    columns |= {"perplexity": "{perplexity:.2f}", "change": "{change}", "top-1 agreement": "{agreement}"}
+    exact = ["fp32 cache", "", "32", f"{_unquantized(schemes[0]):.2f}", "", "100 %"]
+    lines = [dict(zip(columns, exact, strict=True))]
+    chosen = [row for row in schemes if row["scheme"] in _QUALITY]
+    for row in sorted(chosen, key=lambda row: float(row["bits_per_element"])):
         name = row["scheme"].split()[0]
         method = "ours" if "+fb" in name else _METHODS[name.rstrip("0123456789.-%")]
-        figures = [f"{row['bits_per_element']:.2f}", f"{row['perplexity']:.2f}", _change(row)]
-        cells.append([f"`{name}`", method, *figures, f"{100 * row['top1_agreement']:.1f} %"])
-    return ["scheme", "method", "bits/element", "perplexity", "change", "top-1 agreement"], cells
+        shares = {"change": _change(row), "agreement": percent(row["top1_agreement"], ".1%")}
+        lines.append(line(columns, row | shares, scheme=f"`{name}`", method=method))
+    return lines
 
 
-def speed_table(gpu: Sequence[Row]) -> Table:
+def speed_table(gpu: Sequence[Row]) -> list[Line]:
     """Decode attention of one layer, as a multiple of fp16's speed: a column for each context."""
-    lines: dict[tuple[str, str, str], dict[int, str]] = {}
-    for row in (row for row in _decode_rows(gpu) if row["scheme"] in _TIMED and row["shape"] in _SHAPES):
-        line = lines.setdefault((short(row["device"]), row["shape"], row["scheme"]), {})
-        line[row["context"]] = f"{_decode(row)['speedup']:.2f}x"
-    cells = [
-        [device, shape, f"`{scheme}`", *(line.get(context, "") for context in _CONTEXTS)]
-        for (device, shape, scheme), line in sorted(
-            lines.items(), key=lambda line: (*line[0][:2], _TIMED.index(line[0][2]))
-        )
+    speeds: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in _of_one_sequence(gpu):
+        if row["scheme"] in _TIMED and row["shape"] in _SHAPES:
+            speed = speeds.setdefault((short(row["device"]), row["shape"], row["scheme"]), {})
+            speed[row["context"]] = f"{decode_step(row)['speedup']:.2f}x"
+    return [
+        {"GPU": device, "shape": shape, "scheme": f"`{scheme}`"}
+        | {f"{context:,} tokens": speeds[device, shape, scheme].get(context, "") for context in _CONTEXTS}
+        for device, shape, scheme in sorted(speeds, key=lambda key: (*key[:2], _TIMED.index(key[2])))
     ]
-    return ["GPU", "shape", "scheme", *(f"{context:,} tokens" for context in _CONTEXTS)], cells
 
 
-def long_table(generate: Sequence[Row], sharded: Sequence[Row], cpu: Sequence[Row]) -> Table:
+def long_table(generate: Sequence[Row], sharded: Sequence[Row], cpu: Sequence[Row]) -> list[Line]:
     """Long contexts that were decoded from, beside fp16 where it fits, and the longest asked for on several GPUs."""
-    cells = []
+    lines = []
     steps = [row for row in generate if row["op"] == "decode" and row.get("mode", "graph") == "graph"]
     fitted = {row["shape"] for row in steps if (row["context"], row["cache"]) == (_LONG, "fp16") and "error" not in row}
     for row in latest(steps, lambda row: (row["device"], row["shape"], row["context"], row["cache"])):
         beside = row["context"] == _LONG and row["cache"] in _LONG_CACHES and row["shape"] in fitted
         if row["context"] > _LONG or (beside and "error" not in row):
             size = f"{row['cache_bytes'] / 1e9:.1f} GB" if row.get("cache_bytes") else ""
-            cells.append(_long_line(row, short(row["device"]), row["shape"], size))
+            lines.append(_long_line(row, short(row["device"]), row["shape"], size))
     if several := [row for row in sharded if row["world_size"] > 1 and row["asked"] != "longest"]:
         row = max(several, key=lambda row: (row["context"], row["tokens_per_second"]))
         gpus = f"{row['world_size']} x {short(row['device'])}"
-        cells.append(_long_line({**row, "cache": row["scheme"]}, gpus, row["shape"], ""))
+        lines.append(_long_line({**row, "cache": row["scheme"]}, gpus, row["shape"], ""))
     timed = [row for row in cpu if (row["dtype"], row["measured"]) == ("bfloat16", "decode")]
     longest = max(row["context"] for row in timed)
     sizes = {
@@ -98,24 +97,18 @@ def long_table(generate: Sequence[Row], sharded: Sequence[Row], cpu: Sequence[Ro
     for row in timed:
         if row["context"] == longest and row["cache"] in _CPU_CACHES:
             rate = {"tokens_per_second": row["tokens_per_cpu_second"]}
-            cells.append(_long_line({**row, **rate}, "CPU", "smollm2", f"{sizes[row['cache']] / 1e6:.0f} MB"))
-    return ["device", "model", "context", "cache", "cache size", "tokens/s"], cells
+            lines.append(_long_line({**row, **rate}, "CPU", "smollm2", f"{sizes[row['cache']] / 1e6:.0f} MB"))
+    return lines
 
 
-def _long_line(row: Row, device: str, model: str, size: str) -> list[str]:
+def _long_line(row: Row, device: str, model: str, size: str) -> Line:
     rate = row["error"] if "error" in row else f"{row['tokens_per_second']:.1f}"
-    return [device, model, f"{row['context']:,}", f"`{row['cache']}`", size, rate]
+    columns = {"device": device, "model": model, "context": "{context:,}", "cache": "`{cache}`"}
+    return line(columns | {"cache size": size, "tokens/s": rate}, row)
 
 
-def _decode_rows(gpu: Sequence[Row]) -> list[Row]:
-    """The last row of each cell that timed a decode step of one sequence."""
-    timed = [row for row in gpu if row["batch"] == 1 and any(op["op"] == "decode" for op in row["ops"])]
-    return latest(timed, lambda row: (row["device"], row["shape"], row["scheme"], row["context"]))
-
-
-def _decode(row: Row) -> Row:
-    step: Row = next(op for op in row["ops"] if op["op"] == "decode")
-    return step
+def _of_one_sequence(gpu: Sequence[Row]) -> list[Row]:
+    return [row for row in latest_decode_rows(gpu) if row["batch"] == 1]
 
 
 def _unquantized(row: Row) -> float:
@@ -123,4 +116,4 @@ def _unquantized(row: Row) -> float:
 
 
 def _change(row: Row) -> str:
-    return f"{100 * (row['perplexity'] / _unquantized(row) - 1):+.1f} %"
+    return percent(row["perplexity"] / _unquantized(row) - 1, "+.1%")
