@@ -25,6 +25,7 @@ from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
 from deployment.step.reading import Reading
 from deployment.step.recording import GraphPieces, record
+from deployment.step.replaced import replaced
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
@@ -91,19 +92,14 @@ def possible(model: PreTrainedModel) -> bool:
 @contextmanager
 def replaying(model: PreTrainedModel, automatic: Automatic) -> Iterator[None]:
     """Within the block the model's forward is that of `automatic`."""
-    before = model.__dict__.get("forward")  # of a hook's; usually the class's
 
     @functools.wraps(automatic.eager)  # `generate` looks at its signature
     def forward(*arguments: Any, **options: Any) -> Any:
         return automatic.forward(*arguments, **options)
 
     forward.automatic = automatic  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before  # type: ignore[method-assign]
-        automatic.settle_all()
+    with replaced(model, "forward", forward):
+        try:
+            yield
+        finally:
+            automatic.settle_all()
