@@ -209,7 +209,9 @@ class PeakBytes(TorchDispatchMode):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is made on a CPU")
-@pytest.mark.parametrize(("kv_heads", "batch", "new", "past"), [pytest.param(8, 1, 64, 90, marks=pytest.mark.slow), (2, 2, 40, 70)])
+@pytest.mark.parametrize(
+    ("kv_heads", "batch", "new", "past"), [pytest.param(8, 1, 64, 90, marks=pytest.mark.slow), (2, 2, 40, 70)]
+)
 def test_activations_of_a_chunk_are_no_more_than_is_said(
     make_tokens, kv_heads: int, batch: int, new: int, past: int
 ) -> None:

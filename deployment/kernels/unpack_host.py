@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
 from deployment.kernels.decode.host import HEAD_DIMS, Run, fixed_of, is_grouped, structure
 from deployment.kernels.packed import PackedSegment

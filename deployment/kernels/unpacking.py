@@ -6,7 +6,8 @@ import triton
 from torch import Tensor
 
 from deployment.format.groups import GroupOrder
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
 from deployment.kernels import unpack_host
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary

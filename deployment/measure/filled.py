@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from deployment.cache import PackedCache
-from deployment.format.layout import Page
+from deployment.format.page import Page
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, store, synthetic_quantizers
 from gradients.fingerprint import Fingerprint
