@@ -76,9 +76,17 @@ class Quantizer(ABC):
         """The channels whose codes have each number of bits: usually all have the same."""
         return {int(self.scheme.bits): slice(None)}
 
+    @cached_property
+    def _copies(self) -> dict[torch.device, Self]:
+        return {}
+
     def to(self, device: torch.device | str) -> Self:
-        """The same quantizer on a device."""
-        return replace(self, **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)})
+        """The same quantizer on a device: one copy, with what it has worked out, for all who ask."""
+        if (device := torch.device(device)) not in self._copies:
+            with torch.inference_mode(False):  # others may ask for it outside of it
+                moved = {field.name: _moved(getattr(self, field.name), device) for field in fields(self)}
+                self._copies[device] = replace(self, **moved)
+        return self._copies[device]
 
 
 def _moved(thing: Any, device: torch.device | str) -> Any:

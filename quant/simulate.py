@@ -80,7 +80,6 @@ class RoundTrip:
     quantizer: Quantizer
     scheme: Scheme  # of the model: what is exact does not vary between layers
     usage: Usage
-    _on_device: dict[torch.device, Quantizer] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -89,9 +88,7 @@ class RoundTrip:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x` as attention would find it in the cache."""
-        if x.device not in self._on_device:
-            self._on_device[x.device] = self.quantizer.to(x.device)
-        bound = self._on_device[x.device]
+        bound = self.quantizer.to(x.device)
         sinks, rest = x[:, : self.scheme.sink_tokens], x[:, self.scheme.sink_tokens :]
         packed = packed_tokens(rest.shape[1], self.scheme.residual_tokens, self.step)
         encoded = bound.encode(rest[:, :packed])

@@ -209,7 +209,9 @@ TABLES: dict[str, Callable[[], list[Line]]] = {
     "passkey": lambda: retrieval_tables.passkey_table(rows_of("passkey")),
     "needle": lambda: retrieval_tables.needle_table(rows_of("needle")),
     "ruler": lambda: retrieval_tables.ruler_table(rows_of("ruler")),
-    "retrieval_packed": lambda: retrieval_tables.packed_table(rows_of("passkey"), rows_of("ruler")),
+    "retrieval_packed": lambda: retrieval_tables.packed_table(
+        rows_of("passkey"), rows_of("passkey-ten"), rows_of("ruler")
+    ),
     "gpu": lambda: gpu_tables.speed_table(rows_of("gpu-benchmark")),
     "gpu_other_ops": lambda: gpu_tables.other_ops_table(rows_of("gpu-benchmark")),
     "gpu_generate": lambda: gpu_tables.generate_table(rows_of("gpu-generate")),

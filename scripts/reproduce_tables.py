@@ -11,6 +11,7 @@ and so should those of the records: record with --no-bos.
 """
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,11 @@ class Evaluation:
     weights: str
     text_digest: str
     bos: bool
+
+    @property
+    def fit(self) -> tuple[Any, ...]:
+        """What is fitted for it."""
+        return self.scheme, self.records, self.calibration_windows
 
     def matches(self, row: Row) -> bool:
         """Whether a row of the results holds it."""
@@ -85,7 +91,17 @@ def run(
     arguments: Namespace,
 ) -> int:
     """Evaluate what is wanted, a few at a time; returns how many rows were added."""
-    added = 0
+    added, fits = 0, Counter(evaluation.fit for evaluation in wanted)
+    kept: dict[tuple[Any, ...], Any] = {}  # of several lengths of windows
+
+    def fitted(evaluation: Evaluation) -> Any:
+        if evaluation.fit in kept:
+            return kept[evaluation.fit]
+        quantizers = _fitted(wanted[evaluation][0][1], records, arguments.jobs)
+        if fits[evaluation.fit] > 1:
+            kept[evaluation.fit] = quantizers
+        return quantizers
+
     for seqlen in sorted({evaluation.seqlen for evaluation in wanted}):
         of_length = [evaluation for evaluation in wanted if evaluation.seqlen == seqlen]
         setting = Namespace(**{**vars(arguments), "seqlen": seqlen, "windows": windows_of(seqlen, arguments)})
@@ -93,7 +109,7 @@ def run(
         windows = corpus.evaluation_windows(seqlen, setting.windows)
         for start in range(0, len(of_length), _BATCH):
             batch = of_length[start : start + _BATCH]
-            candidates = [_fitted(wanted[evaluation][0][1], records, arguments.jobs) for evaluation in batch]
+            candidates = [fitted(evaluation) for evaluation in batch]
             for quantizers in candidates:
                 if quantizers is not None:
                     quantizers.check_run(loaded, corpus.bos is not None)

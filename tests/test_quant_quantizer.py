@@ -173,3 +173,11 @@ def test_stored_numbers_saturate() -> None:
     assert as_stored(torch.tensor([1e6, -1e6, 1.0])).tolist() == [65504.0, -65504.0, 1.0]
     quantizer = ChannelQuantizer(Scheme.parse("int2-1%"), int_codebook(4), torch.ones(1), torch.zeros(1))
     assert quantizer.decode(quantizer.encode(torch.tensor([[1e6]]))).item() == 65504.0
+
+
+def test_all_who_ask_for_a_device_share_one_copy() -> None:
+    """Or else every simulated forward would move and check its quantizers anew, and wait for the device each time."""
+    own = TokenQuantizer(Scheme.parse("nuq2"), dyadic_codebook(2))
+    copy = own.to("cpu")
+    assert own.to(torch.device("cpu")) is copy
+    assert torch.equal(copy.codebook.levels, own.codebook.levels) and copy.scheme == own.scheme

@@ -10,7 +10,7 @@ from gradients.cli import UserError
 from quant.results import read_rows
 from scripts.bench.fit_shape import main as fit_shape_main
 from scripts.bench.overhead import main as overhead_main
-from scripts.experiments.paper_tables import MODELS, TABLES, Table, corpus_table
+from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
 from scripts.reproduce_tables import main, paper_model
 
 
@@ -98,6 +98,14 @@ def test_a_rerun_runs_only_what_is_missing(command, tmp_path, monkeypatch) -> No
 def test_other_lengths_cover_the_same_text(command) -> None:
     arguments = scripts.reproduce_tables.Namespace(windows=2, seqlen=64)
     assert [scripts.reproduce_tables.windows_of(seqlen, arguments) for seqlen in (16, 256)] == [8, 1]
+
+
+def test_a_scheme_is_fitted_once_for_all_lengths(command, monkeypatch) -> None:
+    real, fitted = scripts.reproduce_tables.fit, []
+    monkeypatch.setattr(scripts.reproduce_tables, "fit", lambda *what: fitted.append(what) or real(*what))
+    cells = [Cell(f"{name}, {seqlen} tokens", name, seqlen=seqlen) for seqlen in (16, 33) for name in ("nuq2", "nuq3")]
+    monkeypatch.setattr(scripts.reproduce_tables, "TABLES", (Table("seqlens", "Sequence lengths", "", cells),))
+    assert main(command("--tables", "seqlens"))["rows_added"] == 4 and len(fitted) == 2
 
 
 def test_another_corpus_gets_rows_of_its_own(command, record_arguments, tmp_path) -> None:

@@ -25,6 +25,7 @@ import torch
 from deployment.measure.shapes import SHAPES
 from deployment.plan import parse_tokens
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from quant.results import results_file
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import NAMES, is_known
 from scripts.bench.whole_model import Benchmark, Row
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser.add_argument("--prefill-context", type=parse_tokens, default=1 << 15, help="tokens before the chunk (32K)")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun later (540)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     rows = Benchmark(parser.parse_args(argv)).run()
     print(_table(rows))
     return {"rows": rows}

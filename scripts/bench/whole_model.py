@@ -20,6 +20,7 @@ from deployment.measure.shapes import ModelShape, named_config
 from deployment.step.graphed import graphed
 from deployment.step.recording import record
 from gradients.cli import UserError
+from gradients.placement import resolve_device
 from quant.results import append_row
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import IN_PLACE, attending, full_cache, is_known, stored_bytes
@@ -58,7 +59,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.deadline = arguments, time.monotonic() + arguments.seconds
-        self.device = torch.device(arguments.device)
+        self.device = torch.device(resolve_device(arguments.device))
         self.config = _config(arguments.shape, arguments.layers, max(*arguments.contexts, arguments.prefill_context))
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.config.dtype = dtype

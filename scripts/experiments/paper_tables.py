@@ -150,14 +150,14 @@ _FEEDBACK = tuple(
 
 _CALIBRATION = tuple(
     Cell(f"{name}, {windows or 'all'} windows", name, calibration_windows=windows)
-    for name in ("nuq3-1%", "rdnuq3.4g1-4%")
+    for name in ("nuq3-1%", "rdnuq3.4+fb")
     for windows in (1, 4, None)
 )
 
 _SEQLENS = tuple(
     Cell(f"{name or 'unquantized'}, {seqlen} tokens", name, seqlen=seqlen)
     for seqlen in (128, 256, 1024, 2048)
-    for name in (None, "nuq3-1%", "nuq2-1%", "rdnuq3.4g1-4%", "rdnuq2.4g1-4%")
+    for name in (None, "nuq3-1%", "nuq2-1%", "rdnuq3.4+fb", "rdnuq2.4+fb")
 )
 
 TABLES = (
@@ -178,7 +178,7 @@ def corpus_table(corpora: Sequence[str]) -> Table:
     """The calibration corpus, as in the paper's Table 21: one cell for each of `--other-records`."""
     cells: Iterator[Cell] = (
         Cell(f"{name}, calibrated on {corpus or 'the main text'}", name, corpus=corpus)
-        for name in ("nuq3-1%", "rdnuq3.4g1-4%")
+        for name in ("nuq3-1%", "rdnuq3.4+fb")
         for corpus in (None, *corpora)
     )
     return Table("corpora", "Calibration corpus", "Table 21", tuple(cells))

@@ -5,6 +5,7 @@ brackets, the NLL of the expected answer in nats: what is found says whether a c
 that, also where so few questions are asked, or so hard ones, that nothing is found at all.
 """
 
+import re
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -18,15 +19,15 @@ _COLUMNS = (WAYS[0], *(f"packed, {way}" for way in WAYS[1:]))
 
 def passkey_table(rows: Sequence[Row]) -> list[Line]:
     """The share of pass keys retrieved and the NLL of their digits, a column for each context; simulated."""
-    cells = {(row["scheme"], row["context"]): row for row in rows if row["mode"] != "packed"}
-    contexts = sorted({context for _, context in cells})
+    cells, schemes = simulated_cells(rows, "context")
+    contexts = sorted({context for _, context, _ in cells})
     return [
-        {"retrieved (NLL of the answer)": scheme}
+        {"retrieved (NLL of the answer)": brief(scheme)}
         | {
-            f"{one} tokens": shown([cells[scheme, one]] if (scheme, one) in cells else [], "retrieved")
+            f"{one} tokens": shown([cells[scheme, one, one]] if (scheme, one, one) in cells else [], "retrieved")
             for one in contexts
         }
-        for scheme in dict.fromkeys(scheme for scheme, _ in cells)
+        for scheme in schemes
     ]
 
 
@@ -44,7 +45,7 @@ def needle_table(rows: Sequence[Row]) -> list[Line]:
         }
         bits = next(some for some in reversed(own.values()) if some)[0]["bits_per_element"]
         grades = {f"{length} tokens": shown(some, "found", "nll_per_token") for length, some in own.items()}
-        lines.append({"found (NLL per token)": scheme, "bits/element": f"{bits:.2f}"} | grades)
+        lines.append({"found (NLL per token)": brief(scheme), "bits/element": f"{bits:.2f}"} | grades)
     return lines
 
 
@@ -58,17 +59,18 @@ def ruler_table(rows: Sequence[Row]) -> list[Line]:
         own = {task: cells[scheme, length, task] for task in shown_tasks if (scheme, length, task) in cells}
         if own:
             grades = {task: shown([own[task]] if task in own else [], "found", "nll_per_token") for task in shown_tasks}
-            lines.append({"found (NLL per token)": scheme, "tokens": str(length)} | grades)
+            lines.append({"found (NLL per token)": brief(scheme), "tokens": str(length)} | grades)
     return lines
 
 
-def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> list[Line]:
+def packed_table(passkey: Sequence[Row], passkey_ten: Sequence[Row], ruler: Sequence[Row]) -> list[Line]:
     """Cells that ran through the packed cache, beside the same cells simulated.
 
     With `--no-exact-chunk` every token reads a quantized past, as simulated, and the length of a chunk is a matter of
     speed alone: where it varies, all runs stand in the cell, the longest chunk first.
     """
     rows = [("passkey", "retrieved", row) for row in passkey]
+    rows += [("passkey, ten", "retrieved", row) for row in passkey_ten]
     rows += [(f"ruler {row['task']}", "found", row) for row in ruler]
     cells: dict[tuple[str, int, str], dict[str, dict[int, str]]] = {}
     for test, share, row in rows:
@@ -79,7 +81,7 @@ def packed_table(passkey: Sequence[Row], ruler: Sequence[Row]) -> list[Line]:
         if found.keys() & set(WAYS[1:]):
             runs_of = {name: found.get(one, {}) for name, one in zip(_COLUMNS, WAYS, strict=True)}
             texts = {name: "; ".join(runs[n] for n in sorted(runs, reverse=True)) for name, runs in runs_of.items()}
-            lines.append({"test": test, "tokens": str(context), "scheme": scheme} | texts)
+            lines.append({"test": test, "tokens": str(context), "scheme": brief(scheme)} | texts)
     return lines
 
 
@@ -91,10 +93,21 @@ def way(row: Row) -> str:
 
 
 def simulated_cells(rows: Sequence[Row], part: str) -> tuple[dict[Any, Row], list[str]]:
-    """Rows by scheme, length and `part` of a test, and the schemes, the largest first; packed ones left out."""
+    """Rows by scheme, length and `part` of a test, and the schemes, the largest first; packed ones left out.
+
+    A scheme is as large as in its longest text, where tokens that stay exact weigh least.
+    """
     simulated = [row for row in rows if row["mode"] != "packed"]
-    schemes = dict.fromkeys(row["scheme"] for row in sorted(simulated, key=lambda row: -row["bits_per_element"]))
-    return {(row["scheme"], row["context"], row[part]): row for row in simulated}, list(schemes)
+    bits: dict[str, float] = {}
+    for row in simulated:
+        bits[row["scheme"]] = min(row["bits_per_element"], bits.get(row["scheme"], row["bits_per_element"]))
+    cells = {(row["scheme"], row["context"], row[part]): row for row in simulated}
+    return cells, sorted(bits, key=lambda scheme: -bits[scheme])
+
+
+def brief(scheme: str) -> str:
+    """`nuq2+fb sink_tokens=32 residual_tokens=128` as `nuq2+fb, 32 and 128 exact`."""
+    return re.sub(r" sink_tokens=(\d+) residual_tokens=(\d+)", r", \1 and \2 exact", scheme)
 
 
 def shown(rows: Sequence[Row], share: str, nll: str = "answer_nll") -> str:
