@@ -1,12 +1,9 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
-import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
-import unpack_on_cpu
-from decode_on_cpu import has_compiler
 from test_kernels_attention import (
     DEVICE,
     generator,
@@ -19,7 +16,7 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import prefill, scratch, unpack_host
+from deployment.kernels import prefill, scratch
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
@@ -282,33 +279,3 @@ def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: in
     result = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, 2, dim, device=DEVICE)
     unpack(segment, rotary, first, blocks, row0, *result, at)
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (1e-6, 1e-7))
-
-
-@pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
-@pytest.mark.parametrize(
-    ("dim", "share", "bits"), [(64, 0.0, 4), (64, 0.05, 3), (96, 0.0, 2), (128, 0.05, 4), (128, 0.0, 1), (256, 0.0, 3)]
-)
-def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
-    kinds: tuple[str, str], dim: int, share: float, bits: int
-) -> None:
-    """In fp16, which levels, tokens of the tile and results are rounded to."""
-    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, bits)
-    first, blocks, at, row0 = 1, 2, 3, 1
-    result = torch.full(
-        (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
-    )
-    assert unpack_host.fits(segment, rotary, result[0])
-    if DEVICE.type == "cuda":
-        assert unpack_host.takes(segment, rotary, result[0])
-        unpack(segment, rotary, first, blocks, row0, *result, at)
-    elif has_compiler():
-        unpack_host.unpack_by(unpack_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
-    else:
-        pytest.skip("no C++ compiler")
-    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
-
-
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
-def test_the_host_knows_the_sizes_of_structures() -> None:
-    shape = unpack_host.Shape(64, 2, 1, 0, 1)
-    assert unpack_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]

@@ -8,7 +8,6 @@ from torch import Tensor
 from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
-from deployment.kernels import unpack_host
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
@@ -26,11 +25,6 @@ def unpack(
     Both are `[R, room, G, pitch]`, of the sequences `row0`, ..., `row0 + R - 1`. What a sequence does not hold of these blocks becomes some
     finite numbers.
     """
-    if unpack_host.takes(segment, rotary, key):
-        from deployment.kernels.decode.compile import runner
-
-        unpack_host.unpack_by(runner(key.device), segment, rotary, first, blocks, row0, key, value, at)
-        return
     rows, room, heads, pitch = key.shape
     together = next(count for count in _HEADS if heads % count == 0)
     for packed, page, result in (
