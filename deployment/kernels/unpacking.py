@@ -26,11 +26,13 @@ def unpack(
     finite numbers.
     """
     rows, room, heads, pitch = key.shape
-    together = next(count for count in _HEADS if heads % count == 0)
     for packed, page, result in (
         (segment.key, segment.key_page, key),
         (segment.value, segment.value_page, value),
     ):
+        kind, keys = page_kind(packed, page), result is key
+        together = next(count for count in _HEADS if heads % count == 0) if keys else 1
+        waits = keys and kind[5]  # for memory: outliers are written over elements that are read back
         unpack_kernel[(blocks, rows * heads // together)](
             page_tensors(packed, page),
             segment.origins,
@@ -45,13 +47,13 @@ def unpack(
             room,
             at,
             result,
-            KIND=page_kind(packed, page),
+            KIND=kind,
             SHAPE=head_shape(packed, rotary),
             PITCH=pitch,
             HEADS=together,
-            ROTATED=result is key,
-            num_warps=16 if result is key else 8,
-            maxnreg=64 if result is key else None,  # so that two programs share a multiprocessor
+            ROTATED=keys,
+            num_warps=16 if waits else 8 if keys else 4,
+            maxnreg=64 if waits else None,  # so that two programs share a multiprocessor
         )
 
 
