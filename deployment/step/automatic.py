@@ -2,7 +2,7 @@
 
 The model's forward is wrapped. A forward of one new token per sequence over a packed cache, or of up to 16, which records no gradients and
 is asked for nothing that `generate` does not ask for, is a step. The first two steps of a given length run as they are; the third is recorded
-(steps.py), the others are replayed. Everything else runs as it is and ends the recordings: chunks of a prompt, beams that change places.
+(steps.py), the others are replayed. Everything else ends the recordings: chunks of a prompt, which are recorded in their own way (reading.py), beams that change places.
 Where recordings are replayed too rarely to pay, twice as many steps must come before the next, 64 at most. `generate` thus says the same
 with and without graphs.
 
