@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorders import OperatorPieces
+from recorders import OperatorPieces, generated
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
@@ -54,6 +54,18 @@ def test_chunks_are_read_as_they_were_without_graphs(llama, quantizers, make_tok
             assert not any(layer.announced for layer in cache.layers)
         llama(ids[:, :1], past_key_values=first, attention_mask=torch.cat([mask, mask[:, -1:]], 1))
         assert not own._recorded
+
+
+@on_cpu
+def test_generate_reads_its_prompt_in_recorded_chunks(llama, quantizers, make_tokens, reading) -> None:
+    ids, options = make_tokens(2, 7 * CHUNK + 3), {"prefill_chunk_size": CHUNK}
+    plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
+    with packed_attention(llama, "torch", graphs=False):
+        expected = generated(llama, plain, ids, 5, **options)
+    with packed_attention(llama, "torch"):
+        own: Reading = reading()
+        assert torch.equal(generated(llama, cache, ids, 5, **options), expected)
+        assert (own.recordings, own.replays) == (1, 4)
 
 
 @on_cpu
