@@ -18,7 +18,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from deployment.measure.shapes import ModelShape, named_config
+from deployment.measure.shapes import LIBRARIES, ModelShape, named_config
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
 from deployment.step.append import append
 from gradients.cli import UserError, run_command
@@ -236,7 +236,7 @@ def test_activations_of_a_chunk_are_no_more_than_is_said(
         model(make_tokens(batch, past), past_key_values=cache)
         with PeakBytes() as measured:
             model(make_tokens(batch, new), past_key_values=cache, logits_to_keep=1)
-    said = shape.activation_bytes(scheme, new, batch, past)
+    said = shape.activation_bytes(scheme, new, batch, past) - LIBRARIES  # which a CPU's do not take
     assert measured.peak < said < 1.8 * measured.peak
 
 

@@ -9,8 +9,9 @@ for n = B S rows, widths h of the model and I of its MLP, 2 bytes a number:
                  + 16 n H D                 queries, rotated; up to four parts, and what they are merged to
     storing      10 n C                     codes and what they stand for, if that is more
     logits       6 B V                      of the last token, as 16 and as 32 bits
-    together     max(MLP, stream + attention, logits)
-    of a chunk   max(MLP, stream, logits) + attention + 4 n (H D + C)      what is recorded keeps its memory (step/reading.py)
+    libraries    2^27                       workspaces of cuBLAS, 32 MiB for each stream, one of which records, and of cuDNN
+    together     max(MLP, stream + attention, logits) + libraries
+    of a chunk   libraries + max(MLP, stream, logits) + attention + 4 n (H D + C)      what is recorded keeps its memory (step/reading.py)
 
 Stock attention (fp16) keeps no scores: 4 n H D. Where a scheme has outliers, kernels keep room for more of them in every layer
 (format/room.py): a 32nd of those held, and all that a chunk may have, or 64 tokens, which a CUDA graph of decode steps relies on. Not
@@ -36,6 +37,7 @@ _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
+LIBRARIES = 1 << 27
 SHAPES = {
     "llama-7b": (4096, 11008, 32, 32, 32, 32000, 2048),
     "llama-13b": (5120, 13824, 40, 40, 40, 32000, 2048),
@@ -131,9 +133,9 @@ class ModelShape:
         attention = 4 * rows * query_heads * head_dim
         logits = 6 * batch * config.vocab_size
         if scheme is None:
-            return max(mlp, stream + attention, logits)
+            return LIBRARIES + max(mlp, stream + attention, logits)
         if new * query_heads // heads <= FEW:
-            return max(mlp, stream + 5 * attention, logits)
+            return LIBRARIES + max(mlp, stream + 5 * attention, logits)
         stretch = stretch_tokens(2 * batch * channels)
         unpacked = (
             4
@@ -143,7 +145,7 @@ class ModelShape:
         )
         storing = 10 * rows * channels
         kept = attention + 4 * rows * channels
-        return max(mlp, stream, logits) + max(unpacked + 4 * attention, storing) + kept
+        return LIBRARIES + max(mlp, stream, logits) + max(unpacked + 4 * attention, storing) + kept
 
     def weight_bytes(self, bits: float) -> int:
         """Bytes of all weights at a given number of bits per parameter."""
