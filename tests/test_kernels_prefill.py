@@ -1,9 +1,13 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
+import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+import unpack_on_cpu
+from decode_on_cpu import has_compiler
 from test_kernels_attention import (
     DEVICE,
     generator,
@@ -16,12 +20,13 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import prefill, scratch
+from deployment.kernels import prefill, scratch, unpack_host
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.prefill import attend_many
 from deployment.kernels.unpacking import unpack
+from quant.scheme import Scheme
 
 
 @pytest.fixture(autouse=True)
@@ -238,6 +243,8 @@ def unpacked_case(
         if widths is not None:
             widths = widths.clamp(max=max(bits, 3) + 3 * (bits == 6))
         quantizer = make_quantizer(heads * dim, kind, min(bits, 4), share, widths)
+        if kind == "groups" and not share:
+            quantizer = replace(quantizer, scheme=Scheme.parse("rdnuq2.4"))
         sides.append(packed_tensor(quantizer, x, heads, role, lengths, dim // 2, channels))
     limits = torch.tensor(lengths, device=DEVICE) + base
     origins = torch.full((len(lengths),), base - 7, device=DEVICE)
@@ -279,3 +286,29 @@ def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: in
     result = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, 2, dim, device=DEVICE)
     unpack(segment, rotary, first, blocks, row0, *result, at)
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (1e-6, 1e-7))
+
+
+@pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (64, 3), (96, 2), (128, 1), (256, 3)])
+def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str], dim: int, bits: int) -> None:
+    """In fp16, which levels, tokens of the tile and results are rounded to."""
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, 0.0, bits)
+    first, blocks, at, row0 = 1, 2, 3, 1
+    result = torch.full(
+        (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
+    )
+    assert unpack_host.fits(segment, rotary, result[0])
+    if DEVICE.type == "cuda":
+        assert unpack_host.takes(segment, rotary, result[0])
+        unpack(segment, rotary, first, blocks, row0, *result, at)
+    elif has_compiler():
+        unpack_host.unpack_by(unpack_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
+    else:
+        pytest.skip("no C++ compiler")
+    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_host_knows_the_sizes_of_structures() -> None:
+    shape = unpack_host.Shape(64, 2, 1)
+    assert unpack_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]
