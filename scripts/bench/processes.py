@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--processes {arguments.processes} need a GPU each and {available} are visible; give fewer")
     with tempfile.TemporaryDirectory() as work:
         rows = Comparison(arguments, Path(work)).run()
-    shown = ("command", "processes", "identical", "largest_difference", "seconds", "one_process_seconds", "speedup")
-    print(format_table([{name: row.get(name, "") for name in shown} for row in rows]))
+    columns = "command processes identical largest_difference seconds one_process_seconds speedup"
+    print(format_table(rows, columns))
     return {"rows": rows}
 
 
