@@ -134,8 +134,7 @@ def test_reserving_makes_what_takes_the_host() -> None:
 
 def test_a_step_without_padding_computes_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch less."""
-    layer, rope = Decoder(60).layer, Decoder(1).rope  # made before: with kernels that attends, too
-    query, newest = torch.zeros(2, 2, 1, 64, device=DEVICE), []
+    layer, rope, query, newest = Decoder(60).layer, Decoder(1).rope, torch.zeros(2, 2, 1, 64, device=DEVICE), []
     monkeypatch.setattr(attention, "attend_packed", lambda *arguments: newest.append(arguments[2][-1]) or query)
     chunk = torch.zeros(2, 2, 1, 1, 64, device=DEVICE)
     for padding in ([0, 0], [1, 0]):
