@@ -4,7 +4,8 @@ A channel that is quantized early leaves its error to those behind it; what the 
 Fisher information D_i, of A = U^-1 diag(D) U^-T. So codebooks are fitted to the targets that feedback makes of the
 calibration tokens, and an error's weight is the paper's (Eq. 7) times D_i / A_ii. Where no element is kept exactly, the
 range of a calibrated channel need not hold every element either: scale and zero are then those of the least weighted error,
-in turns with the codebook.
+in turns with the codebook. Least squares shrink what they quantize, and an average of values, which is what attention takes,
+does not average that out: levels of values whose range is the token's are stretched in the end.
 """
 
 import warnings
@@ -14,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quant.arithmetic import normalise
+from quant.arithmetic import denormalise, normalise
 from quant.codebook import Codebook, nuq_codebook
 from quant.feedback import Feedback
 from quant.kmeans import Histogram
@@ -29,6 +30,7 @@ DAMPING = 0.03  # of the mean diagonal; 0.003 to 0.3 differ little
 _TOKENS = 8192  # of the calibration that targets are made of
 _ELEMENTS = 1 << 23  # and their channels
 _ROUNDS = 3  # of ranges and codebook
+_STRETCHES = 2  # of a token's levels, since codes follow them
 _PRICING_FLOOR = 0.7
 _TARGETED_FLOOR = 0.3  # lower, since targets show what feedback hands on
 _REACH = 2.0  # targets leave the calibrated range by as much as errors are handed on
@@ -46,6 +48,29 @@ def with_feedback(quantizer: ElementQuantizer, side: Side, moment: Tensor, name:
     quantizer = replace(quantizer, feedback=feedback)
     repeated = isinstance(quantizer, MixedQuantizer) and not quantizer.scheme.outliers
     return fitted_to_targets(quantizer, thinned(side) if repeated else side.thinned(_TOKENS), left)
+
+
+def stretched(quantizer: TokenQuantizer, side: Side) -> TokenQuantizer:
+    """The same quantizer with its levels further apart, so that decoded numbers follow their targets with a slope near one.
+
+    The slope is that of all channels together, each about its mean; elements kept exactly have no part in it.
+    """
+    side = side.thinned(_TOKENS)
+    for _ in range(_STRETCHES):
+        sums = torch.zeros(5, side.activation.shape[1], dtype=torch.float64)
+        for encoded, targets, scale, zero, _ in _coded(quantizer, side, torch.ones(())):
+            m = without(encoded.outliers, torch.ones_like(targets)).double()
+            y, v = targets.double(), denormalise(quantizer.levels(encoded.codes), scale, zero).double()
+            sums += torch.stack([m.sum(0), (m * y).sum(0), (m * v).sum(0), (m * y * y).sum(0), (m * y * v).sum(0)])
+        count, target, decoded, square, product = sums
+        count = count.clamp(min=1)
+        variance = (square - target.square() / count).sum()
+        covariance = (product - target * decoded / count).sum()
+        if not covariance > 1e-9 * square.sum():  # numbers that do not vary, or all of them on one level
+            return quantizer
+        slope = float(variance / covariance)
+        quantizer = replace(quantizer, codebook=Codebook.from_levels(quantizer.codebook.levels * slope))
+    return quantizer
 
 
 def thinned(side: Side) -> Side:

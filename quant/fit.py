@@ -24,11 +24,19 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
 from quant.artefact import Quantizers, axis_of
-from quant.compensate import ElementQuantizer, priced_share, targeted, thinned, with_feedback, without_feedback
+from quant.compensate import (
+    ElementQuantizer,
+    priced_share,
+    stretched,
+    targeted,
+    thinned,
+    with_feedback,
+    without_feedback,
+)
 from quant.grouping import units_of
 from quant.mixed import MixedQuantizer
 from quant.options import add_scheme_arguments, scheme_from
-from quant.quantizer import Quantizer
+from quant.quantizer import Quantizer, TokenQuantizer
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, read_side
 from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
@@ -170,7 +178,10 @@ def _compensated(quantizer: Quantizer, records: Records, side: Side, layer: int,
     if not quantizer.scheme.feedback:
         return without_feedback(quantizer, side) if isinstance(quantizer, MixedQuantizer) else quantizer
     assert isinstance(quantizer, ElementQuantizer)
-    return with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
+    fed_back = with_feedback(quantizer, side, records.read_moment(layer, kind), f"layer {layer} {kind}")
+    if kind == "value" and isinstance(fed_back, TokenQuantizer) and quantizer.scheme.datatype == "nuq":
+        return stretched(fed_back, side)
+    return fed_back
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from gradients.__main__ import main as record
 from gradients.cli import UserError
 from gradients.fisher import record_window
 from gradients.models import KVSite, kv_sites
+from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
-from quant.codebook import int_codebook, nf_codebook
-from quant.compensate import fit_feedback
+from quant.codebook import Codebook, int_codebook, nf_codebook
+from quant.compensate import fit_feedback, stretched
 from quant.feedback import Feedback
 from quant.fit import fit
 from quant.mixed import MixedQuantizer
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
 from quant.results import read_rows
 from quant.scheme import Scheme
+from quant.side import Side
 from scripts.experiments.ablate_feedback import IDEAS
 from scripts.experiments.ablate_feedback import main as ablate
 
@@ -245,3 +247,55 @@ def test_the_ablation_compares_every_idea_on_windows_it_has_not_seen(record_argu
     kept, fitted = list(IDEAS)[1:3]
     assert rows["int3", kept] == rows["int3", fitted]
     assert rows["nuq2", kept] != rows["nuq2", fitted]
+
+
+def slope_of(quantizer: TokenQuantizer, x: Tensor) -> float:
+    """Of decoded numbers on their targets, without those kept exactly, each channel about its mean."""
+    encoded, targets = quantizer.coded(x)
+    decoded = quantizer.decode(encoded)
+    products, squares = [], []
+    for channel in range(x.shape[1]):
+        kept = ~encoded.outliers[:, channel] if encoded.outliers is not None else torch.ones(len(x), dtype=torch.bool)
+        y, v = targets[kept, channel].double(), decoded[kept, channel].double()
+        products.append(((y - y.mean()) * v).sum())
+        squares.append((y - y.mean()).square().sum())
+    return float(sum(products) / sum(squares))
+
+
+@pytest.mark.parametrize("scheme", ["nuq2+fb", "nuq2-10%+fb"])
+def test_stretched_levels_shrink_values_less(scheme: str) -> None:
+    draw = torch.Generator().manual_seed(9)
+    x = 0.3 * torch.randn(HEADS * DIM, generator=draw) + torch.randn(3000, HEADS * DIM, generator=draw)
+    before = replace(
+        quantizer_of("token", HEADS, DIM),
+        scheme=Scheme.parse(scheme),
+        codebook=Codebook.from_levels(torch.tensor([-0.6, -0.2, 0.2, 0.6])),
+    )
+    after = stretched(before, Side(x, torch.ones_like(x)))
+    assert slope_of(before, x) < 0.9
+    assert abs(1 - slope_of(after, x)) < 0.4 * (
+        1 - slope_of(before, x)
+    )  # codes follow the levels, so two steps do not get there
+    ratio = after.codebook.levels / before.codebook.levels
+    torch.testing.assert_close(ratio, ratio[:1].expand(4))
+    torch.testing.assert_close(after.codebook.boundaries, before.codebook.boundaries * ratio[0])
+
+
+def test_values_that_do_not_vary_are_not_stretched() -> None:
+    quantizer = quantizer_of("token", HEADS, DIM)
+    constant = torch.linspace(-1, 1, HEADS * DIM).expand(50, -1)
+    assert stretched(quantizer, Side(constant, torch.ones_like(constant))) is quantizer
+
+
+def test_only_fitted_levels_of_values_are_stretched(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watched(quantizer: TokenQuantizer, _side: Side) -> TokenQuantizer:
+        asked.append(str(quantizer.scheme))
+        return quantizer
+
+    monkeypatch.setattr("quant.fit.stretched", watched)
+    for name in ("nuq3+fb", "nuq2-1%+fb", "rdnuq2.4+fb", "int4+fb", "nuq3"):
+        fit(records, Scheme.parse(name))
+    layers = len(records.manifest.fingerprint.cached_layers)
+    assert asked == ["nuq3+fb"] * layers + ["nuq2-1%+fb"] * layers
