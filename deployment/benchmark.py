@@ -30,8 +30,9 @@ from deployment.step.append import append, append_with_kernels, join_window
 from deployment.step.attend import attend_with_torch
 from deployment.step.dispatch import attend, runs_kernels
 from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.placement import resolve_device
 from quant.options import add_scheme_arguments, scheme_from
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 
 OPS = ("append", "chunk", "decode", "prefill")
@@ -158,17 +159,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batch", type=positive_int, default=1)
     parser.add_argument("--ops", type=parse_ops, default=list(OPS), help=f"some of {','.join(OPS)} (all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 
-    with current(torch.device(arguments.device)):
-        return {"rows": _measured(arguments)}
+    device = torch.device(resolve_device(arguments.device))
+    with current(device):
+        return {"rows": _measured(arguments, device)}
 
 
-def _measured(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _measured(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """The rows of all contexts, printed and appended to the results one by one."""
-    device = torch.device(arguments.device)
     scheme, shape = scheme_from(arguments.scheme, arguments), Shape.of(shape_config(arguments.shape))
+    scheme.check_packable()
     rate, rows = copy_rate(device), []
     for context in arguments.contexts:
         row = {"shape": arguments.shape, "scheme": scheme.describe(), "batch": arguments.batch, "context": context}

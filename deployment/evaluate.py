@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.__main__ import add_model_arguments, load_model_from
-from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.cli import command_parser, format_table, note, positive_int, run_command
 from gradients.finite import require_finite
 from gradients.parallel import WHOLE, Part, add_tensor_parallel_argument, own_part, summed
 from gradients.placement import input_device
@@ -119,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     loaded = load_model_from(arguments, part)
     corpus = evaluation_corpus(loaded, arguments)
     quantizers.check_run(loaded, corpus.bos is not None)
+    if arguments.exact_chunk and arguments.prefill_chunk >= arguments.seqlen:
+        note(
+            f"windows of {arguments.seqlen} tokens are read as one chunk, which sees itself exactly: this is the unquantized model's "
+            f"loss; give --no-exact-chunk, or a --prefill-chunk below {arguments.seqlen}"
+        )
     result = evaluate_packed(
         loaded.model,
         corpus.evaluation_windows(arguments.seqlen, arguments.windows),

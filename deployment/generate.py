@@ -45,9 +45,11 @@ from gradients.cli import (
     command_parser,
     format_table,
     non_negative_int,
+    positive_float,
     positive_int,
     require_text,
     run_command,
+    share,
 )
 from gradients.loading import LoadedModel
 from gradients.parallel import Part, add_tensor_parallel_argument, own_part, summed
@@ -181,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="prompt tokens per forward")
     parser.add_argument("--capacity", type=positive_int, help="tokens to reserve; default: what the request needs")
     parser.add_argument("--sample", action="store_true", help="sample instead of taking the most likely token")
-    parser.add_argument("--temperature", type=float, default=1.0, help="with --sample")
-    parser.add_argument("--top-p", type=float, default=1.0, help="with --sample")
+    parser.add_argument("--temperature", type=positive_float, default=1.0, help="with --sample")
+    parser.add_argument("--top-p", type=share, default=1.0, help="with --sample")
     parser.add_argument("--beams", type=positive_int, default=1, help="beam search; the text comes at the end")
     parser.add_argument(
         "--cuda-graph",
@@ -190,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         default=True,
         help="on CUDA, record decode steps, which the host then only repeats (default)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=non_negative_int, default=0)
     arguments = parser.parse_args(argv)
 
     _check(arguments)

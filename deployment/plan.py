@@ -119,8 +119,8 @@ parse_tokens = _quantity(_TOKENS, "131072, 128K or 1M")
 def _scheme(name: str, arguments: argparse.Namespace) -> Scheme | None:
     """The scheme of a name, None for fp16. Raises `UserError` for one that no packed cache holds."""
     scheme = None if name == "fp16" else scheme_from(name, arguments)
-    if scheme is not None and scheme.simulated_only:
-        raise UserError(f"scheme {scheme.describe()} exists in simulation only; use nuq3-1%, rdnuq3.4 or fp16, say")
+    if scheme is not None:
+        scheme.check_packable()
     return scheme
 
 

@@ -27,7 +27,7 @@ from gradients.cli import UserError, command_parser, non_negative_int, positive_
 from gradients.loading import LoadedModel
 from quant.artefact import Quantizers, load_quantizers
 from quant.options import add_exact_arguments, exact_from
-from quant.results import append_row, is_of, read_rows
+from quant.results import append_row, is_of, read_rows, results_file
 
 
 def _require_harness() -> None:
@@ -155,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--backend", choices=get_args(Backend), help="kernels or torch; default: as the environment says"
     )
-    parser.add_argument("--results", metavar="FILE", help="append one JSON line per task to this file")
+    parser.add_argument(
+        "--results", type=results_file, metavar="FILE", help="append one JSON line per task to this file"
+    )
     arguments = parser.parse_args(argv)
 
     _require_harness()

@@ -9,6 +9,7 @@ line on stderr that names the thing, the value and the remedy, and exit code 2. 
 import argparse
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ def command_parser(module: str, description: str | None) -> argparse.ArgumentPar
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
-    number = int(text)
+    number = _int64(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not a positive integer")
     return number
@@ -46,9 +47,32 @@ def positive_int(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """argparse type: an integer of at least 0."""
-    number = int(text)
+    number = _int64(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
+    return number
+
+
+def _int64(text: str) -> int:
+    number = int(text)
+    if number >= 2**63:  # torch has no larger ones, be they seeds or sizes
+        raise argparse.ArgumentTypeError(f"{number} is too large")
+    return number
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+def share(text: str) -> float:
+    """argparse type: a number above 0, and 1 at most."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0, and 1 at most")
     return number
 
 

@@ -88,9 +88,13 @@ def resolve_device(device: str) -> str:
     """`auto` becomes `cpu` without an accelerator, this process's own device under `accelerate launch`."""
     if device != "auto":
         try:
-            torch.device(device)
+            on_cpu = torch.device(device).type == "cpu"
         except RuntimeError as error:
             raise UserError(f"device {device!r} is unknown; use auto, cpu, or a device such as cuda:1") from error
+        if not on_cpu and not exists(device):
+            raise UserError(
+                f"device {device!r} is not there; use auto, cpu, or one of {torch.accelerator.device_count()} accelerators"
+            )
         return device
     state = process_state()
     if state.num_processes > 1:

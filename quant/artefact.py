@@ -69,12 +69,11 @@ class Quantizers:
             )
 
     def check_packable(self) -> None:
-        """Raise `UserError` when their scheme exists in simulation only."""
-        if self.scheme.simulated_only:
-            raise UserError(
-                f"scheme {self.scheme.describe()} exists in simulation only, to be compared with; deploy one with keys "
-                "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
-            )
+        """Raise `UserError` when a scheme of theirs exists in simulation only."""
+        self.scheme.check_packable()
+        for sides in self.layers.values():
+            for quantizer in sides.values():
+                quantizer.scheme.check_packable()
 
     def with_exact(self, sink_tokens: int | None = None, residual_tokens: int | None = None) -> "Quantizers":
         """The same for other sinks and another recent window; None leaves them as they are.

@@ -31,7 +31,7 @@ from gradients.progress import progress
 from gradients.text import Corpus, load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.options import add_exact_arguments, exact_from
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.simulate import simulated
 from quant.storage import StoredSize
 
@@ -164,7 +164,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, bos: bool | None =
     parser.add_argument("--seqlen", type=positive_int, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive_int, default=None, help="default: as many as the text holds")
     add_bos_argument(parser, bos)
-    parser.add_argument("--results", help="append the result as a row to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the result as a row to this JSONL file")
 
 
 def evaluation_corpus(loaded: LoadedModel, arguments: argparse.Namespace) -> Corpus:

@@ -1,5 +1,6 @@
 """Results are JSONL rows that say where they came from: device, versions, commit."""
 
+import argparse
 import json
 import os
 import platform
@@ -15,6 +16,15 @@ import torch
 from gradients.cli import UserError, note
 
 _SINCE_DIGESTS = ("weights", "text_digest")
+
+
+def results_file(text: str) -> str:
+    """argparse type: a JSONL file to append rows to, told before anything is measured for them."""
+    path = Path(text).absolute()
+    place = next(each for each in (path, *path.parents) if each.exists())
+    if path.is_dir() or (place != path and not place.is_dir()) or not os.access(place, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give another file")
+    return text
 
 
 def append_row(

@@ -202,6 +202,14 @@ class Scheme:
         forms = {self.form(self.key_axis), self.form(self.value_axis)}
         return bool(forms & {"grouped", "rotated"}) or self.key_rope == "post" or self.thresholds == "matrix"
 
+    def check_packable(self) -> None:
+        """Raise `UserError` for one that exists in simulation only."""
+        if self.simulated_only:
+            raise UserError(
+                f"scheme {self.describe()} exists in simulation only, to be compared with; deploy one with keys "
+                "before RoPE and ranges per channel (calibrated) or per token, such as rdnuq3.4 or nuq3-1%"
+            )
+
     def residual_step(self, axis: Axis) -> int:
         """How many tokens leave the residual window together: a whole group of them, where groups lie along tokens."""
         return self.group or 1 if axis == "channel" else 1

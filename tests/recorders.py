@@ -5,9 +5,11 @@ the same tensors every time.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
@@ -46,3 +48,39 @@ def generated(model: PreTrainedModel, cache: PackedCache, ids: Tensor, new: int,
     """Tokens, the same of the same seed."""
     torch.manual_seed(3)
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, eos_token_id=None, pad_token_id=2, **options)
+
+
+class OperatorPieces(TorchDispatchMode):
+    """`Pieces` where there are no graphs: operators are noted while they run, and run again into the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._noted: list[tuple[Any, Any, Any, Tensor]] = []
+        self.pieces, self.running = 0, False
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = operator(*arguments, **(options or {}))
+        if isinstance(result, Tensor):
+            self._noted.append((operator, arguments, options or {}, result))
+        return result
+
+    def begin(self) -> None:
+        self._noted, self.running = [], True
+        self.__enter__()
+
+    def end(self) -> Callable[[], object]:
+        self.__exit__(None, None, None)
+        self.pieces, self.running, noted = self.pieces + 1, False, self._noted
+
+        def replay() -> None:
+            for operator, arguments, options, result in noted:
+                again = operator(*arguments, **options)
+                if again.data_ptr() != result.data_ptr():
+                    result.copy_(again)
+
+        return replay
+
+    def abandon(self) -> None:
+        if self.running:
+            self.__exit__(None, None, None)
+            self.running = False

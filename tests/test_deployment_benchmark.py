@@ -49,6 +49,8 @@ def test_some_operations_at_some_contexts(llama_folder, tmp_path) -> None:
     assert [{name: row[name] for name in rows[0]} for row in written] == rows and "commit" in written[0]
     with pytest.raises(UserError, match="'sleep' is none of append, chunk, decode, prefill"):
         main([*arguments, "--ops", "decode,sleep"])
+    with pytest.raises(UserError, match="scheme kivi2 exists in simulation only"):
+        main([*arguments, "--device", "cpu", "--scheme", "kivi2"])
 
 
 def test_the_rate_of_copies_is_that_of_the_faster_way(monkeypatch) -> None:

@@ -77,8 +77,9 @@ def test_bits_of_quantized_layers_and_of_the_whole_cache_are_told_apart(
         assert result["cache_bits_per_element"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_exact_chunks_lose_less(arguments, text_file) -> None:
+def test_exact_chunks_lose_less(arguments, text_file, capsys) -> None:
     exact = evaluate_main([*arguments, *window_arguments(text_file)])
+    assert "this is the unquantized model's loss; give --no-exact-chunk" in capsys.readouterr().err
     plain = simulate_main([*arguments[:2], *arguments[4:], *window_arguments(text_file)])
     assert plain is not None
     assert exact["exact_chunk"] and exact["nll"] == pytest.approx(
@@ -138,8 +139,12 @@ def test_prompt_file_in_small_chunks_equals_one_chunk(arguments, tmp_path) -> No
         (["--prompt-file", "no-such-file"], "no-such-file"),
         (["--prompt", "key", "--max-new-tokens", "600"], "model's positions are 512"),
         (["--prompt", "key value", "--max-new-tokens", "20", "--capacity", "21"], "--capacity are 21"),
+        (["--prompt", "key", "--sample", "--temperature", "0"], "--temperature: 0 is not a positive number"),
+        (["--prompt", "key", "--sample", "--temperature", "nan"], "--temperature: nan is not a positive number"),
+        (["--prompt", "key", "--sample", "--top-p", "7"], "--top-p: 7 is not a share above 0"),
+        (["--prompt", "key", "--seed", str(2**63)], f"--seed: {2**63} is too large"),
     ],
-    ids=["empty", "missing file", "beyond the positions", "beyond the capacity"],
+    ids=["empty", "missing file", "positions", "capacity", "temperature", "no temperature", "top-p", "seed"],
 )
 def test_bad_requests_are_refused_by_name(arguments, options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -311,3 +311,21 @@ def test_orders_are_those_of_the_schema() -> None:
     words += [ChannelOrder(torch.full((128,), bits)).pack((codes % 2**bits).to(torch.uint8)) for bits in range(1, 7)]
     digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in words)).hexdigest()
     assert digest.startswith("f2676e579cdabf17")
+
+
+def test_what_is_exact_is_restored_in_the_dtype_of_the_model(make_model, fit_model, make_tokens, tmp_path) -> None:
+    """Layers with sliding windows, and recent windows: a model in bfloat16 goes on where one in float32 was."""
+    model = make_model("gemma3")
+    quantizers = fit_model(model, Scheme.parse("nuq3-1%", residual_tokens=12))
+    cache, tokens = PackedCache(quantizers, model.config), make_tokens(1, 70)
+    fill(model, cache, tokens)
+    save_cache(tmp_path / "cache", cache, quantizers, model, tokens)
+    model.to(torch.bfloat16)
+    restored = load_cache(tmp_path / "cache", quantizers, model).restore(model)
+    fill(model, restored, make_tokens(1, 20, seed=1), chunk=1)
+    exact = [
+        x
+        for layer in restored.layers
+        for x in (layer.window.recent.values() if hasattr(layer, "window") else [layer.keys])
+    ]
+    assert {x.dtype for x in exact} == {torch.bfloat16}

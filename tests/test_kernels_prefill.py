@@ -17,9 +17,10 @@ from test_kernels_attention import (
 from torch import Tensor
 
 from deployment.kernels import library, prefill
+from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import attend_many, next_stretch, stretch_blocks
+from deployment.kernels.prefill import attend_many, stretch_blocks
 from deployment.kernels.unpacking import unpack
 
 
@@ -112,18 +113,22 @@ def test_scratch_is_bounded() -> None:
     assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
 
 
-def test_what_is_left_is_halved_so_that_few_lengths_are_planned_for() -> None:
-    def stretches(most: int, left: int) -> list[int]:
-        taken = []
-        while left:
-            taken.append(next_stretch(most, left))
-            left -= taken[-1]
-        return taken
+@pytest.mark.parametrize("stretch", [64, 192, 16384, 65536])
+def test_the_last_stretch_takes_what_is_too_little_for_one_of_its_own(stretch: int) -> None:
+    for past in (0, 1, stretch, stretch + stretch // 8, stretch + stretch // 8 + 1, 3 * stretch, 9 * stretch + 5):
+        whole = prefill.whole_stretches(stretch, past)
+        assert 0 <= past - whole * stretch <= stretch * 9 // 8
+        assert whole == 0 or past - whole * stretch > stretch // 8
 
-    assert stretches(1024, 3000) == [1024, 1024, 512, 256, 184]
-    assert stretches(256, 700) == [256, 256, 188] and stretches(192, 200) == [192, 8] and stretches(1024, 3) == [3]
-    lengths = {blocks for left in range(1, 2048) for blocks in stretches(1024, left)}
-    assert lengths == {*range(1, 257), 512, 1024}
+
+def test_few_lengths_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.empty(1, 1, 256, 64)
+    assert list(library.planned_for(query, 40000)) == []
+    monkeypatch.setattr(library, "_is_planned", lambda _: True)
+    assert list(library.planned_for(query, 40000)) == [32768, 6144]
+    assert list(library.planned_for(query, 65536 + 2047)) == [65536] and not list(library.planned_for(query, 2047))
+    lengths = {length for tokens in range(1, 70000, 7) for length in library.planned_for(query, tokens)}
+    assert lengths == {*range(2048, 16385, 2048), 32768, 65536}
 
 
 @WAYS
@@ -187,11 +192,18 @@ def test_parts_are_merged_by_their_log_sum_exp(dtype: torch.dtype) -> None:
         parts.append(
             ((weights @ value[:, :, which]).to(DEVICE, dtype), scores[..., which].logsumexp(-1).float().to(DEVICE))
         )
-    output, lse = library.merged(*parts)
-    assert output.dtype == lse.dtype == torch.float32
+    output, lse = (
+        torch.empty(2, 40, 3, 20, device=DEVICE),
+        torch.empty(2, 3, 40, device=DEVICE),
+    )  # channels of padding are left out
+    merge(parts, output, lse)
+    expected = (scores.softmax(-1).nan_to_num(0.0) @ value).transpose(1, 2)[..., :20]
     bound = 3e-6 if dtype == torch.float32 else 1e-3
-    assert relative_rms(output.cpu(), scores.softmax(-1).nan_to_num(0.0) @ value) < bound
+    assert relative_rms(output.cpu(), expected) < bound
     torch.testing.assert_close(lse.cpu(), scores.logsumexp(-1).float())
+    rounded = torch.empty_like(output, dtype=torch.float16)
+    merge(parts, rounded)
+    assert torch.equal(rounded, output.half())
 
 
 @pytest.mark.parametrize("rotary_dim", [16, 32])

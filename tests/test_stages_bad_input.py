@@ -146,6 +146,7 @@ def test_unknown_dtype_is_refused(option: list[str], workspace, refuses) -> None
 
 def test_unknown_device_is_refused(workspace, refuses) -> None:
     refuses(workspace.record, "--device", "abacus", fragments=["device", "abacus"])
+    refuses(workspace.record, "--device", "cuda:99", fragments=["device 'cuda:99' is not there; use auto, cpu, or one"])
 
 
 def test_missing_text_is_refused(workspace, refuses) -> None:
@@ -196,6 +197,14 @@ def test_seqlen_beyond_the_models_positions_is_refused(workspace, refuses) -> No
             command, "--seqlen", "513", fragments=["--seqlen 513", "512 positions", str(workspace.model), "lower it"]
         )
         refuses(command, "--seqlen", "1", fragments=["--seqlen 1", "at least 2"])
+
+
+@pytest.mark.parametrize("name", ["", "q.safetensors/rows.jsonl"])
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(name: str, workspace, refuses) -> None:
+    path = str(workspace.root / name)
+    refuses(
+        workspace.evaluate, "--model", "none", "--results", path, fragments=["--results", path, "give another file"]
+    )
 
 
 def test_missing_records_is_refused(workspace, refuses) -> None:

@@ -1,9 +1,10 @@
-"""torch's own attention with log-sum-exp, so that what is attended to may come in parts: cuDNN, flash, memory-efficient, or the CPU's.
+"""torch's own attention with log-sum-exp, so that what is attended to may come in parts (merge.py): cuDNN, flash, memory-efficient, or the CPU's.
 
 None of torch's public functions gives the log-sum-exp of all of these; the operators behind `scaled_dot_product_attention` do, and
 torch.compile and exported programs rely on their signatures.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -11,25 +12,35 @@ from torch import Tensor
 
 # cuDNN plans for every shape anew, 0.07 s each, so it is asked for multiples only
 PLANNED = 2048  # of so many tokens
+MOST_PLANNED, EVEN_TOKENS = 65536, 16384  # and between these only of powers of two
 _QUERIES = 256  # and queries
 _MOST_DIM = 128
 
 Part = tuple[Tensor, Tensor]  # outputs `[B, H, S, D]`, log-sum-exp `[B, H, S]` float32
 
 
-def attend_all(query: Tensor, key: Tensor, value: Tensor) -> list[Part]:
-    """Attention without a mask, in one part or two.
+def planned_for(query: Tensor, tokens: int) -> Iterator[int]:
+    """Lengths for `attend_all` that make up most of `tokens`, all but a few of which are left; nothing where that gains nothing."""
+    if not _is_planned(query):
+        return
+    while tokens >= PLANNED:
+        length = MOST_PLANNED
+        while length > tokens and length > EVEN_TOKENS:
+            length //= 2
+        yield (length := min(length, tokens // PLANNED * PLANNED))
+        tokens -= length
+
+
+def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Part:
+    """Attention without a mask.
 
     Args:
         query: `[B, H, S, D]` fp16 or fp32, rotated and scaled; D a multiple of 8.
         key: `[B, G, n, D]`, n > 0, in the same dtype, as is `value`.
     """
-    tokens = key.shape[2]
-    planned = tokens // PLANNED * PLANNED if _is_planned(query) else 0
-    parts = [_cudnn(query, key[:, :, :planned], value[:, :, :planned])] if planned else []
-    if planned < tokens:
-        parts.append(_others(query, key[:, :, planned:], value[:, :, planned:]))
-    return parts
+    if _is_planned(query) and key.shape[2] % PLANNED == 0:
+        return _cudnn(query, key, value)
+    return _others(query, key, value)
 
 
 def _is_planned(query: Tensor) -> bool:
@@ -64,22 +75,17 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Part:
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=1.0)[:2]
 
 
-def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Part:
-    """Attention of tokens to themselves and those before them: `key` and `value` `[B, G, S, D]`."""
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> list[Part]:
+    """Attention of the last S of n tokens to themselves and those before them, in one part or two: `key` and `value` `[B, G, n, D]`."""
     if query.is_cuda and query.dtype == torch.float16:
-        return _flash(query, key, value, causal=True)
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        return [_flash(query, key, value, causal=True)]  # torch's operator means the last, as `causal_lower_right` does
+    before, group = key.shape[2] - query.shape[2], query.shape[1] // key.shape[1]
+    parts = [_others(query, key[:, :, :before], value[:, :, :before])] if before else []
+    key, value = (x[:, :, before:].repeat_interleave(group, 1) for x in (key, value))
     if not query.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=1.0)
+        own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, True, scale=1.0)
+        return [*parts, own]
     output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, None, True, 0.0, True, scale=1.0
     )
-    return output, lse[:, :, : query.shape[2]]
-
-
-def merged(one: Part, two: Part) -> Part:
-    """Attention over two sets of tokens from that over each; outputs in float32."""
-    total = torch.logaddexp(one[1], two[1])
-    weight = (two[1] - total).exp().nan_to_num(0.0)  # of -inf twice: nothing is seen
-    return torch.lerp(one[0].float(), two[0].float(), weight[..., None]), total
+    return [*parts, (output, lse[:, :, : query.shape[2]])]

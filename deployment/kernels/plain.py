@@ -12,6 +12,7 @@ _ROWS = 16  # tokens of a program
 def rotated(x: Tensor, positions: Tensor, rotary: Rotary, result: Tensor, scaling: float | None = None) -> Tensor:
     """Rotate `x` `[B, N, S, D]` at `positions` `[B, S]` int64 into `result` `[B, S, N, pitch]`, and return that.
 
+    Positions `[B]` are those of the first tokens, which the others follow.
     Queries, which carry `scaling` and the rotary embedding's own factors, are multiplied by both; keys have None.
     """
     batch, heads, tokens, dim = x.shape
@@ -21,6 +22,7 @@ def rotated(x: Tensor, positions: Tensor, rotary: Rotary, result: Tensor, scalin
         *x.stride()[:3],
         positions,
         positions.stride(0),
+        positions.stride(1) if positions.ndim == 2 else 0,
         rotary.steps,
         rotary.factor,
         1.0 if scaling is None else scaling,
@@ -30,6 +32,7 @@ def rotated(x: Tensor, positions: Tensor, rotary: Rotary, result: Tensor, scalin
         D=dim,
         ROTARY_HALF=rotary.half,
         SCALED=scaling is not None,
+        COUNTED=positions.ndim == 1,
         ROWS=_ROWS,
         PAIRS=triton.next_power_of_2(dim // 2),
     )
@@ -44,6 +47,7 @@ def rotate_kernel(
     x_s,
     positions,  # [B, S] int64; what is padding does not matter
     positions_b,
+    positions_s,
     steps,  # [D/2, 2] int32, see `Rotary`
     factor,  # [D/2] fp32
     scaling,
@@ -55,6 +59,7 @@ def rotate_kernel(
     D: tl.constexpr,
     ROTARY_HALF: tl.constexpr,
     SCALED: tl.constexpr,
+    COUNTED: tl.constexpr,  # whether a position is that of the first token
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -67,7 +72,9 @@ def rotate_kernel(
     pair = tl.arange(0, PAIRS)
     first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     pair_ok = pair < D // 2
-    position = tl.load(positions + b * positions_b + token, mask=token < tokens, other=0)
+    position = tl.load(positions + b * positions_b + token * positions_s, mask=token < tokens, other=0)
+    if COUNTED:
+        position += token
     high, low = steps_of(steps, pair, pair_ok)
     cos, sin = cos_sin(position[:, None], high[None, :], low[None, :])
     at = (x + b * x_b + n * x_n + token.to(tl.int64) * x_s)[:, None]

@@ -14,17 +14,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deployment.kernels.library import PLANNED, Part, attend_all, attend_causally, merged
+from deployment.kernels.library import (
+    EVEN_TOKENS,
+    MOST_PLANNED,
+    PLANNED,
+    Part,
+    attend_all,
+    attend_causally,
+    planned_for,
+)
+from deployment.kernels.merge import MOST_PARTS, merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
 from deployment.kernels.portable import Asked
 from deployment.kernels.portable import attend as attend_portably
-from deployment.kernels.schedule import EVEN_TOKENS, SCRATCH_BYTES, SCRATCH_TOKENS
+from deployment.kernels.schedule import SCRATCH_BYTES
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
 _FEW = 16  # queries of a KV head, which are not worth unpacking anything for
+LONGER = 8  # the last stretch may be longer than others by this part of them
 _EVEN = 8  # channels: the library wants whole multiples
 
 
@@ -46,34 +56,31 @@ def attend_many(
     asked = Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)
     if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
         return attend_portably(asked).to(query.dtype)
-    return _attend_known(asked, known).transpose(1, 2)[..., :dim].to(query.dtype).contiguous()
+    padded = any(row.pad for row in known)
+    output = (query.new_zeros if padded else query.new_empty)(batch, new, heads, dim)
+    _attend_known(asked, known, output)
+    return output
 
 
-def _attend_known(asked: Asked, known: Sequence[Known]) -> Tensor:
+def _attend_known(asked: Asked, known: Sequence[Known], output: Tensor) -> None:
     """All sequences at once if they are alike, else one by one."""
     alike = all(row == known[0] for row in known)
-    if alike and not known[0].pad:
-        return _Rows(asked, 0, len(known), known[0]).attend()
-    output = torch.zeros_like(asked.query.transpose(1, 2), dtype=torch.float32)
     for first, row in enumerate(known[:1] if alike else known):
         rows = len(known) if alike else 1
-        if row.pad < output.shape[2]:
-            output[first : first + rows, :, row.pad :] = _Rows(asked, first, rows, row).attend()
-    return output
+        if row.pad < output.shape[1]:
+            _Rows(asked, first, rows, row).attend(output[first : first + rows, row.pad :])
 
 
 def stretch_blocks(bytes_per_token: int) -> int:
     """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
-    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), SCRATCH_TOKENS)
+    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), MOST_PLANNED)
     even = EVEN_TOKENS if tokens > EVEN_TOKENS else PLANNED
     return max(1, (tokens // even * even or tokens) // BLOCK_TOKENS)
 
 
-def next_stretch(most: int, left: int) -> int:
-    """Blocks of the next stretch where `left` are, and `most` fit."""
-    while most > left and most > EVEN_TOKENS // BLOCK_TOKENS:
-        most //= 2
-    return min(most, left)
+def whole_stretches(stretch: int, past: int) -> int:
+    """Stretches of so many tokens before the last one, which may be an eighth longer, so that no few tokens are left for one more."""
+    return max(0, -(-(past - stretch // LONGER) // stretch) - 1)
 
 
 class _Rows:
@@ -92,44 +99,66 @@ class _Rows:
             segment.key.head_dim < query.shape[-1] for segment in self.packed
         )
 
-    def attend(self) -> Tensor:
-        """Outputs `[R, H, S, D]` fp32 or in the query's dtype."""
-        total: Part | None = None
+    def attend(self, output: Tensor) -> None:
+        """Outputs `[R, S, H, D]`."""
+        parts: list[Part] = []
         for part in self._parts():
-            total = part if total is None else merged(total, part)
-        assert total is not None  # a query sees itself
-        return total[0]
+            if len(parts) == MOST_PARTS:
+                parts = [self._merged(parts)]
+            parts.append(part)
+        merge(parts, output)
+
+    def _merged(self, parts: list[Part]) -> Part:
+        result = torch.empty_like(self.query.transpose(1, 2), dtype=torch.float32)
+        total = torch.empty_like(self.query[..., 0], dtype=torch.float32)
+        merge(parts, result, total)
+        return result.transpose(1, 2), total
 
     def _parts(self) -> Iterator[Part]:
-        row = self.row
-        first = min(self.packed[0].start if self.packed else row.before, row.before)
+        """The past a stretch at a time; of the last one, sinks before it and the chunk behind it, what no plan takes goes with the chunk."""
+        row, new = self.row, self.query.shape[2]
+        start = self.packed[0].start if self.packed else row.stored
+        sinks = min(start, row.stored)  # of the past or, where the chunk is stored, of the chunk
         size = len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize  # of a token's keys
-        most, left = stretch_blocks(size), -(-(row.before - first) // BLOCK_TOKENS)
-        key, value = self._scratch(next_stretch(most, left) * BLOCK_TOKENS + first)
-        end = first
-        while end < row.before:
-            begin, blocks = end, next_stretch(most, left)
-            end, left = min(begin + blocks * BLOCK_TOKENS, row.before), left - blocks
-            self._unpack(begin, end, key, value)
-            held = end - begin
-            if end == row.before:
-                held += self._put_sinks(0, first, key, value, held)
-            yield from attend_all(self.query, _shown(key, 0, held), _shown(value, 0, held))
-        if 0 < first == row.before:
-            self._put_sinks(0, first, key, value, 0)
-            yield from attend_all(self.query, _shown(key, 0, first), _shown(value, 0, first))
+        stretch, past = stretch_blocks(size) * BLOCK_TOKENS, max(0, row.before - start)
+        whole = whole_stretches(stretch, past)
+        last = sinks + past - whole * stretch + new
+        key, value = self._scratch(stretch, max(last, stretch if whole else 0))
+        for number in range(whole):
+            begin = start + number * stretch
+            self._unpack(begin, begin + stretch, key, value, 0)
+            yield from self._planned(key, value, stretch)
+        begin, held = start + whole * stretch, row.before - whole * stretch
+        self._put_sinks(sinks, key, value)
+        self._unpack(begin, row.stored, key, value, sinks)
         if self.chunk is not None:
-            yield attend_causally(self.query, *self._chunk(self.chunk))
-        elif row.stored > row.before:
-            yield attend_causally(self.query, *self._stored_chunk())
+            self._put_chunk(self.chunk, key, value, held)
+        yield from self._planned(key, value, held, held + new)
 
-    def _scratch(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, tokens, G, D]`, zeros where a head ends before D."""
-        shape = (2, len(self.query), tokens, self.heads, self.query.shape[-1])
+    def _planned(self, key: Tensor, value: Tensor, past: int, total: int = 0) -> Iterator[Part]:
+        """Attention to the first `past` tokens, or to `total`, of which the last are the queries' own."""
+        first = 0
+        for length in planned_for(self.query, past):
+            yield attend_all(self.query, _shown(key, first, length), _shown(value, first, length))
+            first += length
+        rest = max(past, total) - first
+        if total:
+            yield from attend_causally(self.query, _shown(key, first, rest), _shown(value, first, rest))
+        elif rest:
+            yield attend_all(self.query, _shown(key, first, rest), _shown(value, first, rest))
+
+    def _scratch(self, stretch: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, room, G, D]` for stretches, the longest of which has `last` tokens; zeros where a head ends before D.
+
+        Where there are several sequences there are few sizes of room: it is part of what cuDNN plans for.
+        """
+        room, step = last + BLOCK_TOKENS, max(1, stretch // LONGER)  # the rest of a block is unpacked, too
+        room = room if len(self.query) == 1 else -(-room // step) * step
+        shape = (2, len(self.query), room, self.heads, self.query.shape[-1])
         key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
         return key, value
 
-    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor, to: int = 0) -> None:
+    def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor, to: int) -> None:
         """The packed tokens `begin`, ..., `end` - 1, the first one of a block, and the rest of the last one's block; token `to` is the first."""
         for page in self.packed:
             low, high = max(begin, page.start), min(end, page.start + page.tokens)
@@ -138,39 +167,23 @@ class _Rows:
                 at = to + page.start + block * BLOCK_TOKENS - begin
                 unpack(page, self.rotary, block, last - block, self.row0, key, value, at)
 
-    def _put_sinks(self, begin: int, end: int, key: Tensor, value: Tensor, at: int) -> int:
-        """Sinks `begin`, ..., `end` - 1 go to `key` and `value` from token `at` on; returns how many."""
-        if begin < end:
+    def _put_sinks(self, count: int, key: Tensor, value: Tensor) -> None:
+        """The first `count` sinks go to the front of `key` and `value`."""
+        if count:
             assert self.sinks is not None
-            places = self.sinks.origins[self.which, None] + torch.arange(begin, end, device=key.device)
-            rotated(self.sinks.key[self.which, :, begin:end], places, self.rotary, key[:, at : at + end - begin])
-            own = self.sinks.value[self.which, :, begin:end]
-            value[:, at : at + end - begin, :, : own.shape[-1]] = own.transpose(1, 2)
-        return end - begin
+            own = self.sinks.key[self.which, :, :count], self.sinks.value[self.which, :, :count].transpose(1, 2)
+            rotated(own[0], self.sinks.origins[self.which], self.rotary, key[:, :count])
+            value[:, :count, :, : own[1].shape[-1]] = own[1]
 
-    def _chunk(self, chunk: DenseSegment) -> tuple[Tensor, Tensor]:
-        """Keys, rotated, and values `[R, G, S, D]` of a chunk that is not stored yet."""
-        key, value = (tokens[self.which, :, self.row.pad :] for tokens in (chunk.key, chunk.value))
-        turned, own = self._scratch(key.shape[2])
-        rotated(key, self.positions, self.rotary, turned)
-        if self.padded or value.dtype != own.dtype or value.stride(-1) != 1:
-            own[..., : value.shape[-1]] = value.transpose(1, 2)
-            value = own.transpose(1, 2)
-        return turned.transpose(1, 2), value
-
-    def _stored_chunk(self) -> tuple[Tensor, Tensor]:
-        """The same of one that is stored: its last tokens, some of which may be sinks."""
-        row, start = self.row, self.packed[0].start if self.packed else self.row.stored
-        sinks = min(max(start - row.before, 0), row.stored - row.before)
-        begin = max(row.before - start, 0) // BLOCK_TOKENS * BLOCK_TOKENS + start  # a block's first token
-        key, value = self._scratch(sinks + max(0, -(-(row.stored - begin) // BLOCK_TOKENS) * BLOCK_TOKENS))
-        self._put_sinks(row.before, row.before + sinks, key, value, 0)
-        self._unpack(begin, row.stored, key, value, sinks)
-        skipped = max(0, row.before - begin)
-        tokens = row.stored - row.before
-        return _shown(key, skipped, tokens), _shown(value, skipped, tokens)
+    def _put_chunk(self, chunk: DenseSegment, key: Tensor, value: Tensor, at: int) -> None:
+        """A chunk that is not stored yet goes to `key` and `value` from token `at` on."""
+        own = chunk.key[self.which, :, self.row.pad :], chunk.value[self.which, :, self.row.pad :].transpose(1, 2)
+        end = at + own[0].shape[2]
+        rotated(own[0], self.positions, self.rotary, key[:, at:end])
+        value[:, at:end, :, : own[1].shape[-1]] = own[1]
 
 
 def _shown(tokens: Tensor, first: int, count: int) -> Tensor:
-    """`[R, G, count, D]` of `[R, room, G, D]`."""
-    return tokens[:, first : first + count].transpose(1, 2)
+    """`[R, G, count, D]` of `[R, room, G, D]`; of a single sequence, its strides say nothing of the room."""
+    shown = tokens[:, first : first + count]
+    return (shown[0][None] if len(shown) == 1 else shown).transpose(1, 2)

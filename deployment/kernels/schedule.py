@@ -11,10 +11,6 @@ import torch
 SCRATCH_BYTES = (
     256 * 2**20
 )  # of unpacked keys and values together; with less, launching would take longer than computing
-SCRATCH_TOKENS = 65536  # at most, as many as 256 MiB hold of 8 heads of 128 channels
-EVEN_TOKENS = (
-    16384  # what is left for the last stretches is halved down to this, so that there are few lengths to plan for
-)
 CHUNK = 128  # tokens that a team takes at a time
 _MOST_SPLITS = 1024
 _START = 1.5  # what a team does before its first chunk, in chunks

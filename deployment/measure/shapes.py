@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralC
 
 from deployment.format.room import GRAPH_TOKENS, ROOM_SHARE
 from deployment.format.stretches import STRETCH_BLOCKS
-from deployment.kernels.schedule import SCRATCH_BYTES, SCRATCH_TOKENS
+from deployment.kernels.library import MOST_PLANNED
+from deployment.kernels.schedule import SCRATCH_BYTES
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
 from gradients.parallel import Part, distribution, own_parameters, part_of_config
@@ -125,7 +126,7 @@ class ModelShape:
         """Tokens that the other layers keep, 0 if there are none."""
         return 0 if len(self.cached) == len(self.layers) else self.config.sliding_window
 
-    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = SCRATCH_TOKENS) -> int:
+    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = MOST_PLANNED) -> int:
         """Upper estimate for a forward of `new` tokens of each of `batch` sequences, behind at most `context`, see above."""
         config, (heads, head_dim), rows = self.config, kv_shape(self.config), batch * new
         channels, query_heads = heads * head_dim, config.num_attention_heads
@@ -137,7 +138,7 @@ class ModelShape:
             attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
             attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
             if new * query_heads // heads > 16:
-                scratch = min(SCRATCH_BYTES, 4 * batch * channels * min(context, SCRATCH_TOKENS))
+                scratch = min(SCRATCH_BYTES, 4 * batch * channels * min(context, MOST_PLANNED))
                 attention = max(attention, scratch + 20 * rows * query_heads * head_dim)
         return max(mlp, stream + attention, 6 * batch * config.vocab_size)
 

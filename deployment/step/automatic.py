@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 from deployment.cache import PackedCache
 from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
-from deployment.step.recording import record
+from deployment.step.reading import Reading
+from deployment.step.recording import GraphPieces, record
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
@@ -39,6 +40,7 @@ class Automatic:
 
     def __init__(self, model: PreTrainedModel, backend: Backend | None, ready: Callable[[], bool]) -> None:
         self.eager, self.stopped = model.forward, 0
+        self.reading = Reading(model, self.eager, backend, lambda: GraphPieces(), ready)
         self._model, self._backend, self._ready = model, backend, ready
         self._steps: WeakKeyDictionary[PackedCache, Steps] = WeakKeyDictionary()
 
@@ -59,7 +61,7 @@ class Automatic:
             steps = self._steps[cache] = Steps(
                 self._model,
                 cache,
-                self.eager,
+                self.reading.forward,
                 GRAPH_TOKENS,
                 self._backend,
                 record,
@@ -76,6 +78,7 @@ class Automatic:
 
     def settle_all(self) -> None:
         """Drop everything that was recorded."""
+        self.reading.drop()
         for steps in list(self._steps.values()):
             steps.settle()
 

@@ -8,6 +8,9 @@ compiler records by itself, since the host must count along; recount.py is for t
 Outside of compilation the step is called directly. There is no backward: the cache holds codes.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import torch
@@ -17,11 +20,23 @@ from deployment.handles import find
 from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
 
+_way: ContextVar[Callable[[Step], Tensor] | None] = ContextVar("way", default=None)
+
+
+@contextmanager
+def attending_by(way: Callable[[Step], Tensor]) -> Iterator[None]:
+    """Within the block, which is one thread's, `way` takes the place of `attend_step`."""
+    token = _way.set(way)
+    try:
+        yield
+    finally:
+        _way.reset(token)
+
 
 def attend(step: Step) -> Tensor:
     """`attend_step`, through the operator while a compiler looks on."""
     if not torch.compiler.is_compiling():
-        return attend_step(step)
+        return (_way.get() or attend_step)(step)
     state = step.layer.effects, step.layer.number, step.rope.number
     tokens = step.query, step.key, step.value, step.mask
     return registered_step(*tokens, *state, step.backend or "", step.scaling, step.positions)

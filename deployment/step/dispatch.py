@@ -7,13 +7,15 @@ argument, says otherwise: `triton`, `torch` or `auto`. What the kernels cannot d
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deployment.devices import is_capturing
+from deployment.format.streams import sent
+from deployment.kept import kept
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.append import append_with_kernels, join_window
@@ -122,7 +124,9 @@ def attend(
     if origins is None:  # without padding nothing is computed: a launch less
         origins = layer.stored - pads if any(padding) else layer.stored
     positions = origins[:, None]
-    if new > 1:
+    if new > 1 and known is not None:
+        positions = _positions(tuple(row.before for row in known), tuple(padding), new, query.device)
+    elif new > 1:
         token = torch.arange(new, device=query.device)
         positions = positions + token
         if any(padding):
@@ -133,6 +137,15 @@ def attend(
     if chunk is not None:
         segments.append(DenseSegment(*chunk, origins, None, new - chunk[0].shape[2]))
     return attend_packed(query, positions, segments, rotary, scaling, layer.packed["key"].heads, known)
+
+
+@lru_cache(maxsize=8)
+@kept
+def _positions(before: tuple[int, ...], padding: tuple[int, ...], new: int, device: torch.device) -> Tensor:
+    """`[B, S]` int64 of a chunk behind so many tokens of each row, -1 for padding; the same for all layers."""
+    first, pads = (sent(torch.tensor(numbers), device)[:, None] for numbers in (before, padding))
+    token = torch.arange(new, device=device) - pads
+    return (first + token).where(token >= 0, -1)
 
 
 def _stored_segments(layer: PackedLayer) -> list[Any]:

@@ -38,7 +38,7 @@ class Forwards:
         tokens = [layer.get_seq_length() for layer in cache.layers]
         if len(set(tokens)) > 1:
             raise RuntimeError(f"the layers of the cache hold {tokens} tokens; reset() it and read the text again")
-        self._begun[cache] = module, [_held(layer) for layer in cache.layers]
+        self._begun[cache] = module, [held_by(layer) for layer in cache.layers]
         cache.in_forward = True
         return True
 
@@ -78,6 +78,6 @@ class Forwards:
             self.put_back(cache)
 
 
-def _held(layer: CacheLayerMixin) -> Any:
+def held_by(layer: CacheLayerMixin) -> Any:
     """What a layer holds, by reference: nothing is changed in place that was there before."""
     return (layer.slots, layer.lengths, layer.window) if isinstance(layer, PackedLayer) else dict(vars(layer))

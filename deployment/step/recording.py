@@ -1,9 +1,12 @@
 """A forward recorded in a CUDA graph: how, what prevents it, and what of the model it takes for granted."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
 from itertools import chain
 from operator import is_
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,15 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
 _HARMLESS = ("deployment.step.entered", "transformers.utils.output_capturing")  # whose hooks do nothing during a step
 _one_at_a_time = threading.Lock()  # torch has one stream for it
+_KNOWN = {
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "position_ids",
+    "use_cache",
+    "return_dict",
+    "logits_to_keep",
+}
 
 
 def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -34,12 +46,87 @@ def record(run: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
             # relaxed: a kernel that is loaded only now would be an error otherwise
             with torch.cuda.graph(graph, capture_error_mode="relaxed"):
                 output = run()
-        except BaseException:  # torch leaves its stream current then, and its generator waiting for the graph's end
-            torch.cuda.set_stream(stream)
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
+        except BaseException:
+            _put_back(stream)
             raise
     return graph.replay, output
+
+
+def _put_back(stream: torch.cuda.Stream) -> None:
+    """After a recording that failed: torch leaves its own stream current, and its generator waiting for the graph's end."""
+    torch.cuda.set_stream(stream)
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+class Pieces(Protocol):
+    """Records pieces of what a program does, one after another; between them it does as it pleases."""
+
+    def begin(self) -> None:
+        """From here on nothing is done but recorded."""
+
+    def end(self) -> Callable[[], object]:
+        """What does what was recorded since. It may use the memory of pieces before it, so all are repeated in order."""
+
+    def abandon(self) -> None:
+        """Drop what was begun, after a failure."""
+
+
+class GraphPieces:
+    """`Pieces` in CUDA graphs of the current device that share their memory."""
+
+    def __init__(self) -> None:
+        torch.cuda.synchronize()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), _recording_stream(torch.cuda.current_device())
+        self._before = torch.cuda.current_stream()
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def begin(self) -> None:
+        """As `Pieces`."""
+        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.set_stream(self._stream)
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="relaxed")
+
+    def end(self) -> Callable[[], object]:
+        """As `Pieces`."""
+        graph, self._graph = self._graph, None
+        assert graph is not None
+        graph.capture_end()
+        torch.cuda.set_stream(self._before)
+        return graph.replay
+
+    def abandon(self) -> None:
+        """As `Pieces`."""
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            with suppress(RuntimeError):  # of what has failed already
+                graph.capture_end()
+        _put_back(self._before)
+
+
+@cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings: libraries keep memory for each stream they were used on."""
+    return torch.cuda.Stream(device)
+
+
+def wants_logits_only(model: PreTrainedModel, arguments: int, options: Mapping[str, Any]) -> bool:
+    """Whether a forward of so many positional arguments asks for nothing that a replay cannot give, gradients among it."""
+    mask, positions = options.get("attention_mask"), options.get("position_ids")
+    if arguments > 1 or (torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())):
+        return False
+    if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
+        return False
+    if options.get("use_cache") is False or options.get("return_dict") is False:
+        return False
+    if positions is not None and positions.ndim != 2:
+        return False
+    if not isinstance(options.get("logits_to_keep"), int | None):
+        return False
+    config = model.config  # what it says counts where an argument does not
+    if config.output_hidden_states or config.output_attentions or not getattr(config, "return_dict", True):
+        return False
+    return {name for name, value in options.items() if value is not None and value is not False} <= _KNOWN
 
 
 def obstacle(model: PreTrainedModel, cache: PackedCache, backend: Backend | None = None) -> str | None:

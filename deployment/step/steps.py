@@ -31,22 +31,12 @@ from deployment.devices import current, is_capturing
 from deployment.kept import kept
 from deployment.layer import PackedLayer
 from deployment.step.asked import Backend
-from deployment.step.recording import Assumed, Recorder, obstacle
+from deployment.step.recording import Assumed, Recorder, obstacle, wants_logits_only
 from deployment.step.recount import recount, reserve
 
-_MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once
+MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once
 _WORTH = 16  # replays that have paid for a recording
 _PATIENCE = 64  # steps before a recording at most, where recordings have not paid
-_KNOWN = {
-    "input_ids",
-    "past_key_values",
-    "attention_mask",
-    "position_ids",
-    "use_cache",
-    "return_dict",
-    "logits_to_keep",
-}
-
 Forward = Callable[..., Any]
 
 
@@ -130,28 +120,14 @@ class Steps:
 
     def _is_step(self, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
         """Whether these are the arguments of a step of sequences all of which hold tokens: none can be padding."""
-        if arguments > 1 or ids.ndim != 2 or not 1 <= ids.shape[1] <= _MOST_TOKENS or not self._layers:
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= MOST_TOKENS or not self._layers:
             return False
-        if is_capturing(ids.device) or (torch.is_grad_enabled() and self._is_trained()):
+        if is_capturing(ids.device):
             return False
-        mask, positions = options.get("attention_mask"), options.get("position_ids")
-        if mask is not None and (mask.ndim != 2 or mask.is_floating_point()):
+        if not wants_logits_only(self._model, arguments, options):
             return False
-        if options.get("use_cache") is False or options.get("return_dict") is False:
-            return False
-        if positions is not None and positions.ndim != 2:
-            return False
-        if not isinstance(options.get("logits_to_keep"), int | None):
-            return False
-        config = self._model.config  # what it says counts where an argument does not
-        if config.output_hidden_states or config.output_attentions or not getattr(config, "return_dict", True):
-            return False
-        asked = {name for name, value in options.items() if value is not None and value is not False}
         lengths = self._layers[0].lengths
-        return len(lengths) == len(ids) and all(lengths) and asked <= _KNOWN
-
-    def _is_trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._model.parameters())
+        return len(lengths) == len(ids) and all(lengths)
 
     def _step(self, cache: PackedCache, ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
         """Logits `[B, S, V]` that the next step overwrites, or None if they must come from the forward itself."""

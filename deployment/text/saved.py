@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from deployment.cache import PackedCache
@@ -150,7 +150,7 @@ class SavedCache:
         return (torch.arange(self.tokens.shape[1]) >= padding[:, None]).long()
 
     def restore(self, model: PreTrainedModel, capacity: int | None = None, exact_chunk: bool = True) -> PackedCache:
-        """The cache, on the devices of the model's layers; the arguments are those of `PackedCache`.
+        """The cache, on the devices of the model's layers, what is exact in its dtype; the arguments are those of `PackedCache`.
 
         Raises `UserError` when tensors are missing or do not fit the quantizers.
         """
@@ -161,9 +161,9 @@ class SavedCache:
             parts = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(prefix)}
             try:
                 if isinstance(layer, PackedLayer):
-                    self._fill(layer, parts, model.config, device)
+                    self._fill(layer, parts, model, device)
                 else:
-                    key, value = parts["native.key"].to(device), parts["native.value"].to(device)
+                    key, value = (parts[f"native.{kind}"].to(device, model.dtype) for kind in KINDS)
                     layer.lazy_initialization(key, value)
                     layer.keys, layer.values, layer.cumulative_length = key, value, self.slots
             except (KeyError, ValueError, IndexError, RuntimeError) as error:
@@ -172,10 +172,8 @@ class SavedCache:
                 ) from error
         return cache
 
-    def _fill(
-        self, layer: PackedLayer, parts: dict[str, Tensor], config: PreTrainedConfig, device: torch.device
-    ) -> None:
-        heads, dim = kv_shape(config)
+    def _fill(self, layer: PackedLayer, parts: dict[str, Tensor], model: PreTrainedModel, device: torch.device) -> None:
+        heads, dim = kv_shape(model.config)
         capacity, layer.capacity = layer.capacity, None  # the page below has the room
         layer.lazy_initialization(*[torch.empty(len(self.lengths), heads, 0, dim, device=device)] * 2)
         layer.capacity = capacity
@@ -184,7 +182,7 @@ class SavedCache:
             own = {name.removeprefix(f"{kind}."): t for name, t in parts.items() if name.startswith(f"{kind}.")}
             packed.pages = pages_of(packed, own, (capacity or 0) - layer.sink_tokens - layer.residual_tokens)
         if layer.window is not None:
-            recent = {kind: parts[f"{kind}.recent"].to(device) for kind in KINDS}
+            recent = {kind: parts[f"{kind}.recent"].to(device, model.dtype) for kind in KINDS}
             if any(x.shape != layer.window.recent[kind].shape for kind, x in recent.items()) or self.coded is None:
                 raise ValueError(f"a recent window of {tuple(recent['key'].shape)}")
             layer.window = layer.window.of_recent(recent, list(self.coded))

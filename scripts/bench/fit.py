@@ -33,7 +33,7 @@ from quant.artefact import axis_of
 from quant.codebook import nuq_codebook
 from quant.kmeans import Histogram, weighted_error
 from quant.quantizer import FedBack, normalise
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, kmeans_weights
 
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--scheme", default="nuq3-1%", help="nuqBITS[-P%%]")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
-    parser.add_argument("--results", type=Path, help="append the summary as a row to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the summary as a row to this JSONL file")
     arguments = parser.parse_args(argv)
     scheme = Scheme.parse(arguments.scheme)
     if scheme.datatype != "nuq":

@@ -27,7 +27,7 @@ from gradients.models import KINDS
 from gradients.progress import progress
 from gradients.records import Records
 from quant.fit import fit
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     for name, default in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive_int, default=default)
     parser.add_argument("--folder", help="where the synthetic records go (default: a temporary folder)")
-    parser.add_argument("--results", help="append a row per scheme to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append a row per scheme to this JSONL file")
     arguments = parser.parse_args(argv)
 
     rows = []

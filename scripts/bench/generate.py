@@ -38,7 +38,8 @@ from deployment.plan import parse_tokens
 from deployment.step.graphed import graphed
 from deployment.step.recording import record
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
-from quant.results import append_row
+from gradients.placement import resolve_device
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
 from scripts.bench.random_model import random_model
@@ -55,7 +56,7 @@ TINY = {
 _STEPS = (4, 64)  # measured at least and at most
 _MEASURED_SECONDS = 2.0  # of each, about
 _WARM_STEPS = 3  # the first compiles, the second records
-_CHUNKS_EACH = 3  # forwards of a chunk; the first compiles
+_CHUNKS_EACH, _WARM_CHUNKS = 6, 3  # forwards of a chunk; the first compiles, the third records
 
 Row = dict[str, Any]
 Forward = Callable[[Tensor], Tensor]
@@ -78,7 +79,7 @@ class Benchmark:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.deadline = arguments, time.monotonic() + arguments.seconds
-        self.device = torch.device(arguments.device)
+        self.device = torch.device(resolve_device(arguments.device))
         self.config = _config(arguments.shape, arguments.layers, max(*arguments.contexts, arguments.prefill_context))
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.config.dtype = dtype
@@ -266,7 +267,7 @@ class Benchmark:
                     self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                     self._wait()
                     times.append(time.perf_counter() - started)
-                best = min(times[1:])
+                best = min(times[_WARM_CHUNKS:])
                 peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
                 measured = {"chunk": chunk, "ms": round(1e3 * best, 2), "tokens_per_second": round(chunk / best, 1)}
                 self._add({**row, **measured, "peak_bytes": peak, "planned_peak_bytes": planned})
@@ -326,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser.add_argument("--prefill-context", type=parse_tokens, default=1 << 15, help="tokens before the chunk (32K)")
     parser.add_argument("--seconds", type=float, default=540.0, help="nothing is begun later (540)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     rows = Benchmark(parser.parse_args(argv)).run()
     print(_table(rows))
     return {"rows": rows}

@@ -41,6 +41,7 @@ from gradients.loading import LoadedModel
 from gradients.text import load_corpus
 from quant.artefact import load_quantizers
 from quant.evaluate import append_result
+from quant.results import results_file
 from scripts.bench.fp16_caches import quantized_cache, stored_bytes
 
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # of QuantizedCache, and the packages they need
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--contexts", nargs="+", type=positive_int, default=[2048, 4096, 8192])
     parser.add_argument("--decode", type=positive_int, default=16, help="tokens that are timed one by one")
     parser.add_argument("--prefill-chunk", type=positive_int, default=512, help="tokens per forward")
-    parser.add_argument("--results", help="append a row per measurement to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append a row per measurement to this JSONL file")
     parser.add_argument("--within", nargs="+", help="context and caches: one measurement, in this process")
     arguments = parser.parse_args(argv)
     if arguments.within:

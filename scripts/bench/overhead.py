@@ -36,6 +36,7 @@ from gradients.text import Corpus, load_corpus
 from quant.artefact import Quantizers
 from quant.evaluate import append_result
 from quant.fit import fit
+from quant.results import results_file
 from quant.scheme import Scheme
 from quant.simulate import simulated
 
@@ -125,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seqlen", type=positive_int, default=512, help="tokens per window (512)")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the places the windows are drawn from (0)")
     parser.add_argument("--schemes", nargs="+", default=["nuq3-1%", "nuq3+fb", "rdnuq3.4+fb"], help="of simulation")
-    parser.add_argument("--results", help="append the rows to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the rows to this JSONL file")
     arguments = parser.parse_args(argv)
 
     schemes = [Scheme.parse(name) for name in arguments.schemes]

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 
 from gradients.cli import EXIT_BAD_INPUT, UserError, command_parser, format_table, positive_int, run_command
-from quant.results import append_row
+from quant.results import append_row, results_file
 
 _SPEED = "tokens_per_second"
 
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes that fit quantizers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=kind)
     parser.add_argument("--quantizers", type=Path, help="evaluate with this file, and record and fit nothing")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
 
     if arguments.processes < 2:

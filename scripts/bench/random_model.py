@@ -26,6 +26,7 @@ from transformers import (
 from deployment.measure.shapes import SHAPES, shape_config
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.models import decoder_config
+from gradients.placement import resolve_device
 
 _TINY = {
     "vocab_size": 288,
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     config = config_of(arguments.shape, arguments.layers)
-    model = random_model(config, [arguments.device], getattr(torch, arguments.dtype), arguments.seed)
+    model = random_model(config, [resolve_device(arguments.device)], getattr(torch, arguments.dtype), arguments.seed)
     model.save_pretrained(arguments.output)
     byte_tokenizer().save_pretrained(arguments.output)
     parameters = model.num_parameters()

@@ -29,7 +29,7 @@ from gradients.cli import UserError, command_parser, format_table, non_negative_
 from gradients.parallel import Part, add_tensor_parallel_argument, own_part
 from gradients.placement import exists
 from gradients.processes import process_state
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.storage import BLOCK_TOKENS
 from scripts.bench.parallel_decoding import ROOM, Parallel, everybodys, own_device
@@ -248,7 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attempts", type=positive_int, default=8, help="at finding the longest context")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of weights, prompts and blocks")
     parser.add_argument("--part", default="sharded", help="what the rows are called")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     return parser
 
 

@@ -28,7 +28,7 @@ from deployment.kernels.decode import compile as decode
 from deployment.kernels.decode.host import Shape, teams_for
 from deployment.kernels.schedule import CHUNK
 from gradients.cli import command_parser, format_table, positive_int, run_command
-from quant.results import append_row
+from quant.results import append_row, results_file
 
 HEAD_DIM = 128
 OUTLIERS = 0.01
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--bits", type=int, choices=range(5), nargs="+", default=[4, 3, 2, MIXED])
     parser.add_argument("--queries", type=int, choices=(1, 2, 4, 8), nargs="+", default=[1, 4, 8])
     parser.add_argument("--outliers", type=float, default=OUTLIERS, help=f"share of all elements; 0: none ({OUTLIERS})")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
     kernels = [
         compile_for(target, bits, queries, arguments.outliers)

@@ -41,7 +41,7 @@ from gradients.loading import load_model
 from gradients.text import load_corpus
 from quant.artefact import Quantizers, load_quantizers
 from quant.evaluate import evaluate
-from quant.results import append_row
+from quant.results import append_row, results_file
 
 _OWN, _ROUNDING = 2.0, 0.1  # a tie: at most this multiple of the CPU's own distance, which counts as 0.1 at least
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser.add_argument("--prompt-tokens", type=positive_int, default=100)
     parser.add_argument("--new-tokens", type=positive_int, default=64)
     parser.add_argument("--limit", type=float, default=1e-3, help="relative difference of the losses (0.001)")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
     if arguments.prompt_tokens > arguments.seqlen:
         raise UserError(f"--prompt-tokens {arguments.prompt_tokens} exceeds --seqlen {arguments.seqlen}; lower it")

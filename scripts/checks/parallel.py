@@ -25,7 +25,7 @@ from gradients.parallel import WHOLE, Part, add_tensor_parallel_argument, own_pa
 from gradients.processes import process_state
 from quant.artefact import Quantizers, load_quantizers
 from quant.parts import own_heads
-from quant.results import append_row
+from quant.results import append_row, results_file
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--prompt", type=positive_int, default=300, help="tokens")
     parser.add_argument("--new-tokens", type=positive_int, default=64)
     parser.add_argument("--graph", action="store_true", help="record the steps in a CUDA graph")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     add_tensor_parallel_argument(parser)
     arguments = parser.parse_args(argv)
     part = own_part(arguments.tensor_parallel or 0, "scripts.checks.parallel")

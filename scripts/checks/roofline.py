@@ -24,7 +24,7 @@ from deployment.measure.shapes import ModelShape, named_config
 from deployment.plan import parse_tokens
 from gradients.cli import UserError, command_parser, format_table, run_command
 from gradients.models import kv_shape
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from scripts.checks.compile_kernels import HEAD_DIM, compile_for
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="of `deployment.plan`, with heads of 128 channels")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--context", type=parse_tokens, default=1 << 17, help="tokens, such as 128K (128K)")
-    parser.add_argument("--results", help="JSONL file to append to")
+    parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
     schemes = [str(Scheme.parse(name)) for name in arguments.schemes]
     rows = roofline(arguments.shapes, schemes, arguments.context)

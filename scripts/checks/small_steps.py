@@ -19,6 +19,7 @@ from deployment.devices import current
 from deployment.measure.synthetic import Shape, make_case
 from deployment.step.dispatch import runs_kernels
 from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
+from gradients.placement import resolve_device
 from quant.scheme import Scheme
 
 SCHEMES = ("nuq4-1%", "nuq3-5%", "nuq2", "rdnuq2.4-4%")
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--chunk", type=positive_int, default=40, help="queries of a prefill (40)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
-    device, rows = torch.device(arguments.device), []
+    device, rows = torch.device(resolve_device(arguments.device)), []
     with current(device):
         for scheme in map(Scheme.parse, arguments.schemes):
             context = scheme.sink_tokens + arguments.context // 64 * 64

@@ -21,7 +21,7 @@ from gradients.records import Records
 from quant.allocate import ChannelHistograms, Options, allocate, bind, price
 from quant.artefact import axis_of
 from quant.quantizer import Quantizer, code_bits
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.side import Side, fit_side
 from quant.storage import OUTLIER_BITS, TOKEN_SCALE_BITS
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--bits", type=positive_int, nargs="+", default=[2, 3, 4])
-    parser.add_argument("--results", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the rows to this JSONL file")
     arguments = parser.parse_args(argv)
 
     records = Records.open(arguments.records)

@@ -22,7 +22,7 @@ from gradients.progress import progress
 from gradients.records import Records
 from quant.artefact import axis_of
 from quant.compensate import ElementQuantizer, fit_feedback, fitted_to_targets, steps
-from quant.results import append_row
+from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from quant.side import Side, fit_side
 from scripts.experiments.ablate_allocation import Halves, Place, read_halves
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--records", required=True, help="folder written by `python -m gradients`")
     parser.add_argument("--layers", type=int, nargs="+", help="default: all")
     parser.add_argument("--schemes", nargs="+", default=["nuq2-1%", "nuq2", "nuq3-1%", "nuq3", "nuq4"])
-    parser.add_argument("--results", type=Path, help="append the rows to this JSONL file")
+    parser.add_argument("--results", type=results_file, help="append the rows to this JSONL file")
     arguments = parser.parse_args(argv)
 
     records = Records.open(arguments.records)

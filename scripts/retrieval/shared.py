@@ -32,7 +32,7 @@ from gradients.progress import progress
 from quant.answers import Reply, reply_cached, reply_simulated, share_found
 from quant.artefact import Quantizers
 from quant.prompts import Prompter, Sample
-from quant.results import append_row, is_of, read_rows
+from quant.results import append_row, is_of, read_rows, results_file
 from quant.storage import StoredSize
 from scripts.retrieval.candidates import Candidate, Row, add_candidate_arguments, candidates_from
 
@@ -75,7 +75,9 @@ def retrieval_parser(name: str, description: str | None, lengths: Sequence[int],
     parser.add_argument("--seed", type=non_negative_int, default=0, help="of the questions (0)")
     parser.add_argument("--chat-template", action="store_true", help="ask through the tokenizer's chat template")
     add_bos_argument(parser)
-    parser.add_argument("--results", help="append the rows to this JSONL file, and leave out those it holds")
+    parser.add_argument(
+        "--results", type=results_file, help="append the rows to this JSONL file, and leave out those it holds"
+    )
     return parser
 
 
@@ -137,7 +139,6 @@ def _measure(
     for candidate in dict.fromkeys(candidate for candidate, _, _ in missing):
         if candidate.quantizers:
             candidate.quantizers.check_run(loaded, prompter.begins_with_bos)
-    require_writable(arguments.results)
     rows = []
     with progress(total=sum(len(samples[id(cell)]) for _, cell, _ in missing), unit="sample") as bar:
         for candidate, cell, identity in missing:
@@ -162,17 +163,6 @@ def _measure(
             append_row(arguments.results, row)
             rows.append(row)
     return rows
-
-
-def require_writable(path: str | None) -> None:
-    """Raise `UserError` when rows could not be appended: it shall not turn out after the first cell."""
-    if path is None:
-        return
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        open(path, "a").close()
-    except OSError as error:
-        raise UserError(f"--results {path!r} cannot be written ({error}); give another file") from error
 
 
 def reply(
