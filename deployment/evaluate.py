@@ -135,18 +135,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     )
     if not process_state().is_main_process:
         return None
-    shown = (
-        "scheme",
-        "prefill_chunk",
-        "exact_chunk",
-        "bits_per_element",
-        "cache_bits_per_element",
-        "perplexity",
-        "nll",
-        "cache_bytes",
-        "tokens_per_second",
-    )
-    print(format_table([{name: result[name] for name in shown}]))
+    columns = "scheme prefill_chunk exact_chunk bits_per_element cache_bits_per_element "
+    columns += "perplexity nll cache_bytes tokens_per_second"
+    print(format_table([result], columns))
     result["records"] = quantizers.records_digest
     append_result(result, loaded, corpus, arguments)
     return result

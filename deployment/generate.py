@@ -213,17 +213,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     result = _summary(session, answers, part)
     if quiet:
         return None
-    shown = (
-        "scheme",
-        "tokens",
-        "cache_bytes",
-        "fp16_bytes",
-        "ratio",
-        "bits_per_element",
-        "cache_bits_per_element",
-        "tokens_per_second",
-    )
-    print("\n" + format_table([{name: result[name] for name in shown}]))
+    columns = "scheme tokens cache_bytes fp16_bytes ratio bits_per_element cache_bits_per_element tokens_per_second"
+    print("\n" + format_table([result], columns))
     return result
 
 

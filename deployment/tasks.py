@@ -18,9 +18,8 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from deployment.step.asked import Backend
 from deployment.text.saved import quantizers_digest
 from gradients.__main__ import add_model_arguments, load_model_from
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
@@ -153,9 +152,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="prompt tokens per forward")
     parser.add_argument("--exact-chunk", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
-        "--backend", choices=get_args(Backend), help="kernels or torch; default: as the environment says"
-    )
-    parser.add_argument(
         "--results", type=results_file, metavar="FILE", help="append one JSON line per task to this file"
     )
     arguments = parser.parse_args(argv)
@@ -179,7 +175,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         quantizers,
         arguments.prefill_chunk,
         arguments.exact_chunk,
-        arguments.backend,
         tokenizer=loaded.tokenizer,
         batch_size=arguments.batch,
     )

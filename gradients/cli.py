@@ -122,10 +122,10 @@ def end_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys as an aligned text table; the keys of the first row are the header."""
-    header = list(rows[0])
-    cells = [header] + [[_format_cell(row[key]) for key in header] for row in rows]
+def format_table(rows: Sequence[Mapping[str, Any]], columns: str = "") -> str:
+    """Rows as an aligned text table of `columns`, names with blanks between them; default: the keys of the first row."""
+    header = columns.split() or list(rows[0])
+    cells = [header] + [[_format_cell(row.get(key, "")) for key in header] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

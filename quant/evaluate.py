@@ -215,17 +215,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     result = evaluate(loaded.model, corpus.evaluation_windows(arguments.seqlen, arguments.windows), quantizers)
     if not process_state().is_main_process:
         return None
-    shown = (
-        "scheme",
-        "bits_per_element",
-        "perplexity",
-        "baseline_nll",
-        "nll",
-        "kl",
-        "top1_agreement",
-        "tokens_per_second",
-    )
-    print(format_table([{name: result[name] for name in shown}]))
+    columns = "scheme bits_per_element perplexity baseline_nll nll kl top1_agreement tokens_per_second"
+    print(format_table([result], columns))
     if quantizers is not None:
         result["records"] = quantizers.records_digest
     append_result(result, loaded, corpus, arguments)

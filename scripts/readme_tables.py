@@ -14,7 +14,7 @@ from pathlib import Path
 from gradients.cli import UserError, command_parser, run_command
 from quant.results import read_rows
 from scripts.experiments.paper_tables import TABLES as TABLES_OF_THE_PAPER
-from scripts.experiments.paper_tables import corpus_table
+from scripts.experiments.paper_tables import cell_table, corpus_table
 from scripts.report import default_tables, gpu_tables, long_tables, retrieval_tables, summary
 from scripts.report.cells import Line, Row, latest, line, markdown, percent
 
@@ -55,18 +55,6 @@ def laboratory() -> str:
             f"**{table.title}** ({table.source})\n\n{markdown(cell_table([rows[table.name, label] for label in labels]))}"
         )
     return "\n".join(parts)
-
-
-def cell_table(rows: Sequence[Row]) -> list[Line]:
-    """Cells of one table, with the paper's figures where it has that model."""
-    columns = {"": "{cell}", "bits/element": "{bits_per_element:.2f}", "perplexity": "{perplexity:.2f}"}
-    papers = any(row["paper"] is not None for row in rows)
-    lines = []
-    for row in rows:
-        change = "" if row["scheme"] == "unquantized" else f"{row['nll'] - row['baseline_nll']:+.4f}"
-        paper = {"paper": f"{row['paper']:.2f}" if row["paper"] is not None else ""}
-        lines.append(line(columns, row) | {"NLL change": change} | (paper if papers else {}))
-    return lines
 
 
 PACKED = {

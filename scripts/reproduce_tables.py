@@ -26,11 +26,10 @@ from gradients.text import Corpus
 from quant.evaluate import add_evaluation_arguments, append_result, evaluate_many, evaluation_corpus, result_identity
 from quant.fit import fit
 from quant.results import is_of, read_rows
-from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, corpus_table
+from scripts.experiments.paper_tables import MODELS, TABLES, Cell, Table, cell_table, corpus_table
+from scripts.report.cells import Row
 
 _BATCH = 4  # evaluations between two writes: they share the unquantized pass
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -152,22 +151,8 @@ def show(tables: Iterable[Table], rows: Sequence[Row]) -> None:
     """Print every table for people."""
     for table in tables:
         latest = {row["cell"]: row for row in rows if row["table"] == table.name}
-        print(f"\n{table.title} (the paper's {table.source})")
         shown = [latest[cell.label] for cell in table.cells if cell.label in latest]
-        print(
-            format_table(
-                [
-                    {
-                        "cell": row["cell"],
-                        "bits/element": row["bits_per_element"],
-                        "perplexity": row["perplexity"],
-                        "NLL change": row["nll"] - row["baseline_nll"],
-                        "paper": "" if row["paper"] is None else row["paper"],
-                    }
-                    for row in shown
-                ]
-            )
-        )
+        print(f"\n{table.title} (the paper's {table.source})\n{format_table(cell_table(shown))}")
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

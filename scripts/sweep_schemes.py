@@ -68,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         rows += evaluated
     if not process_state().is_main_process:
         return None
-    shown = ("scheme", "bits_per_element", "perplexity", "nll", "kl", "top1_agreement")
-    print(format_table([{name: row[name] for name in shown} for row in rows]))
+    columns = "scheme bits_per_element perplexity nll kl top1_agreement"
+    print(format_table(rows, columns))
     return {"results": arguments.results, "rows_added": len(rows)}
 
 

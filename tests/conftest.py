@@ -279,6 +279,12 @@ def fit_model(record_model) -> Callable[..., Quantizers]:
 
 
 @pytest.fixture(scope="session")
+def eight_bits(llama, fit_model) -> Quantizers:
+    """For the tiny Llama: as good as unquantized for the choice of tokens, and yet packed."""
+    return fit_model(llama, Scheme.parse("int8-5%"))
+
+
+@pytest.fixture(scope="session")
 def captured_sites() -> Callable[[PreTrainedModel], Any]:
     """`with captured_sites(model) as seen:` collects what each site hands on, `seen[layer, kind]` = `[B, S, C]`."""
 

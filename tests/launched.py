@@ -1,4 +1,4 @@
-"""Scripts in two processes over gloo, as torchrun starts them."""
+"""Commands in two processes over gloo, as torchrun starts them."""
 
 import json
 import os
@@ -10,6 +10,22 @@ from typing import Any
 
 from conftest import REPOSITORY
 
+_SCRIPT = """
+import importlib, json, os, sys
+from gradients.cli import UserError, end_process_group
+
+def said(module, arguments):
+    try:
+        return importlib.import_module(module).main(arguments)
+    except (UserError, NotImplementedError) as error:
+        return str(error)
+
+summaries = [said(*command) for command in json.loads(sys.argv[1])]
+with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
+    json.dump(summaries, file)
+end_process_group()
+"""
+
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -17,12 +33,12 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launched(folder: Path, script: str, argument: Any) -> tuple[list[list[Any]], str]:
-    """What each process of a script wrote to `summaries-{rank}.json`, and what both printed."""
-    (folder / "all.py").write_text(script)
+def launched(folder: Path, commands: list[tuple[str, list[str]]]) -> tuple[list[list[Any]], str]:
+    """What each process got of the commands, modules and their arguments: summaries, or errors; and what both printed."""
+    (folder / "all.py").write_text(_SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     finished = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(folder / "all.py"), json.dumps(argument)],
+        [*launcher, "--master_port", str(free_port()), str(folder / "all.py"), json.dumps(commands)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

@@ -8,17 +8,10 @@ from transformers import PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.cli import UserError
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 from quant.simulate import simulated
 
 NEW = 12
-
-
-@pytest.fixture(scope="module")
-def exact(llama, fit_model) -> Quantizers:
-    """8 bits: as good as unquantized for the choice of tokens, and yet packed."""
-    return fit_model(llama, Scheme.parse("int8-5%"))
 
 
 def generate(model: PreTrainedModel, tokens: Tensor, cache: PackedCache | None, **options: object) -> Tensor:
@@ -35,32 +28,32 @@ def generate(model: PreTrainedModel, tokens: Tensor, cache: PackedCache | None, 
     [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}, {"num_beams": 2, "num_return_sequences": 2}],
     ids=["greedy", "beams", "chunked prefill", "two beams returned"],
 )
-def test_generation_equals_the_unquantized_cache(llama, make_tokens, exact, options: dict[str, object]) -> None:
+def test_generation_equals_the_unquantized_cache(llama, make_tokens, eight_bits, options: dict[str, object]) -> None:
     tokens = make_tokens(2, 40)
-    cache = PackedCache(exact, llama.config)
+    cache = PackedCache(eight_bits, llama.config)
     assert torch.equal(generate(llama, tokens, cache, **options), generate(llama, tokens, None, **options))
     assert cache.get_seq_length() == 40 + NEW - 1
 
 
-def test_left_padded_batch_equals_rows_alone(llama, make_tokens, exact) -> None:
+def test_left_padded_batch_equals_rows_alone(llama, make_tokens, eight_bits) -> None:
     tokens = make_tokens(2, 40)
     mask = torch.ones_like(tokens)
     mask[0, :25] = 0
-    together = generate(llama, tokens, PackedCache(exact, llama.config), attention_mask=mask, prefill_chunk_size=9)
-    alone = generate(llama, tokens[:1, 25:], PackedCache(exact, llama.config))
+    together = generate(llama, tokens, PackedCache(eight_bits, llama.config), attention_mask=mask, prefill_chunk_size=9)
+    alone = generate(llama, tokens[:1, 25:], PackedCache(eight_bits, llama.config))
     assert torch.equal(together[0, -NEW:], alone[0, -NEW:])
 
 
-def test_cropping_takes_tokens_back(llama, make_tokens, exact) -> None:
+def test_cropping_takes_tokens_back(llama, make_tokens, eight_bits) -> None:
     tokens = make_tokens(1, 90)
     with packed_attention(llama):
-        cache = PackedCache(exact, llama.config)
+        cache = PackedCache(eight_bits, llama.config)
         llama(input_ids=tokens, past_key_values=cache)
         cache.crop(0)
         cache.crop(-50)
         assert cache.get_seq_length() == 40
         cropped = llama(input_ids=tokens[:, :3], past_key_values=cache).logits
-        straight = PackedCache(exact, llama.config)
+        straight = PackedCache(eight_bits, llama.config)
         llama(input_ids=tokens[:, :40], past_key_values=straight)
         expected = llama(input_ids=tokens[:, :3], past_key_values=straight).logits
     assert torch.allclose(cropped, expected, atol=1e-4)
@@ -84,13 +77,13 @@ def test_cropping_into_the_sinks(llama, make_tokens, fit_model) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["unpadded", "padded"])
-def test_repeated_selected_and_reordered_rows_go_on_as_themselves(llama, make_tokens, exact, padded: bool) -> None:
+def test_repeated_selected_and_reordered_rows_go_on_as_themselves(llama, make_tokens, eight_bits, padded: bool) -> None:
     tokens = make_tokens(2, 80)
     mask = torch.ones_like(tokens)
     mask[0, : 70 * padded] = 0
 
     def filled() -> PackedCache:
-        cache = PackedCache(exact, llama.config)
+        cache = PackedCache(eight_bits, llama.config)
         llama(input_ids=tokens, attention_mask=mask, past_key_values=cache)
         return cache
 
@@ -111,16 +104,16 @@ def test_repeated_selected_and_reordered_rows_go_on_as_themselves(llama, make_to
             assert torch.allclose(next_logits(cache, rows), expected[rows], atol=1e-4)
 
 
-def test_reset_cache_starts_anew(llama, make_tokens, exact) -> None:
-    cache = PackedCache(exact, llama.config)
+def test_reset_cache_starts_anew(llama, make_tokens, eight_bits) -> None:
+    cache = PackedCache(eight_bits, llama.config)
     first = generate(llama, make_tokens(1, 20), cache)
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes() == 0
     assert torch.equal(generate(llama, make_tokens(1, 20), cache), first)
 
 
-def test_capacity_is_reserved_once_and_kept(llama, make_tokens, exact) -> None:
-    cache = PackedCache(exact, llama.config, capacity=32)
+def test_capacity_is_reserved_once_and_kept(llama, make_tokens, eight_bits) -> None:
+    cache = PackedCache(eight_bits, llama.config, capacity=32)
     with packed_attention(llama):
         llama(input_ids=make_tokens(1, 30), past_key_values=cache)
         words = cache.layers[0].packed["key"].pages[0].words
@@ -130,7 +123,7 @@ def test_capacity_is_reserved_once_and_kept(llama, make_tokens, exact) -> None:
             llama(input_ids=make_tokens(1, 1), past_key_values=cache)
 
 
-def test_nothing_but_the_counted_tensors_grows_with_the_context(llama, make_tokens, exact) -> None:
+def test_nothing_but_the_counted_tensors_grows_with_the_context(llama, make_tokens, eight_bits) -> None:
     """No tensor of full precision as long as the context hides anywhere in the cache."""
 
     def reachable(thing: object, depth: int = 0) -> list[Tensor]:
@@ -143,7 +136,7 @@ def test_nothing_but_the_counted_tensors_grows_with_the_context(llama, make_toke
         return reachable(vars(thing), depth + 1) if hasattr(thing, "__dict__") and depth < 12 else []
 
     def hidden(tokens: int) -> int:
-        cache = PackedCache(exact, llama.config)
+        cache = PackedCache(eight_bits, llama.config)
         with packed_attention(llama):
             llama(input_ids=make_tokens(1, tokens), past_key_values=cache)
         counted = {id(tensor) for tensor in cache.tensors()}
@@ -166,11 +159,11 @@ def test_every_axis_can_be_packed(llama, make_tokens, fit_model, axes: tuple[str
     assert error.median() < 2e-4
 
 
-def test_a_cache_grows_out_of_a_first_page_of_any_size(llama, make_tokens, exact) -> None:
+def test_a_cache_grows_out_of_a_first_page_of_any_size(llama, make_tokens, eight_bits) -> None:
     """A page of 10 blocks is dequantized in parts of 8 and 2, also when a further page follows."""
     tokens = make_tokens(1, 700)
     with packed_attention(llama):
-        caches = [PackedCache(exact, llama.config), PackedCache(exact, llama.config, capacity=700)]
+        caches = [PackedCache(eight_bits, llama.config), PackedCache(eight_bits, llama.config, capacity=700)]
         first, second = (
             [llama(input_ids=part, past_key_values=cache).logits for part in tokens.split([600, 90, 10], dim=1)][-1]
             for cache in caches

@@ -17,7 +17,6 @@ from deployment.text.saved import load_cache
 from deployment.text.session import Session
 from gradients.cli import UserError
 from gradients.loading import LoadedModel
-from quant.artefact import Quantizers
 from quant.scheme import Scheme
 
 TEMPLATE = (
@@ -25,12 +24,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 NEW = 10
-
-
-@pytest.fixture(scope="module")
-def exact(llama, fit_model) -> Quantizers:
-    """8 bits: as good as unquantized for the choice of tokens, and yet packed."""
-    return fit_model(llama, Scheme.parse("int8-5%"))
 
 
 @pytest.fixture
@@ -63,9 +56,9 @@ def plainly(model: PreTrainedModel, tokens: list[int], new: int = NEW) -> list[i
 
 
 @pytest.mark.parametrize("change", [" ", " | upper "], ids=["template keeps answers", "template changes answers"])
-def test_turns_equal_the_whole_conversation_at_once(talker, exact, change: str) -> None:
+def test_turns_equal_the_whole_conversation_at_once(talker, eight_bits, change: str) -> None:
     talker.tokenizer.chat_template = TEMPLATE.replace(" OLD ", change)
-    session, chat = Session(talker, exact, prefill_chunk=7, quiet=True), Chat(talker, system="be brief")
+    session, chat = Session(talker, eight_bits, prefill_chunk=7, quiet=True), Chat(talker, system="be brief")
     session.open()
     read = 0
     for number, said in enumerate(["what is a key", "and a value?", "thanks"]):
@@ -81,8 +74,8 @@ def test_turns_equal_the_whole_conversation_at_once(talker, exact, change: str) 
     assert [message["role"] for message in chat.messages or []] == ["system"] + 3 * ["user", "assistant"]
 
 
-def test_cropping_costs_no_more_than_what_differs(talker, exact) -> None:
-    session = Session(talker, exact, quiet=True)
+def test_cropping_costs_no_more_than_what_differs(talker, eight_bits) -> None:
+    session = Session(talker, eight_bits, quiet=True)
     session.open()
     tokens = talker.tokenizer("the key of the value of the token").input_ids
     session.answer(tokens, NEW)

@@ -26,26 +26,6 @@ from quant.scheme import Scheme
 # a token's own range; outliers and errors handed on beside it; ranges per channel, which need nobody else
 SCHEMES = ["nuq3", "nuq3+fb", "nuq2-5%+fb", "rdnuq2.4"]
 
-SCRIPT = """
-import json, os, sys
-from deployment.evaluate import main as evaluate
-from deployment.generate import main as generate
-from gradients.cli import UserError, end_process_group
-from scripts.bench.sharded import main as sharded
-
-def said(main, arguments):
-    try:
-        return main(arguments)
-    except (UserError, NotImplementedError) as error:
-        return str(error)
-
-commands = {"generate": generate, "evaluate": evaluate, "sharded": sharded}
-summaries = [said(commands[name], arguments) for name, arguments in json.loads(sys.argv[1])]
-with open(f"summaries-{os.environ['RANK']}.json", "w") as file:
-    json.dump(summaries, file)
-end_process_group()
-"""
-
 
 @pytest.fixture(scope="module")
 def even_llama() -> PreTrainedModel:
@@ -67,11 +47,12 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
         fit_model(even_llama, Scheme.parse(scheme)).save(file)
         chosen = [*model, "--quantizers", str(file)]
         prompt = ["--prompt", text_file.read_text()[:150], "--max-new-tokens", "24", "--prefill-chunk", "64"]
-        commands.append(("generate", [*chosen, *prompt]))
-        commands.append(("evaluate", [*chosen, *windows, "--dtype", "float64"]))
+        commands.append(("deployment.generate", [*chosen, *prompt]))
+        commands.append(("deployment.evaluate", [*chosen, *windows, "--dtype", "float64"]))
         alone += [generate_main(commands[-2][1]), evaluate_main(commands[-1][1])]
     together = [
-        (name, [*arguments, "--tensor-parallel", *["2"] * (name == "evaluate")]) for name, arguments in commands
+        (name, [*arguments, "--tensor-parallel", *["2"] * (name == "deployment.evaluate")])
+        for name, arguments in commands
     ]
     decoding = [
         "--tensor-parallel",
@@ -86,8 +67,8 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
         "4",
     ]
     decoding += ["--contexts", "300", "longest", "--device-memory", "263MiB", "--results", str(tmp_path / "rows")]
-    refused = ("generate", [*commands[0][1], "--tensor-parallel", "4"])
-    (main_process, other), printed = launched(tmp_path, SCRIPT, [*together, ("sharded", decoding), refused])
+    refused = ("deployment.generate", [*commands[0][1], "--tensor-parallel", "4"])
+    (main_process, other), printed = launched(tmp_path, [*together, ("scripts.bench.sharded", decoding), refused])
 
     assert other[:-1] == [None] * (len(together) + 1), "only the main process reports"
     rows = main_process[len(together)]["rows"]
@@ -97,7 +78,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
     assert "4: 2 processes were started; use torchrun --nproc-per-node 4 -m deployment.generate" in other[-1]
     for (name, _), ours, theirs in zip(commands, main_process, alone, strict=False):
         assert theirs is not None
-        if name == "generate":
+        if name == "deployment.generate":
             assert ours["text"] == theirs["text"] and ours["new_tokens"] == 24
             assert printed.count(ours["text"]) >= 1
             assert ours["bits_per_element"] == theirs["bits_per_element"], "what both hold counts once"

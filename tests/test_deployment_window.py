@@ -15,10 +15,9 @@ from deployment.evaluate import main as evaluate_main
 from deployment.format.stretches import stretches
 from deployment.generate import main as generate_main
 from deployment.layer import PackedLayer
-from deployment.measure.filled import copy_filling
-from deployment.measure.filled import fill as fill_by_appending
+from deployment.measure.filled import fill_with_blocks
 from deployment.measure.shapes import ModelShape
-from deployment.measure.synthetic import Shape, fill_with_blocks, synthetic_quantizers
+from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.plan import Plan
 from deployment.step import native
 from deployment.text.saved import load_cache, save_cache
@@ -271,17 +270,12 @@ def test_a_negative_window_is_refused(llama, quantizers) -> None:
 @pytest.mark.parametrize("window", [0, 9])
 def test_benchmarks_fill_layers_with_windows(window: int) -> None:
     scheme = Scheme.parse("nuq3-1%", residual_tokens=window)
-    shape, device, layers = Shape(2, 1, 64), torch.device("cpu"), []
-    for fill in (fill_with_blocks, lambda layer, *_: fill_by_appending(layer, 1, 64, 1 + 128 + window, device)):
-        sides = synthetic_quantizers(scheme, shape)
-        layers.append(PackedLayer(*sides, scheme.sink_tokens, 200, residual_tokens=window))
-        fill(layers[-1], shape, 2, device, 0)
-    layers.append(PackedLayer(*sides, scheme.sink_tokens, 200, residual_tokens=window))
-    copy_filling(layers[1], layers[2])
-    for layer in layers:
-        assert layer.lengths == [129 + window] == layer.stored.tolist() and layer.coded == [129]
-        assert (layer.window is None) == (window == 0)
-        assert layer.window is None or layer.window.recent["key"].abs().amax(-1)[0, 0].min() > 0.1
+    shape, device = Shape(2, 1, 64), torch.device("cpu")
+    layer = PackedLayer(*synthetic_quantizers(scheme, shape), scheme.sink_tokens, 200, residual_tokens=window)
+    fill_with_blocks(layer, shape, 2, device, 0)
+    assert layer.lengths == [129 + window] == layer.stored.tolist() and layer.coded == [129]
+    assert (layer.window is None) == (window == 0)
+    assert layer.window is None or layer.window.recent["key"].abs().amax(-1)[0, 0].min() > 0.1
     row = benchmark(shape, scheme, 64, 1, ["append", "decode"], device, 1e9)
     assert (row["bits_per_element"] > 4.5) == (window > 0)
 

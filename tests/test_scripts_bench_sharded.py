@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from deployment.layer import PackedLayer
-from deployment.measure.synthetic import Shape, fill_with_blocks, make_case, synthetic_quantizers
+from deployment.measure.filled import fill_with_blocks
+from deployment.measure.synthetic import Shape, make_case, synthetic_quantizers
 from deployment.rope import Rope
 from deployment.step.append import append_with_kernels
 from deployment.step.attend import attend_with_torch

@@ -19,7 +19,7 @@ from gradients.records import Records
 from gradients.rope import rotate
 from quant.fit import fit
 from quant.scheme import Scheme
-from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods, plot_speed
+from scripts.report import figures, plot_fisher, plot_key_ranges, plot_levels, plot_methods, plot_needle, plot_speed
 
 Draw = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -115,24 +115,6 @@ def test_a_line_joins_the_widths_of_a_method(draw, rows_file) -> None:
     assert len(set(looks)) == len(looks)
 
 
-@pytest.mark.parametrize(
-    ("plot", "rows", "message"),
-    [
-        (plot_methods, [], "holds no rows"),
-        (plot_methods, [row("nuq2", 2.1, 0.6), row("nuq3", 3.1, 0.1, seqlen=512)], "mixes evaluations"),
-        (plot_methods, [{"scheme": "nuq2"}], "lacks 'model'"),
-        (plot_methods, [row("two bits", 2.0, 0.1)], "two bits"),
-        (plot_speed, [], "no row holds decode steps of the kernels for batch 1"),
-        (plot_speed, [{"shape": "llama-7b", "device": "H200"}], "a row lacks 'ops'"),
-    ],
-)
-def test_rows_that_cannot_be_drawn(plot: Any, rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    with pytest.raises(UserError, match=message):
-        plot.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
-    assert not (tmp_path / "none.png").exists()
-
-
 def test_the_committed_rows_can_be_drawn() -> None:
     methods, evaluation = plot_methods.read_methods(plot_methods.RESULTS)
     assert {"rdnuqg1-4%", "nuq-1%", "nuq", "nf-1%", "int-1%"} <= methods.keys() and evaluation["seqlen"] == 512
@@ -168,6 +150,67 @@ def test_speed_shows_times_and_limits(draw, rows_file) -> None:
     assert "nuq2-1%" not in lines  # one context makes no line
     assert place.get_xscale() == place.get_yscale() == "log"
     assert [label.get_text() for label in place.get_xticklabels()] == ["2K", "4K"]
+
+
+# needle
+
+
+def needle_row(scheme: str, bits: float, context: int, depth: float, found: float, **changes: Any) -> dict[str, Any]:
+    evaluation = {"model": "tiny", "text": "generated", "samples": 2, "seed": 0, "mode": "simulated"}
+    cell = {"scheme": scheme, "bits_per_element": bits, "context": context, "depth": depth}
+    return {**evaluation, **cell, "found": found, "nll_per_token": 1 - found / 2, **changes}
+
+
+NEEDLES = [
+    needle_row(scheme, bits, context, depth, worth * (1 - depth / 2))
+    for scheme, bits, worth in (("nuq2-1%", 2.5, 0.5), ("unquantized", 32, 1), ("nuq4-1%", 4.5, 0.9), ("rdnuq2", 2, 0))
+    for context in (2048, 1024)
+    for depth in (0.5, 0, 1)
+]
+
+
+def test_a_heat_map_shows_every_cell(draw, rows_file) -> None:
+    packed = needle_row("nuq4-1%", 4.6, 2048, 0.5, 0.3, mode="packed")
+    figure, summary = draw(plot_needle, "--results", str(rows_file([*NEEDLES, packed])))
+    assert summary["rows"] == len(NEEDLES) + 1 and summary["schemes"] == 5
+    shown = [place for place in figure.axes if place.texts]
+    titles = [place.get_title(loc="left") for place in shown]
+    assert titles[:2] == ["unquantized, 32 bits", "nuq4-1%, packed, 4.6 bits"]
+    assert titles[2:] == ["nuq4-1%, 4.5 bits", "nuq2-1%, 2.5 bits", "rdnuq2, 2 bits"]
+    assert [text.get_text() for text in shown.pop(1).texts] == ["30%\n0.85"], "packed rows have a panel of their own"
+    for place in shown:
+        scheme = place.get_title(loc="left").split(",")[0]
+        cells = {text.get_position(): text.get_text() for text in place.texts}
+        for one in (one for one in NEEDLES if one["scheme"] == scheme):
+            where = ([1024, 2048].index(one["context"]), [0, 0.5, 1].index(one["depth"]))
+            assert cells[where] == f"{one['found']:.0%}\n{one['nll_per_token']:.2f}"
+        assert place.get_ylim()[0] > place.get_ylim()[1], "depth 0 is on top"
+
+
+@pytest.mark.parametrize(
+    ("plot", "rows", "message"),
+    [
+        (plot_methods, [], "holds no rows; run `python -m scripts.sweep_schemes"),
+        (plot_needle, [], "holds no rows; run `python -m scripts.retrieval.needle"),
+        (plot_speed, [], "holds no rows; run `python -m deployment.benchmark"),
+        (plot_methods, [row("nuq2", 2.1, 0.6), row("nuq3", 3.1, 0.1, seqlen=512)], "mixes evaluations"),
+        (plot_needle, [NEEDLES[0], NEEDLES[0] | {"model": "other"}], "mixes evaluations"),
+        (plot_methods, [{"scheme": "nuq2"}], "lacks 'model'"),
+        (
+            plot_needle,
+            [NEEDLES[0], {name: NEEDLES[0][name] for name in NEEDLES[0] if name != "found"}],
+            "lacks 'found'",
+        ),
+        (plot_speed, [{"shape": "llama-7b"}], "lacks 'device'"),
+        (plot_methods, [row("two bits", 2.0, 0.1)], "two bits"),
+        (plot_speed, [layer_row("nuq3", 2048, 200, 500, batch=3)], "no row holds decode steps .* batch 1"),
+    ],
+)
+def test_rows_that_cannot_be_drawn(plot: Any, rows: list[dict[str, Any]], message: str, rows_file, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(UserError, match=message):
+        plot.main(["--results", str(rows_file(rows)), "--output", str(tmp_path / "none.png")])
+    assert not (tmp_path / "none.png").exists()
 
 
 # records

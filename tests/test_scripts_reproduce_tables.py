@@ -75,26 +75,6 @@ def test_every_cell_gets_one_row_and_shares_equal_evaluations(command, tmp_path)
     assert all(row["paper"] is None and row["baseline_nll"] == rows[0]["baseline_nll"] for row in rows)
 
 
-def test_a_rerun_runs_only_what_is_missing(command, tmp_path, monkeypatch) -> None:
-    real, calls = scripts.reproduce_tables.evaluate_many, []
-
-    def stop_at_second(*arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patched:
-        patched.setattr(scripts.reproduce_tables, "evaluate_many", stop_at_second)
-        with pytest.raises(KeyboardInterrupt):
-            main(command("--tables", "sinks"))
-    kept = read_rows(tmp_path / "tables.jsonl")
-    assert 0 < len(kept) < 8
-    assert main(command("--tables", "sinks"))["rows_added"] == 8 - len(kept)
-    assert main(command("--tables", "sinks"))["rows_added"] == 0
-    assert read_rows(tmp_path / "tables.jsonl")[: len(kept)] == kept
-
-
 def test_other_lengths_cover_the_same_text(command) -> None:
     arguments = scripts.reproduce_tables.Namespace(windows=2, seqlen=64)
     assert [scripts.reproduce_tables.windows_of(seqlen, arguments) for seqlen in (16, 256)] == [8, 1]

@@ -1,6 +1,5 @@
 """The needle and RULER commands: three ways to run, resumed runs, heat maps."""
 
-import json
 import sys
 from typing import Any
 
@@ -9,7 +8,6 @@ import pytest
 from gradients.cli import UserError
 from quant.results import read_rows
 from quant.scheme import Scheme
-from scripts.report import figures, plot_needle
 from scripts.retrieval import needle, ruler, shared
 
 # the commands
@@ -104,7 +102,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         (["--quantizers", "missing.st"], "'missing.st' cannot be read"),
         (["--schemes", "nuq3"], "give --records"),
         (["--chat-template"], "tokenizer has none"),
-        (["--packed", "--simulated"], "not allowed with"),
         (["--samples", "0"], "not a positive integer"),
         (["--lengths", "many"], "invalid positive_int value: 'many'"),
     ],
@@ -145,69 +142,10 @@ def test_results_that_cannot_be_used(command: Any, common, tmp_path) -> None:
 
 def test_quantizers_of_another_model(common, tmp_path, make_model, fit_model) -> None:
     fit_model(make_model("qwen2"), Scheme.parse("nuq3")).save(tmp_path / "other.safetensors")
-    for mode in ("--packed", "--simulated"):
+    for mode in (["--packed"], []):
         with pytest.raises(UserError, match="another model"):
-            needle.main([*common, mode, "--quantizers", str(tmp_path / "other.safetensors")])
+            needle.main([*common, *mode, "--quantizers", str(tmp_path / "other.safetensors")])
     assert not (tmp_path / "rows.jsonl").exists()
-
-
-# the heat map
-
-
-def row(scheme: str, bits: float, context: int, depth: float, found: float, **changes: Any) -> dict[str, Any]:
-    evaluation = {"model": "tiny", "text": "generated", "samples": 2, "seed": 0, "mode": "simulated"}
-    cell = {"scheme": scheme, "bits_per_element": bits, "context": context, "depth": depth}
-    return {**evaluation, **cell, "found": found, "nll_per_token": 1 - found / 2, **changes}
-
-
-ROWS = [
-    row(scheme, bits, context, depth, worth * (1 - depth / 2))
-    for scheme, bits, worth in (("nuq2-1%", 2.5, 0.5), ("unquantized", 32, 1), ("nuq4-1%", 4.5, 0.9), ("rdnuq2", 2, 0))
-    for context in (2048, 1024)
-    for depth in (0.5, 0, 1)
-]
-
-
-def test_a_heat_map_shows_every_cell(tmp_path, monkeypatch) -> None:
-    pytest.importorskip("matplotlib")
-    drawn, save = [], figures.save
-    monkeypatch.setattr(figures, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
-    results = tmp_path / "rows.jsonl"
-    packed = row("nuq4-1%", 4.6, 2048, 0.5, 0.3, mode="packed")
-    results.write_text("".join(json.dumps(one) + "\n" for one in (*ROWS, packed)))
-    summary = plot_needle.main(["--results", str(results), "--output", str(tmp_path / "map.png")])
-    assert summary["rows"] == len(ROWS) + 1 and summary["schemes"] == 5
-    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
-    shown = [place for place in drawn[0].axes if place.texts]
-    titles = [place.get_title(loc="left") for place in shown]
-    assert titles[:2] == ["unquantized, 32 bits", "nuq4-1%, packed, 4.6 bits"]
-    assert titles[2:] == ["nuq4-1%, 4.5 bits", "nuq2-1%, 2.5 bits", "rdnuq2, 2 bits"]
-    assert [text.get_text() for text in shown.pop(1).texts] == ["30%\n0.85"], "packed rows have a panel of their own"
-    for place in shown:
-        scheme = place.get_title(loc="left").split(",")[0]
-        cells = {text.get_position(): text.get_text() for text in place.texts}
-        for one in (one for one in ROWS if one["scheme"] == scheme):
-            where = ([1024, 2048].index(one["context"]), [0, 0.5, 1].index(one["depth"]))
-            assert cells[where] == f"{one['found']:.0%}\n{one['nll_per_token']:.2f}"
-        assert place.get_ylim()[0] > place.get_ylim()[1], "depth 0 is on top"
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([], "no rows of scripts.retrieval.needle"),
-        ([ROWS[0], row("nuq3", 3, 1024, 0.5, 1, model="other")], "mix evaluations"),
-        ([{"scheme": "nuq2"}], "lacks 'model'"),
-        ([{**ROWS[0], "found": 1} | {"context": 1}, {k: v for k, v in ROWS[0].items() if k != "found"}], "no rows of"),
-    ],
-)
-def test_rows_that_cannot_be_drawn(rows: list[dict[str, Any]], message: str, tmp_path) -> None:
-    pytest.importorskip("matplotlib")
-    results = tmp_path / "rows.jsonl"
-    results.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    with pytest.raises(UserError, match=message):
-        plot_needle.main(["--results", str(results), "--output", str(tmp_path / "none.png")])
-    assert not (tmp_path / "none.png").exists()
 
 
 def test_a_heat_map_at_the_end_of_a_run(common, tmp_path, monkeypatch) -> None:

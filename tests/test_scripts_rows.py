@@ -62,20 +62,6 @@ def test_quickstart_table_has_bytes_and_changes(records) -> None:
     assert quantized["change_percent"] == pytest.approx(10)
 
 
-def test_a_sweep_runs_only_what_is_missing(llama_folder, text_file, records, tmp_path) -> None:
-    results = tmp_path / "rows.jsonl"
-    arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
-    arguments += [str(text_file), "--seqlen", "65", "--windows", "2", "--results", str(results), "--schemes"]
-    assert sweep_main([*arguments, "int4"])["rows_added"] == 1
-    first = results.read_text()
-    assert sweep_main([*arguments, "int4", "nuq3-1%"])["rows_added"] == 1
-    assert sweep_main([*arguments, "int4", "nuq3-1%"])["rows_added"] == 0
-    assert results.read_text().startswith(first)
-    assert [row["scheme"] for row in read_rows(results)] == ["int4", "nuq3-1%"]
-    # another option is another scheme
-    assert sweep_main([*arguments, "int4", "--sink-tokens", "0"])["rows_added"] == 1
-
-
 def test_an_interrupted_sweep_goes_on(llama_folder, text_file, records, tmp_path, monkeypatch) -> None:
     results, whole = tmp_path / "rows.jsonl", sweep_schemes.evaluate_many
     arguments = ["--model", str(llama_folder), "--device", "cpu", "--records", str(records.folder), "--text"]
@@ -94,8 +80,12 @@ def test_an_interrupted_sweep_goes_on(llama_folder, text_file, records, tmp_path
         with pytest.raises(KeyboardInterrupt):
             sweep_main(arguments)
     assert [row["scheme"] for row in read_rows(results)] == evaluated == ["int2", "int3"]
-    assert sweep_main(arguments)["rows_added"] == 1
+    first = results.read_text()
+    assert [sweep_main(arguments)["rows_added"] for _ in range(2)] == [1, 0]
+    assert results.read_text().startswith(first)
     assert [row["scheme"] for row in read_rows(results)] == ["int2", "int3", "int4"]
+    # another option is another scheme
+    assert sweep_main([*arguments[:-2], "--sink-tokens", "0"])["rows_added"] == 1
 
 
 def test_a_sweep_of_fewer_calibration_windows_is_another(llama_folder, text_file, records, tmp_path) -> None:
@@ -128,3 +118,23 @@ def test_committed_rows_carry_their_commit(path: Path) -> None:
         assert row["commit"] not in ("", "unknown") and row["versions"]["torch"]
         if row.get("scheme", "unquantized") != "unquantized":
             assert Scheme.parse(row["scheme"].split()[0])
+
+
+def test_scripts_refuse_layers_that_are_not_there_and_outputs_that_are_taken(records, llama_folder, tmp_path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("something")
+    compiled = ["--bits", "4", "--queries", "1"]
+    layers, output = ["--records", str(records.folder), "--layers", "99"], "taken"
+    commands: list[tuple[str, list[str], str]] = [
+        ("experiments.ablate_allocation", layers, "--layers 99 is not in the records; they hold 0, 1"),
+        ("bench.fit", layers, "--layers 99 is not in the records; they hold 0, 1"),
+        ("bench.random_model", ["--shape", "tiny", "--device", "cpu", "--output", str(taken)], output),
+        ("convert_gguf", [str(llama_folder), str(taken)], output),
+        ("convert_gguf", [str(llama_folder), str(tmp_path)], "holds no model; give another folder"),
+        ("checks.compile_kernels", [*compiled, "--targets", "12"], "--targets: invalid choice: 12"),
+        ("checks.compile_kernels", [*compiled, "--outliers", "-1"], "--outliers -1 is not a share"),
+    ]
+    for name, arguments, message in commands:
+        with pytest.raises(UserError, match=message):
+            importlib.import_module(f"scripts.{name}").main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and taken.read_text() == "something"

@@ -139,16 +139,6 @@ def test_gguf_that_is_missing_or_ambiguous_is_refused(workspace, refuses) -> Non
     refuses(workspace.record, "--model", str(folder), fragments=["holds 2 GGUF files", "name one of them", "a.gguf"])
 
 
-@pytest.mark.parametrize("option", [["--dtype", "int8"], ["--dtype", "float99"], ["--dtype", "nn"]])
-def test_unknown_dtype_is_refused(option: list[str], workspace, refuses) -> None:
-    refuses(workspace.record, *option, fragments=["dtype", repr(option[1]), "use auto, float32, bfloat16 or float16"])
-
-
-def test_unknown_device_is_refused(workspace, refuses) -> None:
-    refuses(workspace.record, "--device", "abacus", fragments=["device", "abacus"])
-    refuses(workspace.record, "--device", "cuda:99", fragments=["device 'cuda:99' is not there; use auto, cpu, or one"])
-
-
 def test_missing_text_is_refused(workspace, refuses) -> None:
     for command in commands_with_a_model(workspace):
         name = str(workspace.root / "none.txt")
@@ -191,27 +181,6 @@ def test_unreachable_corpus_is_refused(corpus: str, workspace, refuses, monkeypa
     )
 
 
-def test_seqlen_beyond_the_models_positions_is_refused(workspace, refuses) -> None:
-    for command in commands_with_a_model(workspace):
-        refuses(
-            command, "--seqlen", "513", fragments=["--seqlen 513", "512 positions", str(workspace.model), "lower it"]
-        )
-        refuses(command, "--seqlen", "1", fragments=["--seqlen 1", "at least 2"])
-
-
-@pytest.mark.parametrize("name", ["", "q.safetensors/rows.jsonl"])
-def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(name: str, workspace, refuses) -> None:
-    path = str(workspace.root / name)
-    refuses(
-        workspace.evaluate, "--model", "none", "--results", path, fragments=["--results", path, "give another file"]
-    )
-
-
-def test_missing_records_is_refused(workspace, refuses) -> None:
-    missing = str(workspace.root / "none")
-    refuses(workspace.fit, "--records", missing, fragments=[missing, "no manifest.json", "run `python -m gradients"])
-
-
 def test_damaged_windows_are_refused(workspace, refuses) -> None:
     path = workspace.records / "window-00002.safetensors"
     whole = path.read_bytes()
@@ -224,21 +193,40 @@ def test_damaged_windows_are_refused(workspace, refuses) -> None:
     refuses(workspace.fit, fragments=[str(path), "is missing", "run `python -m gradients` again"])
 
 
-def test_options_out_of_range_are_refused(workspace, refuses) -> None:
-    refuses(workspace.record, "--windows", "0", fragments=["--windows", "0 is not a positive integer", "--help"])
-    refuses(workspace.record, "--seed", "-1", fragments=["--seed", "-1 is negative", "--help"])
-    refuses(workspace.fit, "--jobs", "many", fragments=["--jobs", "'many'", "--help"])
-    refuses(workspace.fit, "--sink-tokens", "65", fragments=["--sink-tokens 65", "windows of 65 tokens"])
-    refuses(workspace.fit, "--weights", "hessian", fragments=["--weights", "'hessian'", "fisher*s^2"])
-    refuses(workspace.evaluate, "--bits", "3", fragments=["--bits 3", "python -m quant.evaluate --help"])
+@pytest.mark.parametrize(
+    ("command", "options", "fragments"),
+    [
+        *(("record", ["--dtype", name], ["dtype", repr(name), "use auto"]) for name in ("int8", "float99", "nn")),
+        ("record", ["--device", "abacus"], ["device", "abacus"]),
+        ("record", ["--device", "cuda:99"], ["device 'cuda:99' is not there; use auto, cpu, or one"]),
+        ("evaluate", ["--model", "none", "--results", "{root}"], ["--results", "{root}", "give another file"]),
+        ("evaluate", ["--results", "{quantizers}/rows"], ["--results", "{quantizers}/rows", "give another file"]),
+        ("record", ["--windows", "0"], ["--windows", "0 is not a positive integer", "--help"]),
+        ("record", ["--seed", "-1"], ["--seed", "-1 is negative", "--help"]),
+        ("record", ["--seqlen", "513"], ["--seqlen 513", "512 positions", "tiny-llama", "lower it"]),
+        ("evaluate", ["--seqlen", "513"], ["--seqlen 513", "512 positions", "tiny-llama", "lower it"]),
+        ("record", ["--seqlen", "1"], ["--seqlen 1", "at least 2"]),
+        ("evaluate", ["--seqlen", "1"], ["--seqlen 1", "at least 2"]),
+        ("record", ["--output", "{quantizers}"], ["cannot write", "{quantizers}"]),
+        ("record", ["--output", "{quantizers}/records"], ["cannot write", "{quantizers}/records"]),
+        ("evaluate", ["--bits", "3"], ["--bits 3", "python -m quant.evaluate --help"]),
+        ("fit", ["--jobs", "many"], ["--jobs", "'many'", "--help"]),
+        ("fit", ["--sink-tokens", "65"], ["--sink-tokens 65", "windows of 65 tokens"]),
+        ("fit", ["--weights", "hessian"], ["--weights", "'hessian'", "fisher*s^2"]),
+        ("fit", ["--records", "{root}/none"], ["{root}/none", "no manifest.json", "run `python -m gradients"]),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    command: str, options: list[str], fragments: list[str], workspace, refuses
+) -> None:
+    places = {"root": workspace.root, "quantizers": workspace.quantizers}
+    options, fragments = ([text.format(**places) for text in texts] for texts in (options, fragments))
+    refuses(getattr(workspace, command), *options, fragments=fragments)
+
+
+def test_a_fit_without_a_scheme_is_refused(workspace) -> None:
     with pytest.raises(UserError, match="--scheme"):
         quant.fit.main(["--records", str(workspace.records), "--output", "q"])
-
-
-@pytest.mark.parametrize("place", ["a file", "below a file"])
-def test_output_that_cannot_be_a_folder_is_refused(place: str, workspace, refuses) -> None:
-    output = workspace.quantizers if place == "a file" else workspace.quantizers / "records"
-    refuses(workspace.record, "--output", str(output), fragments=["cannot write", str(output)])
 
 
 @pytest.fixture(params=[float("nan"), float("inf")], ids=str)

@@ -1,8 +1,8 @@
 """Packed caches of synthetic tokens for any model, full from the start: for measuring.
 
 Nothing that is timed depends on the numbers, but for the share of outliers, which is as the scheme says
-(synthetic.py). One layer is filled by the append path itself, with random keys and values, chunk by chunk; the others
-get copies of its bytes, so that a million tokens take seconds. Rows of such caches say `"filled": "synthetic"`.
+(synthetic.py). Most blocks repeat a few that were encoded, so that a million tokens take seconds. Rows of such caches
+say `"filled": "synthetic"`.
 """
 
 import torch
@@ -10,15 +10,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from deployment.cache import PackedCache
-from deployment.format.layout import Page
+from deployment.format.layout import PAGE_BLOCKS, PackedTensor
+from deployment.format.room import ROOM_SHARE, ROOM_TOKENS
+from deployment.format.streams import OutlierStreams
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, store, synthetic_quantizers
+from deployment.step.append import append
+from deployment.step.dispatch import runs_kernels
+from gradients.cli import UserError
 from gradients.fingerprint import Fingerprint
-from gradients.models import KINDS, cached_layers, kv_shape
+from gradients.models import KINDS, cached_layers
 from quant.artefact import Quantizers
 from quant.scheme import Scheme
-
-_CHUNK = 4096  # tokens stored at a time
+from quant.storage import BLOCK_TOKENS
 
 
 def synthetic_artefact(scheme: Scheme, config: PreTrainedConfig) -> Quantizers:
@@ -33,54 +37,96 @@ def synthetic_artefact(scheme: Scheme, config: PreTrainedConfig) -> Quantizers:
 
 
 def filled_cache(
-    quantizers: Quantizers, config: PreTrainedConfig, tokens: int, capacity: int, device: torch.device, batch: int = 1
+    quantizers: Quantizers, config: PreTrainedConfig, tokens: int, capacity: int, device: torch.device
 ) -> PackedCache:
-    """A cache that holds `tokens` tokens of `batch` sequences, and has room for `capacity`.
-
-    Raises `UserError` when all of the model's layers are not packed.
-    """
-    cache = PackedCache(quantizers, config, capacity)
-    layers = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
-    fill(layers[0], *kv_shape(config), tokens, device, batch)
-    for layer in layers[1:]:
-        copy_filling(layers[0], layer)
+    """A cache that holds one sequence of `tokens` tokens, has room for `capacity`, and no more for outliers than need be."""
+    cache, shape = PackedCache(quantizers, config, capacity), Shape.of(config)
+    blocks, rest = divmod(tokens - quantizers.scheme.exact_tokens, BLOCK_TOKENS)
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, PackedLayer):
+            fill_with_blocks(layer, shape, blocks, device, seed=number)
+            if rest:
+                store(layer, *torch.randn(2, 1, shape.kv_heads, rest, shape.head_dim, device=device).half())
+            for page in (page for packed in layer.packed.values() for page in packed.pages):
+                if page.outliers is not None:
+                    page.outliers, page.room = page.outliers.moved(page.outliers.counts().flatten().cpu()), None
     return cache
 
 
-def fill(layer: PackedLayer, heads: int, head_dim: int, tokens: int, device: torch.device, batch: int = 1) -> None:
-    """Append `tokens` random tokens to an empty layer, and leave no more room for outliers than need be."""
-    generator = torch.Generator(device).manual_seed(0)
+def fill_with_blocks(layer: PackedLayer, shape: Shape, blocks: int, device: torch.device, seed: int) -> None:
+    """Let an empty layer hold one sequence: random sinks, `blocks` blocks that repeat a few random ones, a random window.
 
-    def drawn(new: int) -> Tensor:
-        return torch.randn(batch, heads, new, head_dim, generator=generator, device=device).half()
+    The few are encoded as any tokens are, so what is stored is valid in every byte, and filling takes no longer than
+    writing does. Numbers are drawn on the host, so that all devices hold the same. Raises `UserError` for 2^31 outliers
+    or more.
+    """
+    few = PackedLayer(
+        layer.quantizers["key"], layer.quantizers["value"], layer.sink_tokens, rotary_half=layer.rotary_half
+    )
+    layer.lazy_initialization(*[torch.empty(1, shape.kv_heads, 0, shape.head_dim, device=device)] * 2)
+    # outliers' indices repeat with the span
+    period = max(PAGE_BLOCKS, *(packed.span // BLOCK_TOKENS for packed in layer.packed.values()))
+    drawn = torch.Generator().manual_seed(seed)
+    tokens = layer.sink_tokens + period * BLOCK_TOKENS
+    key, value = (torch.randn(1, shape.kv_heads, tokens, shape.head_dim, generator=drawn).half() for _ in range(2))
+    few.lazy_initialization(key.to(device), value.to(device))
+    append(few, key.to(device), value.to(device), [0])
+    if layer.window is not None:
+        recent = {kind: torch.randn(x.shape, generator=drawn).to(x) for kind, x in layer.window.recent.items()}
+        layer.window = layer.window.of_recent(recent)
+    for kind, packed in layer.packed.items():
+        layer.sinks[kind].copy_(few.sinks[kind])
+        packed.reserve(blocks * BLOCK_TOKENS, exactly=True)
+        _repeat_page(few.packed[kind], packed, blocks, runs_kernels(None, layer, device))
+    layer.slots = layer.sink_tokens + blocks * BLOCK_TOKENS + layer.residual_tokens
+    layer.lengths = [layer.slots]
+    layer.stored = torch.tensor(layer.lengths, device=device)
 
-    layer.lazy_initialization(drawn(1), drawn(1))
-    for begin in range(0, tokens, _CHUNK):
-        key, value = (drawn(min(_CHUNK, tokens - begin)) for _ in KINDS)
-        store(layer, key, value)
-    for packed in layer.packed.values():
-        for page in packed.pages:
-            if page.outliers is not None:
-                page.outliers = page.outliers.moved(page.outliers.counts().flatten().cpu())
-                page.room = None
+
+def _repeat_page(few: PackedTensor, packed: PackedTensor, blocks: int, room: bool) -> None:
+    """Fill the first `blocks` blocks of the only page with those of another, over and over."""
+    (source,), (page,) = few.pages, packed.pages
+    _repeat(source.words, page.words[:, :blocks])
+    if source.scales is not None and page.scales is not None:
+        by_block = page.scales.unflatten(1, (page.blocks, BLOCK_TOKENS))
+        _repeat(source.scales.unflatten(1, (source.blocks, BLOCK_TOKENS)), by_block[:, :blocks])
+    if source.outliers is not None:
+        spare = ROOM_TOKENS * packed.most_outliers if room else None
+        page.outliers = _repeat_streams(source.outliers, blocks, page.blocks, spare)
 
 
-def copy_filling(source: PackedLayer, layer: PackedLayer) -> None:
-    """Let an empty layer hold what another one does, in memory of its own."""
-    device, (batch, heads, _, head_dim) = source.device, source.sinks["key"].shape
-    nothing = torch.empty(batch, heads, 0, head_dim, dtype=torch.float16, device=device)
-    layer.lazy_initialization(nothing, nothing)
-    for kind in KINDS:
-        layer.sinks[kind] = source.sinks[kind].clone()
-        layer.packed[kind].pages = [_copied(page) for page in source.packed[kind].pages]
-    if source.window is not None:
-        layer.window = source.window.of_recent({kind: x.clone() for kind, x in source.window.recent.items()})
-    layer.stored, layer.lengths, layer.slots = source.stored.clone(), list(source.lengths), source.slots
+def _repeat(few: Tensor, many: Tensor) -> None:
+    """Fill `many` `[1, n, ...]` with `few` `[1, p, ...]`, in place."""
+    whole = many.shape[1] // few.shape[1] * few.shape[1]
+    many[:, :whole].unflatten(1, (-1, few.shape[1])).copy_(few[:, None])
+    many[:, whole:] = few[:, : many.shape[1] - whole]
 
 
-def _copied(page: Page) -> Page:
-    outliers, scales = page.outliers, page.scales
-    if outliers is not None:
-        starts = None if outliers.starts is None else outliers.starts.clone()
-        outliers = type(outliers)(outliers.index.clone(), outliers.value.clone(), outliers.ends.clone(), starts)
-    return Page(page.start, page.blocks, page.words.clone(), None if scales is None else scales.clone(), outliers)
+def _repeat_streams(few: OutlierStreams, blocks: int, capacity: int, spare: int | None) -> OutlierStreams:
+    """The streams of a page of `capacity` blocks whose first `blocks` repeat those of `few`.
+
+    There is as much room as the kernels' appends leave when they have moved a stream, or none if `spare` is None.
+    """
+    lengths = few.lengths()[0].cpu()  # [G, p]
+    each, within = lengths.sum(-1), lengths.cumsum(-1)
+    block = torch.arange(capacity).clamp(max=blocks - 1)
+    ends = block // few.blocks * each[:, None] + within[:, block % few.blocks]  # [G, capacity], within their stream
+    held = ends[:, -1]
+    places = held if spare is None else held + held // ROOM_SHARE + spare
+    starts = places.cumsum(0) - places
+    if int(places.sum()) >= 1 << 31:
+        raise UserError(f"{int(places.sum())} outliers of a layer go beyond 32-bit numbers; use fewer tokens")
+    device = few.index.device
+    streams = OutlierStreams(
+        few.index.new_zeros(int(places.sum())),
+        few.value.new_zeros(int(places.sum())),
+        (ends + starts[:, None])[None].int().to(device),
+        starts[None].int().to(device),
+    )
+    first = 0
+    for start, count, step in zip(starts.tolist(), held.tolist(), each.tolist(), strict=True):
+        if step:
+            for own, all_of_them in ((few.index, streams.index), (few.value, streams.value)):
+                _repeat(own[None, first : first + step], all_of_them[None, start : start + count])
+        first += step
+    return streams

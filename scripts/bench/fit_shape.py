@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             }
             append_row(arguments.results, row, packages=("torch", "numpy"))
             rows.append(row)
-    print(format_table([{key: row[key] for key in ("scheme", "seconds", "scaled_minutes", "peak_gb")} for row in rows]))
+    print(format_table(rows, "scheme seconds scaled_minutes peak_gb"))
     return {"rows": rows}
 
 

@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.devices import current
 from deployment.measure.filled import filled_cache, synthetic_artefact
-from deployment.measure.shapes import SHAPES, ModelShape, named_config
+from deployment.measure.shapes import SHAPES, ModelShape
 from deployment.plan import parse_tokens
 from deployment.step.graphed import graphed
 from deployment.step.recording import record
@@ -42,17 +42,10 @@ from gradients.placement import resolve_device
 from quant.results import append_row, results_file
 from quant.scheme import Scheme
 from scripts.bench.fp16_caches import IN_PLACE, NAMES, attending, full_cache, is_known, stored_bytes
-from scripts.bench.random_model import random_model
+from scripts.bench.random_model import config_of, random_model
 
 CACHES = ("fp16", "nuq4-1%", "nuq3-1%", "nuq2-1%", "nuq2", "fp16-dynamic", "fp16-static", "hqq4", "quanto4")
 MODES = ("eager", "graph", "generate")
-TINY = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 _STEPS = (4, 64)  # measured at least and at most
 _MEASURED_SECONDS = 2.0  # of each, about
 _WARM_STEPS = 3  # the first compiles, the second records
@@ -283,8 +276,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _config(shape: str, layers: int | None, context: int) -> PreTrainedConfig:
-    config = LlamaConfig(**TINY, vocab_size=1000) if shape == "tiny" else named_config(shape)
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config = config_of(shape, layers)
     config.max_position_embeddings = max(config.max_position_embeddings, 2 * context)
     return config
 

@@ -149,7 +149,7 @@ class Comparison:
 
     def _add(self, module: str, both: Sequence[Finished], identical: bool, worst: float) -> None:
         alone, together = both
-        speeds = [_total_speed(finished.summary) for finished in both]
+        speeds = [finished.summary[_SPEED] for finished in both]
         self._write({
             "command": module,
             "processes": self.arguments.processes,
@@ -172,12 +172,6 @@ class Comparison:
         row = {"part": "processes", **identity, **row, "devices": devices, "world_size": arguments.processes}
         append_row(arguments.results, row, ("torch", "transformers", "accelerate"))
         self.rows.append(row)
-
-
-def _total_speed(summary: Mapping[str, Any]) -> float:
-    """Tokens per second of all processes; recording reports those of the main one and its share."""
-    share = summary["windows"] / summary["recorded_now"] if "recorded_now" in summary else 1
-    return summary[_SPEED] * share
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -203,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UserError(f"--processes {arguments.processes} need a GPU each and {available} are visible; give fewer")
     with tempfile.TemporaryDirectory() as work:
         rows = Comparison(arguments, Path(work)).run()
-    shown = ("command", "processes", "identical", "largest_difference", "seconds", "one_process_seconds", "speedup")
-    print(format_table([{name: row.get(name, "") for name in shown} for row in rows]))
+    columns = "command processes identical largest_difference seconds one_process_seconds speedup"
+    print(format_table(rows, columns))
     return {"rows": rows}
 
 

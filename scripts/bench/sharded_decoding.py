@@ -25,9 +25,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from deployment.measure.filled import synthetic_artefact
+from deployment.measure.filled import fill_with_blocks, synthetic_artefact
 from deployment.measure.shapes import ModelShape
-from deployment.measure.synthetic import Shape, fill_with_blocks
+from deployment.measure.synthetic import Shape
 from deployment.step.dispatch import runs_kernels
 from deployment.step.graphed import graphed
 from gradients.cli import UserError

@@ -169,20 +169,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
         row = check(arguments, dtype, quantizers)
         append_row(arguments.results, row, packages=("torch", "transformers", "triton"))
         rows.append(row)
-    shown = (
-        "scheme",
-        "dtype",
-        "path",
-        "nll_simulated",
-        "nll_packed",
-        "nll_difference",
-        "equal_tokens",
-        "rounded_equal_tokens",
-        "tokens",
-        "largest_distance",
-        "rounded_distance",
-    )
-    print(format_table([{name: row[name] for name in (*shown, "passed")} for row in rows]))
+    columns = "scheme dtype path nll_simulated nll_packed nll_difference equal_tokens "
+    columns += "rounded_equal_tokens tokens largest_distance rounded_distance passed"
+    print(format_table(rows, columns))
     return {"passed": all(row["passed"] for row in rows), "rows": rows}
 
 

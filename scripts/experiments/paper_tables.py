@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant.scheme import Scheme
+from scripts.report.cells import Line, Row, line
 
 MODELS = (
     "llama-7b",
@@ -182,3 +183,15 @@ def corpus_table(corpora: Sequence[str]) -> Table:
         for corpus in (None, *corpora)
     )
     return Table("corpora", "Calibration corpus", "Table 21", tuple(cells))
+
+
+def cell_table(rows: Sequence[Row]) -> list[Line]:
+    """Cells of one table, with the paper's figures where it has that model."""
+    columns = {"": "{cell}", "bits/element": "{bits_per_element:.2f}", "perplexity": "{perplexity:.2f}"}
+    papers = any(row["paper"] is not None for row in rows)
+    lines = []
+    for row in rows:
+        change = "" if row["scheme"] == "unquantized" else f"{row['nll'] - row['baseline_nll']:+.4f}"
+        paper = {"paper": f"{row['paper']:.2f}" if row["paper"] is not None else ""}
+        lines.append(line(columns, row) | {"NLL change": change} | (paper if papers else {}))
+    return lines

@@ -16,6 +16,7 @@ from gradients.atomic import atomic_write
 from gradients.cli import UserError, command_parser, non_negative_int
 from gradients.models import Kind
 from gradients.records import Records
+from quant.results import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,6 +83,23 @@ def open_layer(arguments: argparse.Namespace) -> Records:
 def model_name(records: Records) -> str:
     """The recorded model's name, for titles."""
     return Path(records.manifest.model).name
+
+
+def rows_of_one(path: Path, command: str, evaluation: Sequence[str], fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a file that `command` wrote, all of one `evaluation`.
+
+    Raises `UserError` when there are none, when one lacks a field, and when they differ in those of the evaluation.
+    """
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"--results {str(path)!r} holds no rows; run `python -m {command} --results {path}`")
+    for name in (*evaluation, *fields):
+        if any(name not in row for row in rows):
+            raise UserError(f"--results {str(path)!r}: a row lacks {name!r}; give rows of {command}")
+    found = sorted({str([row[name] for name in evaluation]) for row in rows})
+    if len(found) > 1:
+        raise UserError(f"--results {str(path)!r} mixes evaluations, {' and '.join(found)}; give a file of one")
+    return rows
 
 
 @contextmanager

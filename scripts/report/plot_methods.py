@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradients.cli import UserError, format_table, run_command
-from quant.results import read_rows
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -67,22 +66,13 @@ def method_of(scheme: str) -> str:
 
 
 def read_methods(path: Path) -> tuple[dict[str, list[Point]], dict[str, Any]]:
-    """(every method's points by bits, one row). Raises `UserError` unless the rows are of one evaluation."""
+    """(every method's points by bits, one row). Raises `UserError` as `rows_of_one` does."""
+    fields = ("scheme", "bits_per_element", "nll", "baseline_nll")
+    rows = figures.rows_of_one(path, "scripts.sweep_schemes", _EVALUATION, fields)
     methods: dict[str, list[Point]] = {}
-    try:
-        rows = read_rows(path)
-        evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
-        for row in rows:
-            point = Point(row["bits_per_element"], row["nll"] - row["baseline_nll"], row["scheme"])
-            methods.setdefault(method_of(point.scheme), []).append(point)
-    except KeyError as error:
-        raise UserError(f"--results {str(path)!r}: a row lacks {error}; give rows of scripts.sweep_schemes") from error
-    if not rows:
-        raise UserError(
-            f"--results {str(path)!r} holds no rows; run `python -m scripts.sweep_schemes --results {path}`"
-        )
-    if len(evaluations) > 1:
-        raise UserError(f"--results {str(path)!r} mixes evaluations, {' and '.join(evaluations)}; give a file of one")
+    for row in rows:
+        point = Point(row["bits_per_element"], row["nll"] - row["baseline_nll"], row["scheme"])
+        methods.setdefault(method_of(point.scheme), []).append(point)
     return {method: sorted(points) for method, points in methods.items()}, rows[0]
 
 

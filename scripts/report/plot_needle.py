@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradients.cli import UserError, format_table, run_command
-from quant.results import read_rows
+from gradients.cli import format_table, run_command
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "needle.jsonl"
 _EVALUATION = ("model", "text", "seed")  # cells may hold different numbers of needles
+_FIELDS = ("scheme", "mode", "bits_per_element", "context", "depth", "samples", "found", "nll_per_token")
 _COLUMNS = 3  # panels side by side
 _WHITE_FROM = 0.7  # share found from which the ground is dark enough for white figures
 
@@ -34,23 +34,11 @@ def require_matplotlib() -> None:
 
 
 def panels_of(rows: Sequence[Row]) -> dict[str, dict[tuple[int, float], Row]]:
-    """Rows by scheme, length and depth, the scheme that stores most first; of equal ones the last counts.
-
-    Raises `UserError` for rows of several evaluations, or of none.
-    """
-    try:
-        evaluations = sorted({str([row[name] for name in _EVALUATION]) for row in rows})
-        by_scheme: dict[str, dict[tuple[int, float], Row]] = {}
-        for row in sorted(rows, key=lambda row: -row["bits_per_element"]):
-            name = row["scheme"] + (", packed" if row["mode"] == "packed" else "")
-            by_scheme.setdefault(name, {})[row["context"], row["depth"]] = row
-        complete = all(name in row for row in rows for name in ("found", "nll_per_token"))
-    except KeyError as error:
-        raise UserError(f"a row lacks {error}; give rows of scripts.retrieval.needle") from error
-    if not rows or not complete:
-        raise UserError("these are no rows of scripts.retrieval.needle; run it with --results first")
-    if len(evaluations) > 1:
-        raise UserError(f"the rows mix evaluations, {' and '.join(evaluations)}; give a file of one")
+    """Rows by scheme, length and depth, the scheme that stores most first; of equal ones the last counts."""
+    by_scheme: dict[str, dict[tuple[int, float], Row]] = {}
+    for row in sorted(rows, key=lambda row: -row["bits_per_element"]):
+        name = row["scheme"] + (", packed" if row["mode"] == "packed" else "")
+        by_scheme.setdefault(name, {})[row["context"], row["depth"]] = row
     return by_scheme
 
 
@@ -114,7 +102,7 @@ def draw_panel(
 
 
 def draw_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write the heat map of these rows. Raises `UserError` when they cannot be drawn together."""
+    """Write the heat map of these rows, all of one evaluation."""
     with figures.style():
         figures.save(draw(panels_of(rows)), path)
 
@@ -124,11 +112,8 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser = figures.plot_parser("needle", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/needle.jsonl)")
     arguments = parser.parse_args(argv)
-    rows = read_rows(arguments.results)
-    try:
-        draw_rows(rows, arguments.output)
-    except UserError as error:
-        raise UserError(f"--results {str(arguments.results)!r}: {error}") from error
+    rows = figures.rows_of_one(arguments.results, "scripts.retrieval.needle", _EVALUATION, _FIELDS)
+    draw_rows(rows, arguments.output)
     shown = [
         {
             "scheme": scheme,

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradients.cli import UserError, format_table, positive_int, run_command
-from quant.results import read_rows
 from scripts.report import figures
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ LOOKS = {
     "nuq4-1%": (figures.PURPLE, "P"),
     "nuq2-1%": (figures.VERMILLION, "^"),
 }
+_FIELDS = ("device", "path", "shape", "scheme", "batch", "context", "copy_gb_per_s", "ops")
 _OTHERS = ((figures.SKY, "X"), (figures.GREY, "*"))
 
 Row = dict[str, Any]
@@ -47,21 +47,17 @@ class Point(NamedTuple):
 def read_lines(rows: Sequence[Row], batch: int) -> dict[str, dict[str, list[Point]]]:
     """Points by shape and by scheme (fp16 first), in order of contexts; single ones only if there are no lines. Raises `UserError` without any."""
     cells: dict[tuple[str, str, int], Point] = {}
-    try:
-        device = rows[-1]["device"] if rows else None
-        for row in rows:
-            steps = [op for op in row["ops"] if op["op"] == "decode"]
-            if row["batch"] != batch or row["device"] != device or row["path"] != "triton" or not steps:
-                continue
-            shape, context, tokens = row["shape"], row["context"], row["context"] * batch
-            rate = row["copy_gb_per_s"] * 1e3  # bytes per microsecond
-            point = Point(context, steps[-1]["us"], row["bytes_per_token"] * tokens / rate)
-            stock = Point(context, steps[-1]["fp16_us"], row["fp16_bytes_per_token"] * tokens / rate)
-            cells[shape, row["scheme"], context] = point
-            # measured beside every scheme; the quickest counts
-            cells[shape, FP16, context] = min(stock, cells.get((shape, FP16, context), stock), key=lambda each: each.us)
-    except KeyError as error:
-        raise UserError(f"a row lacks {error}; give rows of deployment.benchmark") from error
+    for row in rows:
+        steps = [op for op in row["ops"] if op["op"] == "decode"]
+        if (row["batch"], row["device"], row["path"]) != (batch, rows[-1]["device"], "triton") or not steps:
+            continue
+        shape, context, tokens = row["shape"], row["context"], row["context"] * batch
+        rate = row["copy_gb_per_s"] * 1e3  # bytes per microsecond
+        point = Point(context, steps[-1]["us"], row["bytes_per_token"] * tokens / rate)
+        stock = Point(context, steps[-1]["fp16_us"], row["fp16_bytes_per_token"] * tokens / rate)
+        cells[shape, row["scheme"], context] = point
+        # measured beside every scheme; the quickest counts
+        cells[shape, FP16, context] = min(stock, cells.get((shape, FP16, context), stock), key=lambda each: each.us)
     if not cells:
         raise UserError(
             f"no row holds decode steps of the kernels for batch {batch}; run deployment.benchmark with --results"
@@ -122,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--results", type=Path, default=RESULTS, help="the rows (scripts/results/gpu-benchmark.jsonl)")
     parser.add_argument("--batch", type=positive_int, default=1, help="rows of this batch size (1)")
     arguments = parser.parse_args(argv)
-    rows = read_rows(arguments.results)
+    rows = figures.rows_of_one(arguments.results, "deployment.benchmark", (), _FIELDS)
     shapes = read_lines(rows, arguments.batch)
     sequences = "one sequence" if arguments.batch == 1 else f"{arguments.batch} sequences"
     with figures.style():

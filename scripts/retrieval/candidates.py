@@ -49,11 +49,8 @@ def add_candidate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # of --quantizers, what they were fitted with stays: --sink-tokens and --residual-tokens alone are asked anew
     add_scheme_arguments(parser, named=False)
-    modes = parser.add_mutually_exclusive_group()
-    modes.add_argument(
-        "--simulated", dest="mode", action="store_const", const="simulated", default="simulated", help="the default"
-    )
-    modes.add_argument("--packed", dest="mode", action="store_const", const="packed", help="through the packed cache")
+    packed = {"action": "store_const", "const": "packed", "default": "simulated"}
+    parser.add_argument("--packed", dest="mode", **packed, help="through the packed cache; without, simulated")
     parser.add_argument("--prefill-chunk", type=positive_int, default=1024, help="prompt tokens per cached forward")
     parser.add_argument(
         "--exact-chunk",
@@ -81,5 +78,5 @@ def candidates_from(arguments: argparse.Namespace) -> list[Candidate]:
         candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, partial(_same, quantizers)))
     for candidate in candidates:
         if arguments.mode == "packed" and candidate.scheme and candidate.scheme.simulated_only:
-            raise UserError(f"scheme {candidate.scheme.describe()!r} has no packed cache; use --simulated")
+            raise UserError(f"scheme {candidate.scheme.describe()!r} has no packed cache; drop --packed")
     return candidates
