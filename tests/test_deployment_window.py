@@ -150,6 +150,27 @@ def test_tokens_that_came_back_are_not_packed_again(fit_model, make_tokens) -> N
         assert torch.allclose(*pair, atol=1e-5)
 
 
+def test_rows_are_selected_with_their_windows(double, fit_model, make_tokens) -> None:
+    quantizers = fit_model(double, Scheme.parse("nuq3-5%", sink_tokens=2, residual_tokens=10))
+    tokens, more = make_tokens(2, 50), make_tokens(2, 3, seed=1)
+
+    def filled() -> PackedCache:
+        cache = PackedCache(quantizers, double.config)
+        read(double, cache, tokens, [20, 30])
+        cache.crop(-4)
+        return cache
+
+    expected = read(double, filled(), more, 1)
+    for rows, change in (
+        ([1, 0], lambda cache: cache.reorder_cache(torch.tensor([1, 0]))),
+        ([0, 0, 1, 1], lambda cache: cache.batch_repeat_interleave(2)),
+        ([1], lambda cache: cache.batch_select_indices(torch.tensor([1]))),
+    ):
+        cache = filled()
+        change(cache)
+        assert torch.allclose(read(double, cache, more[rows], 1), expected[rows], atol=1e-5)
+
+
 @pytest.mark.parametrize("removed", [0, 7])
 def test_a_saved_window_is_restored_bit_for_bit(removed: int, llama, fit_model, make_tokens, tmp_path) -> None:
     quantizers = fit_model(llama, Scheme.parse("nuq3-1%", sink_tokens=3))
