@@ -13,7 +13,7 @@ gather, no lock, and a rerun writes only what is missing.
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,6 +172,13 @@ class Records:
             )
         moments = min(windows, self.manifest.moment_windows)
         return replace(self, manifest=replace(self.manifest, windows=windows, moment_windows=moments))
+
+    def chosen_layers(self, asked: Sequence[int] | None) -> list[int]:
+        """The layers of `--layers`, all without it. Raises `UserError` for one that the records do not hold."""
+        held = self.manifest.fingerprint.cached_layers
+        if unknown := set(asked or ()) - set(held):
+            raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, held))}")
+        return list(asked or held)
 
     def write_rope(self, cos: Tensor, sin: Tensor) -> None:
         """Store the rotary tables `[S, R]` of a window's positions, for fits of keys after the rotary embedding."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradients.cli import command_parser, run_command
+from gradients.cli import UserError, command_parser, run_command
 from gradients.loading import load_model
 
 
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
     converted_now = not (arguments.output / "config.json").exists()
     if converted_now:
+        if arguments.output.is_file() or (arguments.output.exists() and any(arguments.output.iterdir())):
+            raise UserError(f"{str(arguments.output)!r} is there and holds no model; give another folder")
         convert(arguments.source, arguments.output)
     print(f"{arguments.output} {'written' if converted_now else 'is there already'}")
     return {"model": str(arguments.output), "converted_now": converted_now}

@@ -118,3 +118,23 @@ def test_committed_rows_carry_their_commit(path: Path) -> None:
         assert row["commit"] not in ("", "unknown") and row["versions"]["torch"]
         if row.get("scheme", "unquantized") != "unquantized":
             assert Scheme.parse(row["scheme"].split()[0])
+
+
+def test_scripts_refuse_layers_that_are_not_there_and_outputs_that_are_taken(records, llama_folder, tmp_path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("something")
+    compiled = ["--bits", "4", "--queries", "1"]
+    layers, output = ["--records", str(records.folder), "--layers", "99"], "taken"
+    commands: list[tuple[str, list[str], str]] = [
+        ("experiments.ablate_allocation", layers, "--layers 99 is not in the records; they hold 0, 1"),
+        ("bench.fit", layers, "--layers 99 is not in the records; they hold 0, 1"),
+        ("bench.random_model", ["--shape", "tiny", "--device", "cpu", "--output", str(taken)], output),
+        ("convert_gguf", [str(llama_folder), str(taken)], output),
+        ("convert_gguf", [str(llama_folder), str(tmp_path)], "holds no model; give another folder"),
+        ("checks.compile_kernels", [*compiled, "--targets", "12"], "--targets: invalid choice: 12"),
+        ("checks.compile_kernels", [*compiled, "--outliers", "-1"], "--outliers -1 is not a share"),
+    ]
+    for name, arguments, message in commands:
+        with pytest.raises(UserError, match=message):
+            importlib.import_module(f"scripts.{name}").main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and taken.read_text() == "something"

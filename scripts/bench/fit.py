@@ -115,11 +115,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if scheme.datatype != "nuq":
         raise UserError(f"--scheme {arguments.scheme} fits no codebook; give a nuq scheme, such as nuq3-1%")
     records = Records.open(arguments.records)
-    recorded = records.manifest.fingerprint.cached_layers
-    if unknown := set(arguments.layers or ()) - set(recorded):
-        raise UserError(f"--layers {min(unknown)} is not in the records; they hold {', '.join(map(str, recorded))}")
     rows = []
-    sides = [(layer, kind) for layer in arguments.layers or recorded for kind in KINDS]
+    sides = [(layer, kind) for layer in records.chosen_layers(arguments.layers) for kind in KINDS]
     # the first is for threads, caches and imports of both ways, and does not count
     for layer, kind in progress([sides[0], *sides], desc=f"fitting {scheme} twice"):
         side = Side(*records.read_layer(layer, kind, skip_tokens=scheme.sink_tokens))

@@ -9,6 +9,7 @@ to live: nothing goes through the host.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", required=True, help="the folder to write")
     arguments = parser.parse_args(argv)
 
+    if Path(arguments.output).is_file():
+        raise UserError(f"--output {arguments.output!r} is a file; give a folder")
     config = config_of(arguments.shape, arguments.layers)
     model = random_model(config, [resolve_device(arguments.device)], getattr(torch, arguments.dtype), arguments.seed)
     model.save_pretrained(arguments.output)

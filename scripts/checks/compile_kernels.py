@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import triton
 from deployment.kernels.decode import compile as decode
 from deployment.kernels.decode.host import Shape, teams_for
 from deployment.kernels.schedule import CHUNK
-from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.cli import UserError, command_parser, format_table, run_command
 from quant.results import append_row, results_file
 
 HEAD_DIM = 128
@@ -143,12 +144,16 @@ def disassembled(cubin: bytes, tool: str, *options: str) -> str:
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """The command; returns its JSON summary."""
     parser = command_parser("scripts.checks.compile_kernels", __doc__)
-    parser.add_argument("--targets", type=positive_int, nargs="+", default=[80, 90])
+    parser.add_argument("--targets", type=int, choices=SHARED_LIMIT, nargs="+", default=list(SHARED_LIMIT))
     parser.add_argument("--bits", type=int, choices=range(5), nargs="+", default=[4, 3, 2, MIXED])
     parser.add_argument("--queries", type=int, choices=(1, 2, 4, 8), nargs="+", default=[1, 4, 8])
     parser.add_argument("--outliers", type=float, default=OUTLIERS, help=f"share of all elements; 0: none ({OUTLIERS})")
     parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
+    if not 0 <= arguments.outliers < 1:
+        raise UserError(f"--outliers {arguments.outliers:g} is not a share within 0 and 1; 0 for none")
+    if find_spec("cuda") is None:
+        raise UserError("cuda-core, which compiles, is not installed; install it with `pip install -e .[cuda]`")
     kernels = [
         compile_for(target, bits, queries, arguments.outliers)
         for target in arguments.targets

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradients.cli import command_parser, format_table, positive_int, run_command
+from gradients.cli import UserError, command_parser, format_table, positive_int, run_command
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
 from gradients.records import Records
@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     records = Records.open(arguments.records)
-    halves = read_halves(records, arguments.layers or records.manifest.fingerprint.cached_layers)
+    if records.manifest.windows < 2:
+        raise UserError(f"records {arguments.records!r} hold 1 window; record at least 2, for a fit and for its error")
+    halves = read_halves(records, records.chosen_layers(arguments.layers))
     rows = []
     for bits in arguments.bits:
         reference, budget = 0.0, 0.0

@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"records {arguments.records!r} hold {manifest.windows} windows, {manifest.moment_windows} of moments; record at "
             "least 2, and --moment-windows beyond them"
         )
-    halves = read_halves(records, arguments.layers or manifest.fingerprint.cached_layers)
+    halves = read_halves(records, records.chosen_layers(arguments.layers))
     moments = read_moments(records, [(layer, kind) for layer, _ in list(halves)[::2] for kind in KINDS])
     rows = []
     for name in arguments.schemes:
