@@ -16,6 +16,8 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from gradients.cli import UserError, command_parser, non_negative_int, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.fisher import record_window
@@ -25,7 +27,7 @@ from gradients.models import decoder_config, kv_sites
 from gradients.parallel import WHOLE, Part
 from gradients.placement import STRATEGIES
 from gradients.positions import usable_positions
-from gradients.processes import own_share, process_state
+from gradients.processes import gathered, own_share, process_state
 from gradients.progress import progress
 from gradients.records import Records, claimed
 from gradients.rope import rope_tables
@@ -160,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         recorded = record(loaded, corpus, records, arguments.checkpointing)
         seconds = time.perf_counter() - started
         state.wait_for_everyone()
+    recorded = int(gathered(torch.tensor([recorded], dtype=torch.float64)).item())  # of all processes
     if not state.is_main_process:
         return None
     held = records.manifest

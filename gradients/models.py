@@ -107,8 +107,13 @@ def decoder(model: PreTrainedModel) -> Any:
 def cached_layers(config: PreTrainedConfig) -> list[int]:
     """The layers whose whole past is cached; sliding-window layers keep their small native cache.
 
-    Raises `UserError` when there is none.
+    Raises `UserError` when there is none, and for a model that is not causal.
     """
+    if getattr(decoder_config(config), "use_bidirectional_attention", False) is True:
+        raise UserError(
+            "this model attends to tokens that come later (use_bidirectional_attention): it predicts no next token and has "
+            "no cache; give a causal model"
+        )
     layers = DynamicCache(config=decoder_config(config)).layers
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     if not full:

@@ -164,3 +164,11 @@ def test_a_loaded_model_is_the_saved_one_frozen(llama, llama_folder, make_tokens
     assert torch.equal(loaded.model(tokens).logits, llama(tokens).logits)
     assert loaded.tokenizer.decode(loaded.tokenizer("naïve caché").input_ids) == "naïve caché"
     assert Fingerprint.of(loaded.model.config) == Fingerprint.of(llama.config)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(make_model) -> None:
+    """An encoder of a supported architecture (EmbeddingGemma) would have any perplexity at all."""
+    model = make_model("gemma3")
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(UserError, match="use_bidirectional_attention.*give a causal model"):
+        kv_sites(model)

@@ -139,7 +139,7 @@ class Comparison:
 
     def _add(self, module: str, both: Sequence[dict[str, Any]], identical: bool, worst: float) -> None:
         alone, together = both
-        speeds = [_total_speed(summary) for summary in both]
+        speeds = [summary[_SPEED] for summary in both]
         self._write({
             "command": module,
             "processes": self.arguments.processes,
@@ -162,12 +162,6 @@ class Comparison:
         row = {"part": "processes", **identity, **row, "devices": devices, "world_size": arguments.processes}
         append_row(arguments.results, row, ("torch", "transformers", "accelerate"))
         self.rows.append(row)
-
-
-def _total_speed(summary: Mapping[str, Any]) -> float:
-    """Tokens per second of all processes; recording reports those of the main one and its share."""
-    share = summary["windows"] / summary["recorded_now"] if "recorded_now" in summary else 1
-    return summary[_SPEED] * share
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
