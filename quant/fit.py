@@ -8,7 +8,7 @@ layer's keys or values says `quant/side.py`; how rdnuq divides its bits among al
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gradients.cli import command_parser, positive_int, run_command
+from gradients.cli import command_parser, note, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
@@ -39,9 +39,10 @@ from quant.options import add_scheme_arguments, scheme_from
 from quant.quantizer import Quantizer, TokenQuantizer
 from quant.scheme import Scheme
 from quant.side import Side, fit_side, read_side
-from quant.storage import BLOCK_TOKENS, OUTLIER_LIST_BITS
+from quant.storage import BLOCK_TOKENS, OUTLIER_BITS, OUTLIER_LIST_BITS
 
 _PRICING_TOKENS = 8192
+_UNSPENT = 0.5  # bits of a budget that groups may leave
 _KEY_WEIGHT = 0.7
 
 Layers = dict[int, dict[Kind, Quantizer]]
@@ -86,7 +87,19 @@ def _fit_allocated(records: Records, scheme: Scheme, spread: Mapper) -> Layers:
     if scheme.groups > 1 and scheme.feedback:
         work = allocated(spread(f"pricing {scheme} again", partial(_reprice_layer, records, scheme), work))
     fitted = spread(f"fitting {scheme}", partial(_bind_layer, records, scheme), work)
+    _note_unspent(scheme, fitted)
     return dict(zip(layers, fitted, strict=True))
+
+
+def _note_unspent(scheme: Scheme, fitted: Sequence[Mapping[Kind, Quantizer]]) -> None:
+    """Say so if codes take much less than was asked for: a budget is the most, and it is spent only where errors are seen."""
+    widths = torch.cat([side.tables["widths"].float() for layer in fitted for side in layer.values()])
+    spent, exact = float(widths.mean()), OUTLIER_BITS * scheme.outliers
+    if spent + exact < scheme.bits - _UNSPENT:
+        note(
+            f"{scheme} has codes of {spent:.2f} bits on average, since the records show nothing that more would mend, or no "
+            "channel takes more; record more windows, or ask for fewer bits"
+        )
 
 
 def _units(scheme: Scheme, fingerprint: Fingerprint) -> list[Ints | None]:

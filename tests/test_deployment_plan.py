@@ -18,7 +18,7 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from deployment.layer import PackedLayer
-from deployment.measure.shapes import ModelShape, named_config
+from deployment.measure.shapes import LIBRARIES, ModelShape, named_config
 from deployment.plan import GIB, Plan, main, parse_bytes, parse_tokens
 from deployment.step.append import append
 from gradients.cli import UserError, run_command
@@ -208,8 +208,14 @@ class PeakBytes(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("kv_heads", "batch", "new"), [(8, 1, 256), (2, 2, 64), (8, 3, 1)])
-def test_activations_of_a_forward_are_those_measured(make_tokens, kv_heads: int, batch: int, new: int) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what is made on a CPU")
+@pytest.mark.parametrize(
+    ("kv_heads", "batch", "new", "past"), [pytest.param(8, 1, 64, 90, marks=pytest.mark.slow), (2, 2, 40, 70)]
+)
+def test_activations_of_a_chunk_are_no_more_than_is_said(
+    make_tokens, kv_heads: int, batch: int, new: int, past: int
+) -> None:
+    """With the kernels; what is recorded, and so kept, is not measured."""
     config = LlamaConfig(
         vocab_size=300,
         hidden_size=512,
@@ -219,23 +225,19 @@ def test_activations_of_a_forward_are_those_measured(make_tokens, kv_heads: int,
         num_key_value_heads=kv_heads,
     )
     model = build_model(config).bfloat16()
-    scheme, channels, book = Scheme.parse("nf2-1%"), kv_heads * 64, nf_codebook(4)
+    scheme, channels, book = Scheme.parse("nf2"), kv_heads * 64, nf_codebook(4)
     sides = {
         "key": ChannelQuantizer(scheme, book, torch.full((channels,), 2.5), torch.zeros(channels)),
         "value": TokenQuantizer(scheme, book),
     }
     quantizers = Quantizers(scheme=scheme, fingerprint=Fingerprint.of(config), records_digest="", layers={0: sides})
-    cache = PackedCache(quantizers, config, capacity=1300)
-    with torch.inference_mode(), packed_attention(model):
-        model(make_tokens(batch, 1025), past_key_values=cache)  # two whole pages
+    cache, shape = PackedCache(quantizers, config, capacity=1300), ModelShape.of(config)
+    with torch.inference_mode(), packed_attention(model, "triton"):
+        model(make_tokens(batch, past), past_key_values=cache)
         with PeakBytes() as measured:
             model(make_tokens(batch, new), past_key_values=cache, logits_to_keep=1)
-    tables = 8 * 64 * (32768 - 1025)  # of positions that were not reached
-    assert (
-        0.98 * measured.peak
-        < ModelShape.of(config).activation_bytes(scheme, new, batch, 1300) - tables
-        < 1.35 * measured.peak
-    )
+    said = shape.activation_bytes(scheme, new, batch, past) - LIBRARIES  # which a CPU's do not take
+    assert measured.peak < said < 1.8 * measured.peak
 
 
 @pytest.mark.parametrize("scheme", ["fp16", "nuq4-1%", "nuq2", "rdnuq2.4"])

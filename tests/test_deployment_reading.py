@@ -1,10 +1,11 @@
 """Chunks of a prompt: what lies between attentions is recorded and replayed; on a CPU operators are noted and run again."""
 
+import threading
 from typing import Any
 
 import pytest
 import torch
-from recorders import OperatorPieces
+from recorders import OperatorPieces, generated
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
@@ -56,6 +57,18 @@ def test_chunks_are_read_as_they_were_without_graphs(llama, quantizers, make_tok
 
 
 @on_cpu
+def test_generate_reads_its_prompt_in_recorded_chunks(llama, quantizers, make_tokens, reading) -> None:
+    ids, options = make_tokens(2, 7 * CHUNK + 3), {"prefill_chunk_size": CHUNK}
+    plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
+    with packed_attention(llama, "torch", graphs=False):
+        expected = generated(llama, plain, ids, 5, **options)
+    with packed_attention(llama, "torch"):
+        own: Reading = reading()
+        assert torch.equal(generated(llama, cache, ids, 5, **options), expected)
+        assert (own.recordings, own.replays) == (1, 4)
+
+
+@on_cpu
 def test_a_recording_that_fails_leaves_the_cache_as_it_was(
     llama, quantizers, make_tokens, reading, monkeypatch
 ) -> None:
@@ -104,6 +117,33 @@ def test_a_model_that_changes_is_recorded_anew(make_model, quantizers, make_toke
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
         assert not read(model, cache, ids[:, :CHUNK]).any()
         assert (own.recordings, own.replays) == (1, 1)
+
+
+@on_cpu
+def test_nothing_is_replayed_while_other_threads_are_within(
+    llama, make_model, quantizers, make_tokens, reading
+) -> None:
+    """A recording is of the model, not of a cache: two threads would read and write the same tensors."""
+    ids, cache = make_tokens(1, 6 * CHUNK), PackedCache(quantizers, llama.config)
+    inside, done = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with packed_attention(make_model("llama"), "torch"):
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=other)
+    with torch.no_grad(), packed_attention(llama, "torch"):
+        read(llama, cache, ids[:, : 4 * CHUNK])
+        assert reading().replays == 1
+        thread.start()
+        assert inside.wait(60)
+        read(llama, cache, ids[:, 4 * CHUNK : 5 * CHUNK])
+        assert reading().replays == 1
+        done.set()
+        thread.join()
+        read(llama, cache, ids[:, 5 * CHUNK :])
+        assert (reading().recordings, reading().replays) == (1, 2)
 
 
 @pytest.mark.gpu

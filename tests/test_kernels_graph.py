@@ -134,11 +134,11 @@ def test_reserving_makes_what_takes_the_host() -> None:
 
 def test_a_step_without_padding_computes_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A launch less."""
-    layer, query, newest = Decoder(60).layer, torch.zeros(2, 2, 1, 64, device=DEVICE), []
+    layer, rope, query, newest = Decoder(60).layer, Decoder(1).rope, torch.zeros(2, 2, 1, 64, device=DEVICE), []
     monkeypatch.setattr(attention, "attend_packed", lambda *arguments: newest.append(arguments[2][-1]) or query)
     chunk = torch.zeros(2, 2, 1, 1, 64, device=DEVICE)
     for padding in ([0, 0], [1, 0]):
-        dispatch.attend(layer, Decoder(1).rope, query, (chunk[0], chunk[1]), padding, 0.125)
+        dispatch.attend(layer, rope, query, (chunk[0], chunk[1]), padding, 0.125)
     assert [segment.origins.data_ptr() == layer.stored.data_ptr() for segment in newest] == [True, False]
 
 

@@ -1,9 +1,13 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
+import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+import unpack_on_cpu
+from decode_on_cpu import has_compiler
 from test_kernels_attention import (
     DEVICE,
     generator,
@@ -16,12 +20,13 @@ from test_kernels_attention import (
 )
 from torch import Tensor
 
-from deployment.kernels import library, prefill
+from deployment.kernels import prefill, scratch, unpack_host
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
-from deployment.kernels.prefill import attend_many, stretch_blocks
+from deployment.kernels.prefill import attend_many
 from deployment.kernels.unpacking import unpack
+from quant.scheme import Scheme
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,7 @@ def attend_knowing(
     befores = [int(row[pad]) for row, pad in zip(positions, pads, strict=True)]
     known = [Known(before, before, pad) for before, pad in zip(befores, pads, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefill, "_FEW", 0)
+        patch.setattr(prefill, "FEW", 0)
         patch.delattr(prefill, "attend_portably")
         return attend_many(query, positions, segments, rotary, scaling, kv_heads, known)
 
@@ -97,37 +102,35 @@ def test_outliers(share: float, exact_chunk: bool) -> None:
 @WAYS
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "stretch_blocks", lambda size: blocks)
+    monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 64 * blocks)
     assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
 
 
 def test_scratch_is_bounded() -> None:
     for bytes_per_token in (16 * 32 * 128 * 2, 32 * 128 * 2, 8 * 128 * 2, 3 * 96 * 4):
-        tokens = stretch_blocks(bytes_per_token) * 64
-        assert tokens % library.PLANNED == 0 or tokens < library.PLANNED
-        assert (
-            2 * tokens * bytes_per_token <= prefill.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token
-            or tokens == 65536
-        )
-    assert stretch_blocks(prefill.SCRATCH_BYTES // 2000) == 15
-    assert stretch_blocks(prefill.SCRATCH_BYTES) == 1
+        tokens = scratch.stretch_tokens(bytes_per_token)
+        assert tokens % scratch.PLANNED == 0 or tokens < scratch.PLANNED
+        held = 2 * tokens * bytes_per_token
+        assert held <= scratch.SCRATCH_BYTES < 2.3 * (tokens + 64) * bytes_per_token or tokens == 65536
+    assert scratch.stretch_tokens(scratch.SCRATCH_BYTES // 2000) == 15 * 64
+    assert scratch.stretch_tokens(scratch.SCRATCH_BYTES) == 64
 
 
 @pytest.mark.parametrize("stretch", [64, 192, 16384, 65536])
 def test_the_last_stretch_takes_what_is_too_little_for_one_of_its_own(stretch: int) -> None:
     for past in (0, 1, stretch, stretch + stretch // 8, stretch + stretch // 8 + 1, 3 * stretch, 9 * stretch + 5):
-        whole = prefill.whole_stretches(stretch, past)
-        assert 0 <= past - whole * stretch <= stretch * 9 // 8
-        assert whole == 0 or past - whole * stretch > stretch // 8
+        whole = scratch.whole_stretches(stretch, past)
+        last = past - whole * stretch
+        assert 0 <= last <= stretch * 9 // 8 and (whole == 0 or last > stretch // 8)
+        alone, room = scratch.room_of(stretch, past, 100, 1), scratch.room_of(stretch, past, 100, 3)
+        assert max(last + 164, min(past, stretch)) == alone <= room <= alone + min(alone, stretch // 8)
+    assert len({scratch.room_of(16384, past, 100, 3) for past in range(99999)}) < 20
 
 
-def test_few_lengths_are_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    query = torch.empty(1, 1, 256, 64)
-    assert list(library.planned_for(query, 40000)) == []
-    monkeypatch.setattr(library, "_is_planned", lambda _: True)
-    assert list(library.planned_for(query, 40000)) == [32768, 6144]
-    assert list(library.planned_for(query, 65536 + 2047)) == [65536] and not list(library.planned_for(query, 2047))
-    lengths = {length for tokens in range(1, 70000, 7) for length in library.planned_for(query, tokens)}
+def test_few_lengths_are_planned_for() -> None:
+    assert list(scratch.planned_lengths(40000)) == [32768, 6144]
+    assert list(scratch.planned_lengths(65536 + 2047)) == [65536] and not list(scratch.planned_lengths(2047))
+    lengths = {length for tokens in range(1, 70000, 7) for length in scratch.planned_lengths(tokens)}
     assert lengths == {*range(2048, 16385, 2048), 32768, 65536}
 
 
@@ -228,38 +231,84 @@ def test_angles_are_exact_at_ten_million() -> None:
 KINDS = [("channel", "token"), ("token", "channel"), ("mixed", "mixed"), ("groups", "groups")]
 
 
-@pytest.mark.parametrize("kinds", KINDS)
-@pytest.mark.parametrize(("dim", "share"), [(64, 0.0), (96, 0.05)])
-def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: int, share: float) -> None:
-    heads, base, first, blocks, at, row0 = 2, 10_000_000, 1, 2, 3, 1
-    lengths = [
-        200,
-        64 + 10,
-        3 * 64 + 5,
-        20,
-    ]  # the last sequence has nothing in these blocks, the first is not asked for
+def unpacked_case(
+    kinds: tuple[str, str], dim: int, share: float, bits: int = 3
+) -> tuple[PackedSegment, Rotary, list[int], list[Tensor]]:
+    """A page of four sequences of two heads at position 10,000,007, its rotation, lengths, and what its page reads, rotated in float64."""
+    heads, base, lengths = 2, 10_000_000, [200, 64 + 10, 3 * 64 + 5, 20]
     sides = []
     for number, (kind, role) in enumerate(zip(kinds, ("key", "value"), strict=True)):
         x = torch.randn(len(lengths), max(lengths), heads * dim, generator=generator(number)).to(DEVICE)
         widths, channels = make_groups(heads, dim, role, dim // 2, 6) if kind == "groups" else (None, None)
-        quantizer = make_quantizer(heads * dim, kind, 3, share, widths)
+        if widths is not None:
+            widths = widths.clamp(max=max(bits, 3) + 3 * (bits == 6))
+        quantizer = make_quantizer(heads * dim, kind, min(bits, 4), share, widths)
+        if kind == "groups" and not share:
+            quantizer = replace(quantizer, scheme=Scheme.parse("rdnuq2.4"))
         sides.append(packed_tensor(quantizer, x, heads, role, lengths, dim // 2, channels))
     limits = torch.tensor(lengths, device=DEVICE) + base
     origins = torch.full((len(lengths),), base - 7, device=DEVICE)
     segment = PackedSegment(sides[0], sides[0].pages[0], sides[1], sides[1].pages[0], origins, limits, 7)
     frequencies = (10000.0 ** (-torch.arange(dim // 2) / (dim // 2))).float().to(DEVICE)
-    key, value = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, heads, dim, device=DEVICE)
-    unpack(segment, Rotary.of(frequencies, dim), first, blocks, row0, key, value, at)
+    positions = base + torch.arange(64 * sides[0].pages[0].blocks, device=DEVICE)
+    key, value = (side.read(side.pages[0]) for side in sides)
+    expected = [rotate64(key, frequencies, positions[None]), value.double()]
+    return segment, Rotary.of(frequencies, dim), lengths, expected
 
-    positions = base + first * 64 + torch.arange(blocks * 64, device=DEVICE)
-    expected_key, expected_value = (side.read(side.pages[0], first, blocks) for side in sides)
-    expected_key = rotate64(expected_key, frequencies, positions[None])
+
+def assert_unpacked(
+    result: Tensor,
+    lengths: list[int],
+    expected: list[Tensor],
+    row0: int,
+    first: int,
+    blocks: int,
+    at: int,
+    bounds: tuple[float, float],
+) -> None:
+    """`[2, R, room, G, D]` has what is expected of some blocks, finite numbers where no token is, and beside them what it had."""
     for row, length in enumerate(lengths[row0:]):
         held = min(max(length - first * 64, 0), blocks * 64)
-        if held:
-            own_key, own_value = (x[row, at : at + held].transpose(0, 1) for x in (key, value))
-            assert relative_rms(own_key, expected_key[row + row0, :, :held]) < 1e-6
-            assert relative_rms(own_value, expected_value[row + row0, :, :held].double()) < 1e-7
-        for tokens in (key[row], value[row]):
+        for tokens, of_side, bound in zip(result[:, row], expected, bounds, strict=True):
+            if held:
+                own = tokens[at : at + held].transpose(0, 1)
+                assert relative_rms(own, of_side[row + row0, :, first * 64 : first * 64 + held]) < bound
             assert tokens[at : at + blocks * 64].isfinite().all()
             assert tokens[:at].isnan().all() and tokens[at + blocks * 64 :].isnan().all()
+
+
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(("dim", "share"), [(64, 0.0), (96, 0.05)])
+def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: int, share: float) -> None:
+    """The last sequence has nothing in these blocks, the first is not asked for."""
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, 6)
+    first, blocks, at, row0 = 1, 2, 3, 1
+    result = torch.empty(2, len(lengths) - row0, (blocks + 1) * 64, 2, dim, device=DEVICE)
+    unpack(segment, rotary, first, blocks, row0, *result, at)
+    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (1e-6, 1e-7))
+
+
+@pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (64, 3), (96, 2), (128, 1), (256, 3)])
+def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str], dim: int, bits: int) -> None:
+    """In fp16, which levels, tokens of the tile and results are rounded to."""
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, 0.0, bits)
+    first, blocks, at, row0 = 1, 2, 3, 1
+    result = torch.full(
+        (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
+    )
+    assert unpack_host.fits(segment, rotary, result[0])
+    if DEVICE.type == "cuda":
+        assert unpack_host.takes(segment, rotary, result[0])
+        unpack(segment, rotary, first, blocks, row0, *result, at)
+    elif has_compiler():
+        unpack_host.unpack_by(unpack_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
+    else:
+        pytest.skip("no C++ compiler")
+    assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_the_host_knows_the_sizes_of_structures() -> None:
+    shape = unpack_host.Shape(64, 2, 1)
+    assert unpack_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]

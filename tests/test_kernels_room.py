@@ -6,7 +6,7 @@ from test_kernels_attention import DEVICE, make_quantizer
 from torch import Tensor
 
 from deployment.format import layout, room
-from deployment.format.layout import Page
+from deployment.format.page import Page
 from deployment.layer import PackedLayer
 from deployment.step.append import append, append_with_kernels
 from deployment.step.recount import recount, reserve

@@ -10,6 +10,7 @@ from torch import Tensor
 import quant.fit as fitting
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
+from gradients.models import KINDS
 from quant.allocate import SHARES, WIDTHS, ChannelHistograms, Options, allocate, bind, price
 from quant.codebook import Codebook
 from quant.fit import fit
@@ -164,3 +165,18 @@ def test_allocation_loses_less_than_uniform_bits(records, allocated) -> None:
         return total
 
     assert error(allocated) < 0.8 * error(fit(records, Scheme.parse("nuq2-1%")))
+
+
+def test_a_budget_that_is_not_spent_is_said(records, make_records, tmp_path, capsys) -> None:
+    """Records without gradients price every width at nothing, and 8 bits are more than a channel takes."""
+    fit(records, Scheme.parse("rdnuq2.4+fb"))
+    assert "note" not in capsys.readouterr().err
+    silent = {}
+    for layer in records.manifest.fingerprint.cached_layers:
+        for kind in KINDS:
+            activation, fisher = records.read(0, layer, kind)
+            silent[layer, kind] = activation, fisher * 0
+    for held, name in ((make_records(tmp_path, [silent]), "rdnuq2.4"), (records, "rdnuq8")):
+        quantizers = fit(held, Scheme.parse(name))
+        bits = torch.cat([q.widths.float() for sides in quantizers.layers.values() for q in sides.values()]).mean()
+        assert f"note: {name} has codes of {bits:.2f} bits on average" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def tiny() -> PreTrainedModel:
 
 
 def test_everything_asked_for_becomes_a_row(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("scripts.bench.generate._STEPS", (1, 2))
+    monkeypatch.setattr("scripts.bench.whole_model._STEPS", (1, 2))
     results = tmp_path / "rows.jsonl"
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "nuq3-1%", "hqq4", "--device", "cpu"]
     rows = main([*arguments, "--chunks", "8", "--prefill-context", "70", "--results", str(results)])["rows"]
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_a_row(monkeypatch, capsys) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("tried to allocate 137 GiB")
 
-    monkeypatch.setattr("scripts.bench.generate.full_cache", full)
+    monkeypatch.setattr("scripts.bench.whole_model.full_cache", full)
     arguments = ["--shape", "tiny", "--contexts", "70", "--caches", "fp16", "fp16-static", "--device", "cpu"]
     rows = main([*arguments, "--chunks"])["rows"]
     assert [(row["cache"], row["error"]) for row in rows] == [

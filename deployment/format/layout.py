@@ -13,7 +13,7 @@ afterwards. The code of an outlier is stored as 0, so that a kernel knows what i
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 from deployment.format.bits import places_of
 from deployment.format.groups import GroupOrder
 from deployment.format.order import Order, order_of
-from deployment.format.room import ROOM_TOKENS, Room
+from deployment.format.page import Page
+from deployment.format.room import ROOM_TOKENS
 from deployment.format.streams import FEW, OutlierStreams, index_span, sent
 from deployment.format.tables import FeedbackTables, Tables
 from gradients.models import Kind
@@ -35,31 +36,6 @@ PAGE_BLOCKS = 8  # of the smallest page
 _GROWTH = 8  # a further page holds at least an eighth of what is there already
 
 Rows = slice | Tensor  # which sequences of the batch: all of them, or an index
-
-
-@dataclass
-class Page:
-    """Some consecutive blocks of every sequence, from token `start` on."""
-
-    start: int
-    blocks: int
-    words: Tensor
-    scales: Tensor | None
-    outliers: OutlierStreams | None
-    room: Room | None = None  # of outliers, where kernels append; None where it is not known
-
-    @property
-    def end(self) -> int:
-        """One past the last token there is room for."""
-        return self.start + self.blocks * BLOCK_TOKENS
-
-    def make_room(self, most: int, spare: int) -> None:
-        """Let every stream have room for `most` more outliers, and `spare` if it has to be made."""
-        assert self.outliers is not None
-        if self.room is None:
-            self.outliers = self.outliers.with_starts()
-            self.room = Room.of(self.outliers)
-        self.outliers = self.room.prepared(self.outliers, most, spare)
 
 
 class PackedTensor:

@@ -38,7 +38,7 @@ class Tables:
     def of(cls, quantizer: Quantizer, order: Order, channels: int) -> "Tables":
         """The tables of a quantizer whose codes lie in `order`."""
         device = quantizer_device(quantizer)
-        codebooks = _codebooks(quantizer)
+        codebooks = codebooks_of(quantizer)
         width = torch.zeros(channels, dtype=torch.int64, device=device)
         first_level, first_boundary = width.clone(), width.clone()
         levels = boundaries = 0
@@ -96,7 +96,8 @@ def _places(order: Order, channels: int, device: torch.device) -> tuple[Tensor, 
     return order.offsets, number, number
 
 
-def _codebooks(quantizer: Quantizer) -> dict[int, Codebook]:
+def codebooks_of(quantizer: Quantizer) -> dict[int, Codebook]:
+    """By width, in the order in which `levels` has them."""
     if isinstance(quantizer, MixedQuantizer):
         return quantizer.codebooks
     assert isinstance(quantizer, ChannelQuantizer | TokenQuantizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deployment.format.layout import Page
+from deployment.format.page import Page
 from deployment.kernels.decode.host import Run, structure
 from deployment.kernels.side import Codes, Side, places
 from quant.quantizer import TokenQuantizer

@@ -4,31 +4,17 @@ None of torch's public functions gives the log-sum-exp of all of these; the oper
 torch.compile and exported programs rely on their signatures.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
-# cuDNN plans for every shape anew, 0.07 s each, so it is asked for multiples only
-PLANNED = 2048  # of so many tokens
-MOST_PLANNED, EVEN_TOKENS = 65536, 16384  # and between these only of powers of two
-_QUERIES = 256  # and queries
+from deployment.kernels.scratch import PLANNED
+
+_QUERIES = 256  # whose multiples cuDNN is asked for
 _MOST_DIM = 128
 
 Part = tuple[Tensor, Tensor]  # outputs `[B, H, S, D]`, log-sum-exp `[B, H, S]` float32
-
-
-def planned_for(query: Tensor, tokens: int) -> Iterator[int]:
-    """Lengths for `attend_all` that make up most of `tokens`, all but a few of which are left; nothing where that gains nothing."""
-    if not _is_planned(query):
-        return
-    while tokens >= PLANNED:
-        length = MOST_PLANNED
-        while length > tokens and length > EVEN_TOKENS:
-            length //= 2
-        yield (length := min(length, tokens // PLANNED * PLANNED))
-        tokens -= length
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Part:
@@ -38,12 +24,13 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor) -> Part:
         query: `[B, H, S, D]` fp16 or fp32, rotated and scaled; D a multiple of 8.
         key: `[B, G, n, D]`, n > 0, in the same dtype, as is `value`.
     """
-    if _is_planned(query) and key.shape[2] % PLANNED == 0:
+    if is_planned(query) and key.shape[2] % PLANNED == 0:
         return _cudnn(query, key, value)
     return _others(query, key, value)
 
 
-def _is_planned(query: Tensor) -> bool:
+def is_planned(query: Tensor) -> bool:
+    """Whether cuDNN is to attend, to as many tokens as it plans for (scratch.py)."""
     suits = query.shape[2] % _QUERIES == 0 and query.shape[3] <= _MOST_DIM and query.dtype == torch.float16
     return suits and query.is_cuda and torch.backends.cuda.cudnn_sdp_enabled() and _is_wide(query.device)
 

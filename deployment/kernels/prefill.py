@@ -2,7 +2,7 @@
 
 `attend_many` has the contract of `attend_packed` (packed.py), which hands over to it. One query reads every block once, and so
 should never write it down unpacked; but hundreds share what it costs to unpack a block (unpack.py), and what is left to do
-is plain attention over plain tensors (library.py). All stretches go through the same memory, of `SCRATCH_BYTES` at most (schedule.py),
+is plain attention over plain tensors (library.py). All stretches go through the same memory, bounded (scratch.py),
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
@@ -14,27 +14,17 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deployment.kernels.library import (
-    EVEN_TOKENS,
-    MOST_PLANNED,
-    PLANNED,
-    Part,
-    attend_all,
-    attend_causally,
-    planned_for,
-)
+from deployment.kernels.library import Part, attend_all, attend_causally, is_planned
 from deployment.kernels.merge import MOST_PARTS, merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
 from deployment.kernels.portable import Asked
 from deployment.kernels.portable import attend as attend_portably
-from deployment.kernels.schedule import SCRATCH_BYTES
+from deployment.kernels.scratch import FEW, planned_lengths, room_of, stretch_tokens, whole_stretches
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
-_FEW = 16  # queries of a KV head, which are not worth unpacking anything for
-LONGER = 8  # the last stretch may be longer than others by this part of them
 _EVEN = 8  # channels: the library wants whole multiples
 
 
@@ -54,7 +44,7 @@ def attend_many(
     turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
     turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling)
     asked = Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)
-    if known is None or new * heads // kv_heads <= _FEW or any(row.stored not in row.ends(new) for row in known):
+    if known is None or new * heads // kv_heads <= FEW or any(row.stored not in row.ends(new) for row in known):
         return attend_portably(asked).to(query.dtype)
     padded = any(row.pad for row in known)
     output = (query.new_zeros if padded else query.new_empty)(batch, new, heads, dim)
@@ -69,18 +59,6 @@ def _attend_known(asked: Asked, known: Sequence[Known], output: Tensor) -> None:
         rows = len(known) if alike else 1
         if row.pad < output.shape[1]:
             _Rows(asked, first, rows, row).attend(output[first : first + rows, row.pad :])
-
-
-def stretch_blocks(bytes_per_token: int) -> int:
-    """Blocks of a stretch: as many as `SCRATCH_BYTES` hold of keys and values, whole plans of cuDNN if there are any; one at least."""
-    tokens = min(SCRATCH_BYTES // (2 * bytes_per_token), MOST_PLANNED)
-    even = EVEN_TOKENS if tokens > EVEN_TOKENS else PLANNED
-    return max(1, (tokens // even * even or tokens) // BLOCK_TOKENS)
-
-
-def whole_stretches(stretch: int, past: int) -> int:
-    """Stretches of so many tokens before the last one, which may be an eighth longer, so that no few tokens are left for one more."""
-    return max(0, -(-(past - stretch // LONGER) // stretch) - 1)
 
 
 class _Rows:
@@ -120,10 +98,9 @@ class _Rows:
         start = self.packed[0].start if self.packed else row.stored
         sinks = min(start, row.stored)  # of the past or, where the chunk is stored, of the chunk
         size = len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize  # of a token's keys
-        stretch, past = stretch_blocks(size) * BLOCK_TOKENS, max(0, row.before - start)
+        stretch, past = stretch_tokens(size), max(0, row.before - start)
         whole = whole_stretches(stretch, past)
-        last = sinks + past - whole * stretch + new
-        key, value = self._scratch(stretch, max(last, stretch if whole else 0))
+        key, value = self._scratch(room_of(stretch, past, sinks + new, len(self.query)))
         for number in range(whole):
             begin = start + number * stretch
             self._unpack(begin, begin + stretch, key, value, 0)
@@ -138,7 +115,7 @@ class _Rows:
     def _planned(self, key: Tensor, value: Tensor, past: int, total: int = 0) -> Iterator[Part]:
         """Attention to the first `past` tokens, or to `total`, of which the last are the queries' own."""
         first = 0
-        for length in planned_for(self.query, past):
+        for length in planned_lengths(past) if is_planned(self.query) else ():
             yield attend_all(self.query, _shown(key, first, length), _shown(value, first, length))
             first += length
         rest = max(past, total) - first
@@ -147,13 +124,8 @@ class _Rows:
         elif rest:
             yield attend_all(self.query, _shown(key, first, rest), _shown(value, first, rest))
 
-    def _scratch(self, stretch: int, last: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, room, G, D]` for stretches, the longest of which has `last` tokens; zeros where a head ends before D.
-
-        Where there are several sequences there are few sizes of room: it is part of what cuDNN plans for.
-        """
-        room, step = last + BLOCK_TOKENS, max(1, stretch // LONGER)  # the rest of a block is unpacked, too
-        room = room if len(self.query) == 1 else -(-room // step) * step
+    def _scratch(self, room: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, room, G, D]`, zeros where a head ends before D."""
         shape = (2, len(self.query), room, self.heads, self.query.shape[-1])
         key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
         return key, value

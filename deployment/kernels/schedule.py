@@ -1,4 +1,4 @@
-"""How a page is cut up: for reading into stretches, which fit some scratch memory; for decoding into parts, one to a team of warps at a time.
+"""How a page is cut up for decoding: into parts, one to a team of warps at a time.
 
 A GPU runs so many teams at once. If there are fewer parts than that, some of it idles; if there are a few more, most of it idles while the
 last ones run. A part is whole chunks, so that parts can be alike: the longest one decides.
@@ -8,9 +8,6 @@ from functools import cache
 
 import torch
 
-SCRATCH_BYTES = (
-    256 * 2**20
-)  # of unpacked keys and values together; with less, launching would take longer than computing
 CHUNK = 128  # tokens that a team takes at a time
 _MOST_SPLITS = 1024
 _START = 1.5  # what a team does before its first chunk, in chunks

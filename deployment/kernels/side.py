@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
 from deployment.kernels.unpack import source_of
 from quant.outliers import outliers_per_end
 from quant.quantizer import TokenQuantizer

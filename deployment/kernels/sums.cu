@@ -42,6 +42,7 @@ DEVICE uint32_t word_of(const float* sum, int element) {
 }
 
 KERNEL(THREADS) exchange(const GRID_CONSTANT Params p) {
+    wait_for_prerequisites();  // a library's product may let this one begin before its sums are written
     const uint32_t round = p.rounds[block_number()] + 1;
     const int word = block_number() * THREADS + thread_number();
     const int64_t first = (round & 1) * PARTS * p.capacity;

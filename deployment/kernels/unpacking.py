@@ -6,7 +6,9 @@ import triton
 from torch import Tensor
 
 from deployment.format.groups import GroupOrder
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
+from deployment.kernels import unpack_host
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
@@ -24,12 +26,18 @@ def unpack(
     Both are `[R, room, G, pitch]`, of the sequences `row0`, ..., `row0 + R - 1`. What a sequence does not hold of these blocks becomes some
     finite numbers.
     """
+    if unpack_host.takes(segment, rotary, key):
+        from deployment.kernels.decode.compile import runner
+
+        unpack_host.unpack_by(runner(key.device), segment, rotary, first, blocks, row0, key, value, at)
+        return
     rows, room, heads, pitch = key.shape
-    together = next(count for count in _HEADS if heads % count == 0)
     for packed, page, result in (
         (segment.key, segment.key_page, key),
         (segment.value, segment.value_page, value),
     ):
+        keys = result is key
+        together = next(count for count in _HEADS if heads % count == 0) if keys else 1
         unpack_kernel[(blocks, rows * heads // together)](
             page_tensors(packed, page),
             segment.origins,
@@ -48,9 +56,9 @@ def unpack(
             SHAPE=head_shape(packed, rotary),
             PITCH=pitch,
             HEADS=together,
-            ROTATED=result is key,
-            num_warps=16 if result is key else 8,
-            maxnreg=64 if result is key else None,  # so that two programs share a multiprocessor
+            ROTATED=keys,
+            num_warps=16 if keys else 4,
+            maxnreg=64 if keys else None,  # so that two programs share a multiprocessor
         )
 
 

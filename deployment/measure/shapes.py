@@ -1,22 +1,21 @@
 """What a model's shape says about memory: parameters, cached bytes, the activations of a forward. No weight is read.
 
-Activations are an upper estimate of the torch path: the largest moment of one layer, in bytes, for n = B S rows, widths
-h of the model and I of its MLP, 2 bytes a number, and 4 within attention:
+Activations are an upper estimate of what a forward takes through the kernels, beside weights and cache: the largest moment of one layer, in bytes,
+for n = B S rows, widths h of the model and I of its MLP, 2 bytes a number:
 
     stream       2 n (2 h + H D + 2 C)      residual, normalised input, queries, keys, values
     MLP          2 n (2 h + 3 I)            residual, normalised input, gate, up, their product
-    attention    14 n H max(1024, S)        scores of a stretch, or of the exact chunk, and what becomes of them
-                 + 14 n H D                 queries rotated and scaled, two sums
-                 + 21 B 1024 C              keys and values of a stretch: looked up, scaled, rotated
-                 + 8 D 32768                rotary tables that are remembered
-                 or, if that is more and S H / G > 16, what kernels need that keep no scores:
-                 4 B C t + 20 n H D         t tokens of keys and values, all, 2^16 or those of 256 MiB; queries, parts, sums
+    attention    4 B C (t + S + 64)         keys and values, unpacked: t tokens of the past, all or 9/8 of 2^16 or of those of 256 MiB (scratch.py)
+                 + 16 n H D                 queries, rotated; up to four parts, and what they are merged to
+    storing      10 n C                     codes and what they stand for, if that is more
     logits       6 B V                      of the last token, as 16 and as 32 bits
-    together     max(MLP, stream + attention, logits)
+    libraries    2^27                       workspaces of cuBLAS, 32 MiB for each stream, one of which records, and of cuDNN
+    together     max(MLP, stream + attention, logits) + libraries
+    of a chunk   libraries + max(MLP, stream, logits) + attention + 4 n (H D + C)      what is recorded keeps its memory (step/reading.py)
 
 Stock attention (fp16) keeps no scores: 4 n H D. Where a scheme has outliers, kernels keep room for more of them in every layer
 (format/room.py): a 32nd of those held, and all that a chunk may have, or 64 tokens, which a CUDA graph of decode steps relies on. Not
-counted: the CUDA context (half a GiB), fragmentation, the copies of an fp16 cache that grows, sorting a chunk's outliers in.
+counted: the CUDA context (half a GiB), fragmentation, the copies of an fp16 cache that grows, what torch takes where kernels do not run.
 """
 
 from dataclasses import dataclass
@@ -25,9 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from deployment.format.room import GRAPH_TOKENS, ROOM_SHARE
-from deployment.format.stretches import STRETCH_BLOCKS
-from deployment.kernels.library import MOST_PLANNED
-from deployment.kernels.schedule import SCRATCH_BYTES
+from deployment.kernels.scratch import FEW, MOST_TOKENS, room_of, stretch_tokens
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
 from gradients.parallel import Part, distribution, own_parameters, part_of_config
@@ -40,6 +37,7 @@ _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "max_position_embeddings",
 )  # fmt: skip
+LIBRARIES = 1 << 27
 SHAPES = {
     "llama-7b": (4096, 11008, 32, 32, 32, 32000, 2048),
     "llama-13b": (5120, 13824, 40, 40, 40, 32000, 2048),
@@ -126,21 +124,28 @@ class ModelShape:
         """Tokens that the other layers keep, 0 if there are none."""
         return 0 if len(self.cached) == len(self.layers) else self.config.sliding_window
 
-    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = MOST_PLANNED) -> int:
+    def activation_bytes(self, scheme: Scheme | None, new: int, batch: int = 1, context: int = MOST_TOKENS) -> int:
         """Upper estimate for a forward of `new` tokens of each of `batch` sequences, behind at most `context`, see above."""
         config, (heads, head_dim), rows = self.config, kv_shape(self.config), batch * new
         channels, query_heads = heads * head_dim, config.num_attention_heads
         stream = 2 * rows * (2 * config.hidden_size + query_heads * head_dim + 2 * channels)
         mlp = 2 * rows * (2 * config.hidden_size + 3 * config.intermediate_size)
         attention = 4 * rows * query_heads * head_dim
-        if scheme is not None:
-            stretch = STRETCH_BLOCKS * BLOCK_TOKENS
-            attention = 14 * rows * query_heads * (max(stretch, new) + head_dim)
-            attention += 21 * batch * stretch * channels + 8 * head_dim * 32768
-            if new * query_heads // heads > 16:
-                scratch = min(SCRATCH_BYTES, 4 * batch * channels * min(context, MOST_PLANNED))
-                attention = max(attention, scratch + 20 * rows * query_heads * head_dim)
-        return max(mlp, stream + attention, 6 * batch * config.vocab_size)
+        logits = 6 * batch * config.vocab_size
+        if scheme is None:
+            return LIBRARIES + max(mlp, stream + attention, logits)
+        if new * query_heads // heads <= FEW:
+            return LIBRARIES + max(mlp, stream + 5 * attention, logits)
+        stretch = stretch_tokens(2 * batch * channels)
+        unpacked = (
+            4
+            * batch
+            * channels
+            * max(room_of(stretch, past, new, batch) for past in (context, min(context, 9 * stretch // 8)))
+        )
+        storing = 10 * rows * channels
+        kept = attention + 4 * rows * channels
+        return LIBRARIES + max(mlp, stream, logits) + max(unpacked + 4 * attention, storing) + kept
 
     def weight_bytes(self, bits: float) -> int:
         """Bytes of all weights at a given number of bits per parameter."""

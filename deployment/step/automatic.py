@@ -2,7 +2,7 @@
 
 The model's forward is wrapped. A forward of one new token per sequence over a packed cache, or of up to 16, which records no gradients and
 is asked for nothing that `generate` does not ask for, is a step. The first two steps of a given length run as they are; the third is recorded
-(steps.py), the others are replayed. Everything else runs as it is and ends the recordings: chunks of a prompt, beams that change places.
+(steps.py), the others are replayed. Everything else ends the recordings: chunks of a prompt, which are recorded in their own way (reading.py), beams that change places.
 Where recordings are replayed too rarely to pay, twice as many steps must come before the next, 64 at most. `generate` thus says the same
 with and without graphs.
 
@@ -25,6 +25,7 @@ from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
 from deployment.step.reading import Reading
 from deployment.step.recording import GraphPieces, record
+from deployment.step.replaced import replaced
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
@@ -91,19 +92,14 @@ def possible(model: PreTrainedModel) -> bool:
 @contextmanager
 def replaying(model: PreTrainedModel, automatic: Automatic) -> Iterator[None]:
     """Within the block the model's forward is that of `automatic`."""
-    before = model.__dict__.get("forward")  # of a hook's; usually the class's
 
     @functools.wraps(automatic.eager)  # `generate` looks at its signature
     def forward(*arguments: Any, **options: Any) -> Any:
         return automatic.forward(*arguments, **options)
 
     forward.automatic = automatic  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before  # type: ignore[method-assign]
-        automatic.settle_all()
+    with replaced(model, "forward", forward):
+        try:
+            yield
+        finally:
+            automatic.settle_all()

@@ -32,6 +32,7 @@ from deployment.rope import Rope
 from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
 from deployment.step.interrupted import Forwards
+from deployment.step.replaced import replaced
 from deployment.step.same_attention import refuse_other_attention
 from deployment.step.summed import summed_at_once
 from deployment.step.unrotated import unrotated
@@ -231,7 +232,7 @@ def _cache_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | No
 @contextmanager
 def _keeping_the_cache(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, inputs for a forward of `generate` keep a packed cache that the model's own code would drop."""
-    own, before = model.prepare_inputs_for_generation, vars(model).get("prepare_inputs_for_generation")
+    own = model.prepare_inputs_for_generation
 
     @functools.wraps(own)
     def prepare(*arguments: Any, **options: Any) -> dict[str, Any]:
@@ -241,11 +242,5 @@ def _keeping_the_cache(model: PreTrainedModel) -> Iterator[None]:
             return GenerationMixin.prepare_inputs_for_generation(model, *arguments, **options)
         return inputs
 
-    model.prepare_inputs_for_generation = prepare  # type: ignore[method-assign]
-    try:
+    with replaced(model, "prepare_inputs_for_generation", prepare):
         yield
-    finally:
-        if before is None:
-            del model.prepare_inputs_for_generation
-        else:
-            model.prepare_inputs_for_generation = before  # type: ignore[method-assign]

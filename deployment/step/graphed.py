@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from deployment.cache import PackedCache
 from deployment.step.asked import Backend
 from deployment.step.recording import Recorder, record
+from deployment.step.replaced import replaced
 from deployment.step.steps import Steps
 from gradients.cli import UserError
 
@@ -45,8 +46,8 @@ def graphed(
     """
     if steps < 1:
         raise UserError(f"steps={steps} of a recording is not positive; give at least 1")
-    before, outer = model.__dict__.get("forward"), model.forward  # of a hook's, or automatic; usually the class's
-    if hasattr(before, "recorded_steps"):
+    outer = model.forward
+    if hasattr(outer, "recorded_steps"):
         raise UserError("the model's decode steps are recorded already; leave that block before entering this one")
     automatic = getattr(outer, "automatic", None)
     eager = outer if automatic is None else automatic.eager
@@ -60,12 +61,8 @@ def graphed(
         return replayed.forward(cache, arguments, options) if ours else outer(*arguments, **options)
 
     forward.recorded_steps = replayed  # type: ignore[attr-defined]
-    model.forward = forward  # type: ignore[method-assign]
-    try:
-        yield replayed
-    finally:
-        if before is None:
-            del model.forward
-        else:
-            model.forward = before  # type: ignore[method-assign]
-        replayed.settle()
+    with replaced(model, "forward", forward):
+        try:
+            yield replayed
+        finally:
+            replayed.settle()

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from deployment.format.groups import GroupOrder, half_words
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
 from deployment.format.order import usual_channels
+from deployment.format.page import Page
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.reference import Segment

@@ -82,7 +82,7 @@ class Reading:
     Args:
         eager: the model's forward as it is.
         pieces: makes what records pieces.
-        ready: whether now is a time for recording.
+        ready: whether now is a time for recordings: they are shared by all threads.
 
     `recordings` and `replays` count.
     """
@@ -134,12 +134,14 @@ class Reading:
         self, key: Key, cache: PackedCache, ids: Tensor, mask: Tensor | None, positions: Tensor | None
     ) -> Tensor | None:
         """Logits that the next chunk overwrites, or None if they must come from the forward itself."""
+        if not self._ready():  # others would replay over the same tensors
+            return None
         recorded = self._recorded.get(key)
         if recorded is not None and not recorded.assumed.holds:
             self.drop()
             recorded = None
         if recorded is None:
-            if self._seen[key] < _PATIENCE or not self._ready():
+            if self._seen[key] < _PATIENCE:
                 return None
             if obstacle(self._model, cache, self._backend) is not None:
                 self._gave_up = True

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from deployment.step.replaced import replaced
 from gradients.placement import input_device
 
 _STYLE = "rowwise"
@@ -31,7 +32,7 @@ def summed_at_once(model: PreTrainedModel) -> Iterator[None]:
             mesh: Any = modules[0].weight
             sums = opened(mesh.device_mesh.get_group(), input_device(model))
             for module in modules if sums is not None else ():
-                _replace_forward(module, sums, undo)
+                undo.enter_context(replaced(module, "forward", _summing(module, sums)))
         yield
 
 
@@ -43,7 +44,8 @@ def _split_by_rows(model: PreTrainedModel) -> Iterator[nn.Linear]:
             yield module
 
 
-def _replace_forward(module: nn.Linear, sums: Any, undo: ExitStack) -> None:
+def _summing(module: nn.Linear, sums: Any) -> Callable[..., Tensor]:
+    """A forward for a layer that is split by rows."""
     before: Callable[..., Tensor] = module.forward  # transformers' own
 
     def forward(x: Tensor, *arguments: Any, **options: Any) -> Tensor:
@@ -56,8 +58,4 @@ def _replace_forward(module: nn.Linear, sums: Any, undo: ExitStack) -> None:
         bias: Any = module.bias
         return total if bias is None else total + (bias.to_local() if hasattr(bias, "to_local") else bias)
 
-    if "forward" in vars(module):  # as a hook leaves it; else it is the class's
-        undo.callback(setattr, module, "forward", before)
-    else:
-        undo.callback(delattr, module, "forward")
-    module.forward = forward  # type: ignore[assignment, method-assign]
+    return forward

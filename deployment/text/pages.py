@@ -8,7 +8,8 @@ within its block, token % 64 * D + channel, whatever a page in memory does.
 import torch
 from torch import Tensor
 
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
 from deployment.format.streams import OutlierStreams
 from quant.storage import BLOCK_TOKENS
 

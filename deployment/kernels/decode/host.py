@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deployment.format.groups import GroupOrder
-from deployment.format.layout import PackedTensor, Page
+from deployment.format.layout import PackedTensor
+from deployment.format.page import Page
 from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of
