@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "schemes.jsonl"
 OURS = "rdnuq+fb"
 _NAME = re.compile(r"(?P<name>[a-z]+)\d+(?:\.\d+)?(?P<rest>.*)")
 _EVALUATION = ("model", "text", "seqlen", "tokens")
-_LABEL_GAP = 0.047  # of the axis' height: a line of text
+_LABEL_GAP = 0.042  # of the axis' height: a line of text
 _COLUMN = 1.9  # bits, where the column of labels ends; lines that begin beyond _NEAR are labelled where they begin
 _NEAR = 3.6
 
@@ -40,6 +40,8 @@ LOOKS: dict[str, Look] = {
     "nuq": ("nuq", figures.BLUE, "s", "--"),
     "nf-1%": ("nf-1%", figures.SKY, "D", "-"),
     "int-1%": ("int-1%", figures.SKY, "v", "--"),
+    "nf-1%+fb": ("nf-1%+fb", figures.SKY, "D", ":"),
+    "int-1%+fb": ("int-1%+fb", figures.SKY, "v", ":"),
     "kivi": ("KIVI", figures.GREEN, "^", "-"),
     "kivi residual_tokens=0": ("KIVI without window", figures.GREEN, "^", "--"),
     "atom": ("Atom", figures.ORANGE, "P", "-"),
