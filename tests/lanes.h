@@ -126,6 +126,7 @@ DEVICE void shared2(uint32_t at, uint32_t& a, uint32_t& b) { uint32_t v[2]; read
 DEVICE void read4_if(bool p, uint32_t* v, const void* at) { if (p) read4(v, at); else std::fill(v, v + 4, 0x7FFF7FFFu); }
 DEVICE void prefetch_line(const void*) {}
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
+DEVICE void store4(float* p, float a, float b, float c, float d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
 DEVICE void store2_if(bool p, float* to, float x, float y) { if (p) lanes::check(to, 8), to[0] = x, to[1] = y; }
 DEVICE void add_shared(int* p, int x) { *p += x; }
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255); return c; }

@@ -63,36 +63,19 @@ def test_a_cache_of_sinks_only_equals_stock_attention(model, make_tokens, fit_mo
     assert cache.get_seq_length() == 70
 
 
-@pytest.mark.parametrize("scheme", ["nuq3-5%", "int2", "nf4-1%"])
-@pytest.mark.parametrize("chunk", [1, 33, 150])
-def test_deployed_equals_simulated_for_every_chunk(make_model, make_tokens, fit_model, scheme: str, chunk: int) -> None:
-    model = make_model("qwen2")
-    quantizers = fit_model(model, Scheme.parse(scheme))
-    tokens = make_tokens(2, 150)
-    with simulated(model, quantizers):
-        expected = model(input_ids=tokens, use_cache=False).logits
-    cache = PackedCache(quantizers, model.config, exact_chunk=False)
-    with packed_attention(model):
-        parts = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split(chunk, dim=1)]
-    assert_close_but_for_flipped_codes(torch.cat(parts, dim=1), expected)
-
-
-def assert_close_but_for_flipped_codes(logits: Tensor, expected: Tensor) -> None:
-    """A sum in another order may move a number across a boundary; such a token differs, nearly all must not."""
-    error = (logits - expected).abs().amax(-1)
-    assert error.median() < ROUNDING
-    assert (error < 100 * ROUNDING).float().mean() > 0.9
-
-
-def test_deployed_equals_simulated_on_every_architecture(model, make_tokens, fit_model) -> None:
-    quantizers = fit_model(model, Scheme.parse("nuq3-5%"))
+@pytest.mark.parametrize("window", [0, 11])
+def test_deployed_equals_simulated_on_every_architecture(model, make_tokens, fit_model, window: int) -> None:
+    """Sliding-window layers beside it, partial and scaled rotary embeddings, norms of keys."""
+    quantizers = fit_model(model, Scheme.parse("nuq3-5%", sink_tokens=2, residual_tokens=window))
     tokens = make_tokens(2, 90)
     with simulated(model, quantizers):
         expected = model(input_ids=tokens, use_cache=False).logits
     cache = PackedCache(quantizers, model.config, exact_chunk=False)
     with packed_attention(model):
-        logits = model(input_ids=tokens, past_key_values=cache).logits
-    assert_close_but_for_flipped_codes(logits, expected)
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in tokens.split([60, 1, 1, 28], dim=1)]
+    # a sum in another order may move a number across a boundary; such a token differs, nearly all must not
+    error = (torch.cat(parts, dim=1) - expected).abs().amax(-1)
+    assert error.median() < ROUNDING and (error < 100 * ROUNDING).float().mean() > 0.9
 
 
 def test_packed_codes_are_the_simulated_codes(make_model, make_tokens, fit_model, captured_sites) -> None:
@@ -151,18 +134,6 @@ def test_the_past_is_dequantized_a_page_at_a_time(
         model(input_ids=tokens[:, 400:], past_key_values=cache)
     assert len(made) == 2 * 8  # layers; a sink and seven blocks
     assert most <= 2
-
-
-@pytest.mark.parametrize("mask", [[1, 1, 0, 1], [1, 1, 1, 0]], ids=["hole", "right padding"])
-def test_other_masks_are_refused(make_model, make_tokens, fit_model, mask: list[int]) -> None:
-    model = make_model("llama")
-    quantizers = fit_model(model, Scheme.parse("int4"))
-    with packed_attention(model), pytest.raises(ValueError, match="left padding"):
-        model(
-            input_ids=make_tokens(1, 4),
-            attention_mask=torch.tensor([mask]),
-            past_key_values=PackedCache(quantizers, model.config),
-        )
 
 
 def test_a_decode_step_does_not_wait_for_the_device(make_model, make_tokens, fit_model) -> None:

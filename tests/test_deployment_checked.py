@@ -34,18 +34,18 @@ def stepped(model: PreTrainedModel, cache: Any, ids: Tensor, last: int = 1, **op
 
 def hole(kind: str) -> Tensor:
     visible = torch.ones(1, TOKENS, dtype=torch.bool)
-    visible[:, 5:25] = False
-    if kind == "2d":
+    visible[:, slice(5, 25) if kind != "right padding" else -1] = False
+    if kind in ("2d", "right padding"):
         return visible.long()
     return visible[:, None, None] if kind == "bool" else torch.zeros(1, 1, 1, TOKENS).masked_fill(~visible, -1e30)
 
 
 @pytest.mark.parametrize("last", [1, 3])
-@pytest.mark.parametrize("kind", ["2d", "bool", "float"])
+@pytest.mark.parametrize("kind", ["2d", "right padding", "bool", "float"])
 def test_masks_with_holes_are_refused_at_every_step(llama, exact, make_tokens, kind: str, last: int) -> None:
     ids = make_tokens(1, TOKENS)
     mask = hole(kind)
-    if kind != "2d":
+    if mask.ndim == 4:
         mask = mask.expand(1, 1, last, TOKENS)
     stepped(llama, DynamicCache(config=llama.config), ids, last, attention_mask=mask)  # transformers can
     cache = PackedCache(exact, llama.config)

@@ -40,7 +40,9 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme.parse("nuq3-5%"), Scheme.parse("int4", sink_tokens=150)], ids=["nuq3", "exact"]
+    "scheme",
+    [Scheme.parse("nuq3-5%"), Scheme.parse("int4", sink_tokens=150), Scheme.parse("nuq2-5%", residual_tokens=10)],
+    ids=["nuq3", "exact", "window"],
 )
 @pytest.mark.parametrize("held", [0, 30])
 @pytest.mark.parametrize("place", PLACES)

@@ -166,9 +166,9 @@ def test_append_cu_compiles_without_fused_operations_and_without_spills(target: 
     options, source = decode.options(made.defines(), f"sm_{target}"), made.source.read_text()
     options.fma = False
     unfused = bytes(program(source, "c++", options).compile("cubin").code)
-    assert disassembled(unfused, "nvdisasm", "-c") == disassembled(
-        decode.compiled(made, f"sm_{target}"), "nvdisasm", "-c"
-    )
+    codes = [disassembled(code, "nvdisasm", "-c") for code in (unfused, decode.compiled(made, f"sm_{target}"))]
+    one, other = (re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", code) for code in codes)
+    assert len(one) > 1000 and one == other
 
 
 @pytest.mark.gpu

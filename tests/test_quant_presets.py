@@ -134,23 +134,6 @@ def test_a_share_of_outliers_in_the_name_replaces_the_presets(name: str, share: 
     assert spoken(scheme.describe()) == scheme
 
 
-@pytest.mark.parametrize(
-    ("name", "fragments"),
-    [
-        ("kivi", ["'kivi'", "kivi", "BITS"]),
-        ("kivi2.5", ["bits 2.5", "not a whole number"]),
-        ("kivi9", ["bits 9", "1-8"]),
-        ("KIVI2", ["'KIVI2'", "atom|flexgen|kivi|turbo|datafree"]),
-        ("kvquant2", ["datatype", "'kvquant'", "int, nf, nuq"]),
-        ("turbo4-1%", ["lloyd4-1%", "drop -P%, q_norm and group"]),
-    ],
-)
-def test_refuses_other_names(name: str, fragments: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        Scheme.parse(name)
-    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
-
-
 @pytest.mark.parametrize("name", [*(f"{name}2" for name in NAMES), "nuq3-1%", "rdnuq2.4"])
 def test_options_that_are_not_given_change_nothing(name: str) -> None:
     assert parsed(name=name) == Scheme.parse(name)

@@ -57,6 +57,9 @@ def test_refuses_names_of_another_form(name: str) -> None:
     ("name", "fields", "fragments"),
     [
         ("fp4", {}, ["datatype", "'fp'", "int, nf, nuq"]),
+        ("kivi", {}, ["'kivi'", "kivi", "BITS"]),
+        ("KIVI2", {}, ["'KIVI2'", "atom|flexgen|kivi|turbo|datafree"]),
+        ("kivi2.5", {}, ["bits 2.5", "not a whole number"]),
         ("nuq0", {}, ["bits 0", "1-8"]),
         ("nuq9", {}, ["bits 9", "1-8"]),
         ("rdnuq0.5", {}, ["bits 0.5", "1-8"]),

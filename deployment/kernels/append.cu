@@ -131,16 +131,20 @@ template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const 
     return sum_of_block(sh, total, turn);
 }
 
-// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, float& scale, float& zero) {
-    const int thread = thread_number(), warp = thread / 32;
-    uint32_t up[SHARE];
+// The thread's channels of the token; one that there is not is the last, so that no load waits for a condition.
+DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
 #pragma unroll
     for (int k = 0; k < SHARE; k++) {
-        const int channel = k * THREADS + thread;
-        up[k] = 0;
-        if (channel < side.channels) up[k] = rising(raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D));
+        const int channel = min(k * THREADS + thread_number(), side.channels - 1);
+        raw[k] = raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D);
     }
+}
+
+// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
+DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
+    const int thread = thread_number(), warp = thread / 32;
+#pragma unroll
+    for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
@@ -268,23 +272,32 @@ DEVICE void chain(Shared& sh, int apart) {
     for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
 }
 
-// Make the bits of a channel's code in its words those of `code`, see store.py; others may change other bits of these words.
-DEVICE void put_code(uint32_t* words, const Side& side, int channel, int slot, uint32_t code) {
-    const int width = side.width[channel];
-    words += side.offset[channel];
+// Where the bits of a channel's code are: for each plane a word, what it was, and its lowest bit. See store.py.
+struct Bits { uint32_t *word[3], was[3]; int first[3], width; };
+DEVICE Bits bits_at(uint32_t* words, const Side& side, int width, int own_slot, int slot) {
+    Bits bits;
+    bits.width = width;
 #pragma unroll
-    for (int plane = 4; plane; plane /= 2) {
-        if (!(width & plane)) continue;
-        const int shift = width & (16 - 2 * plane);
+    for (int k = 0; k < 3; k++) {
+        const int plane = 4 >> k, shift = width & (16 - 2 * plane);
         int word = slot * plane / 32, bit = slot * plane % 32;
         if (side.source == 0) word = word / plane * width + shift + word % plane;
         else {
             const bool keys = side.source == 2;
-            const int c = side.slot[channel] % 16, lane = keys ? slot % 8 * 4 + c % 8 / 2 : c % 8 * 4 + slot / 16;
+            const int c = own_slot % 16, lane = keys ? slot % 8 * 4 + c % 8 / 2 : c % 8 * 4 + slot / 16;
             const int n = keys ? slot / 16 : c / 8 * 2 + slot / 8 % 2, j = keys ? slot / 8 % 2 * 4 + c / 8 * 2 + c % 2 : slot % 8;
             word = 32 * shift + lane * plane + n * plane / 4, bit = 4 * j + n * plane % 4;
         }
-        flip(words + word, (words[word] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
+        bits.word[k] = words + word, bits.was[k] = width & plane ? words[word] : 0, bits.first[k] = bit;
+    }
+    return bits;
+}
+// Make them those of `code`; others may change other bits of these words meanwhile.
+DEVICE void put_code(const Bits& bits, uint32_t code) {
+#pragma unroll
+    for (int k = 0; k < 3; k++) {
+        const int plane = 4 >> k, shift = bits.width & (16 - 2 * plane), bit = bits.first[k];
+        if (bits.width & plane) flip(bits.word[k], (bits.was[k] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
     }
 }
 
@@ -313,25 +326,37 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     const Side& side = p.side[values];
     const int64_t stream = block_number() - (values ? 0 : p.streams), b = stream / HEADS;
     const int g = (int)(stream % HEADS), channel = g * D + thread;
-    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time
+    // what does not depend on what else is loaded comes first, since each wait for memory is a tenth of the time; and tables before kernels before this one are waited for
+    float x = 0, scale = 0, zero = 0, level = 0, boundary = 0;
+    int width = 0, offset = 0, slot = 0;
+    if (thread < side.all_levels) level = side.levels[thread];
+    if (thread < side.all_boundaries) boundary = side.boundaries[thread];
+    if (thread < D) {
+        scale = side.scale[channel], zero = side.zero[channel], width = side.width[channel], offset = side.offset[channel];
+        if (side.source) slot = side.slot[channel];
+    }
+    wait_for_prerequisites();
+    launch_dependents();  // `attend` waits for all of this before it reads what may have changed
     const int64_t number = p.stored[b], padding = p.padding[b], own = b * side.stride_b + (side.first_head + g) * side.stride_g;
     const bool fed = FED && side.matrix;
     for (int i = 8 * thread; fed && i < D * D; i += 8 * THREADS) copy_later(sh.matrix + i, side.matrix + g * D * D + i);
-    float x = 0, scale = 0, zero = 0;
-    if (thread < side.all_levels) sh.levels[thread] = side.levels[thread];
-    if (thread < side.all_boundaries) sh.boundaries[thread] = side.boundaries[thread];
-    if (thread < PER) sh.outlier[thread] = 0;
+    uint32_t raw[SHARE];
+    if (side.dynamic) read_share(raw, side, b);
     if (thread < D) {
-        x = number_of(raw_of(side.x, own + thread)), scale = side.scale[channel], zero = side.zero[channel];
+        x = number_of(raw_of(side.x, own + thread));
         const int place = fed ? side.order[channel] : thread, at = g * D + place;
         sh.order[thread] = (uint8_t)place, sh.place[place] = (uint8_t)thread, sh.x[thread] = number_of(raw_of(side.x, own + place));
         sh.width[thread] = (uint8_t)side.width[at], sh.level[thread] = (uint8_t)side.first_level[at], sh.boundary[thread] = (uint8_t)side.first_boundary[at];
         sh.s[thread] = side.scale[at], sh.z[thread] = side.zero[at];
     }
+    if (thread < MOST_LEVELS) sh.levels[thread] = level, sh.boundaries[thread] = boundary;
+    if (thread < PER) sh.outlier[thread] = 0;
     const int64_t token = number - p.sinks - p.page_start;
     if (padding) return;
     if (thread < D && number < p.sinks) side.sinks[(stream * p.sinks + number) * D + thread] = stored_as(x);
     if (token < 0 || token >= p.blocks * 64) return;
+    Bits bits;
+    if (thread < D) bits = bits_at(side.words + (b * p.blocks + token / 64) * side.block_words + offset, side, width, slot, (int)(token % 64));
     int64_t begin = 0, limit = 0;
     int* const end = side.ends + stream * p.blocks + token / 64;
     if (side.outliers) {
@@ -340,7 +365,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, side, b, g, scale, zero);
+        own_range(sh, side, b, g, raw, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
@@ -365,7 +390,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     } else if (thread < D) sh.target[thread] = x, searched(sh, difference(x, sh.z[thread]), thread, sh.code[thread]);
     if (thread < D) {
         const bool outlier = sh.outlier[thread / 32] >> thread % 32 & 1;
-        put_code(side.words + (b * p.blocks + token / 64) * side.block_words, side, channel, (int)(token % 64), outlier ? 0 : sh.code[sh.place[thread]]);
+        put_code(bits, outlier ? 0 : sh.code[sh.place[thread]]);
     }
     if (side.outliers) put_outliers(sh, p, side, token, end, begin, limit);
 }
@@ -374,11 +399,17 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
 
 constexpr int TILE = 64, ROW = TILE + 1, NEXT = 8, TEAM = D / 32, OWN = 4;  // tokens of a block; numbers from row to row, so that lanes meet on no bank; channels at a time; warps; a warp's turns
 struct Tile {
-    float y[D * ROW];  // x, and from when a channel had its turn errors, in order
+    uint16_t rows[3][NEXT * D];  // of the matrix: those of this turn, of the next, and of the one after on their way
+    float y[D * ROW];            // x, and from when a channel had its turn errors, in order
     float s[D], z[D], levels[WIDTHS][LEVELS], boundaries[WIDTHS][LEVELS];  // in order; the codebooks by width, infinity behind boundaries
     uint8_t order[D], place[D], width[D];                                  // the inverse of the order by channel, all others in order
     uint8_t code[D * (TILE + 4)];                                          // before, 255 is an outlier
 };
+
+// Rows of a turn's channels, 16 bytes a thread.
+DEVICE void copy_rows(Tile& sh, const uint16_t* matrix, int turn) {
+    if (turn < D / NEXT) copy_later(sh.rows[turn % 3] + 8 * thread_number(), matrix + turn * NEXT * D + 8 * thread_number());
+}
 
 // Errors `e` of both of a lane's tokens, of the channel whose row of the matrix this is, go to some of NEXT channels.
 DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NEXT]) {
@@ -392,9 +423,12 @@ DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NE
         }
 }
 
-// Targets of NEXT channels from `first` on of a lane's tokens become codes, errors and, where they are stored, targets.
-DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* matrix, const float* s, const float* z, uint16_t* const* targets) {
+// Targets of NEXT channels from `first` on of a lane's tokens become errors, codes and, where they are stored, targets. Nothing is written between, so that loads need not wait.
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* const* targets) {
     const int lane = thread_number() % 32;
+    uint8_t codes[NEXT][2];
+#pragma unroll
+    for (int i = 0; i < 2 * NEXT; i++) codes[i / 2][i % 2] = sh.code[(first + i / 2) * (TILE + 4) + lane + 32 * (i % 2)];
 #pragma unroll
     for (int r = 0; r < NEXT; r++) {
         const int c = first + r;
@@ -416,24 +450,29 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
                     if (q[h] > boundaries[code[h] + step - 1]) code[h] += step;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            uint8_t& kept = sh.code[c * (TILE + 4) + lane + 32 * h];
             float value = sum(product(levels[code[h]], scale[h]), zero[h]);
-            if (kept == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
-            else kept = (uint8_t)code[h];
-            e[h] = difference(y[h][r], value);
-            sh.y[c * ROW + lane + 32 * h] = e[h];
+            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
+            else codes[r][h] = (uint8_t)code[h];
+            y[h][r] = e[h] = difference(y[h][r], value);
         }
-        if (r + 1 < NEXT) hand_on(matrix + c * D + first, e, r + 1, y);
+        if (r + 1 < NEXT) hand_on(rows + r * D + first, e, r + 1, y);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * NEXT; i++) {
+        const int c = first + i / 2, t = lane + 32 * (i % 2);
+        sh.code[c * (TILE + 4) + t] = codes[i / 2][i % 2], sh.y[c * ROW + t] = y[i % 2][i / 2];
     }
 }
 
 KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
+    wait_for_prerequisites();
     Tile& sh = *(Tile*)SHARED_MEMORY;
     const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
     const int64_t all = p.streams * tiles, mine = block_number() % all, stream = mine / tiles, b = stream / HEADS, first = mine % tiles * TILE;
     const Side& side = p.side[block_number() / all];
     const int g = (int)(stream % HEADS), tokens = (int)min((int64_t)TILE, p.tokens - first);
     const uint16_t* matrix = side.matrix + g * D * D;
+    copy_rows(sh, matrix, 0), copy_rows(sh, matrix, 1);
     for (int c = thread; c < D; c += TEAM * 32) {
         const int place = side.order[g * D + c], at = g * D + place, width = side.width[at];
         sh.order[c] = (uint8_t)place, sh.place[place] = (uint8_t)c, sh.width[c] = (uint8_t)width;
@@ -462,6 +501,7 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         targets[h] = side.targets + t * CHANNELS + g * D;
         if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
+    wait_for_copied();
     barrier_of_block();
 #pragma unroll
     for (int k = 0; k < OWN; k++)
@@ -471,15 +511,18 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
     for (int k = 0; k < OWN; k++)
 #pragma unroll 1
         for (int turn = 0; turn < TEAM; turn++) {
-            const int c = (TEAM * k + turn) * NEXT;
-            if (warp == turn) find_codes(sh, side, c, y[k], matrix, s, z, targets);
+            const int n = TEAM * k + turn, c = n * NEXT;
+            const uint16_t* rows = sh.rows[n % 3];
+            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets);
+            wait_for_copied();
             barrier_of_block();
+            copy_rows(sh, matrix, n + 2);  // in place of those of the turn before, which all have done with
 #pragma unroll 2
             for (int r = 0; r < NEXT; r++) {
                 const float e[2] = {sh.y[(c + r) * ROW + lane], sh.y[(c + r) * ROW + lane + 32]};
 #pragma unroll
                 for (int later = k; later < OWN; later++)
-                    if (later > k || warp > turn) hand_on(matrix + (c + r) * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
+                    if (later > k || warp > turn) hand_on(rows + r * D + (TEAM * later + warp) * NEXT, e, 0, y[later]);
             }
         }
     for (int t = warp; t < tokens; t += TEAM)

@@ -72,7 +72,7 @@ class Shape:
     @cached_property
     def tile_bytes(self) -> int:
         """Shared memory of `feed_back`, `sizeof(Tile)`."""
-        return self.head_dim * (4 * (_TILE + 1) + 2 * 4 + 3 + _TILE + 4) + 7 * 8 * self.levels
+        return self.head_dim * (48 + 4 * (_TILE + 1) + 2 * 4 + 3 + _TILE + 4) + 7 * 8 * self.levels
 
 
 def takes(sides: Sequence[Side]) -> bool:

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,7 @@ from safetensors.torch import load_file
 from gradients.cli import EXIT_BAD_INPUT, UserError, command_parser, format_table, positive_int, run_command
 from quant.results import append_row, results_file
 
-_SPEED = "tokens_per_second"
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A command's JSON summary and its seconds."""
-
-    summary: dict[str, Any]
-    seconds: float
+_SPEED, _SECONDS = "tokens_per_second", "seconds"
 
 
 def command_line(module: str, arguments: Sequence[str], processes: int, device: str) -> list[str]:
@@ -61,27 +52,26 @@ def command_line(module: str, arguments: Sequence[str], processes: int, device: 
     return [sys.executable, "-m", *launcher, "-m", module, *arguments, *own]
 
 
-def run(command: Sequence[str]) -> Finished:
-    """Run a command to its end. Raises `UserError` with its own words if it was given bad input."""
+def run(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command to its end; its JSON summary with its seconds.
+
+    Raises `UserError` with its own words if it was given bad input.
+    """
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 2)
     if done.returncode == EXIT_BAD_INPUT:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return Finished(json.loads(done.stdout.splitlines()[-1]), seconds)
+    return {**json.loads(done.stdout.splitlines()[-1]), _SECONDS: seconds}
 
 
 def compare_figures(one: Mapping[str, Any], several: Mapping[str, Any]) -> tuple[bool, float]:
     """(whether all but speeds are equal, the largest relative difference of a number)."""
-    names = [name for name in one if name != _SPEED]
-    worst = 0.0
-    for name in names:
-        mine, other = one[name], several[name]
-        if isinstance(mine, float) and mine != other:
-            worst = max(worst, abs(other - mine) / max(abs(mine), 1e-30))
-    return all(one[name] == several[name] for name in names), worst
+    pairs = [(value, several[name]) for name, value in one.items() if name not in (_SPEED, _SECONDS)]
+    apart = [abs(other - mine) / max(abs(mine), 1e-30) for mine, other in pairs if isinstance(mine, float)]
+    return all(mine == other for mine, other in pairs), max(apart, default=0.0)
 
 
 def compare_files(one: Path, several: Path) -> tuple[bool, float]:
@@ -123,7 +113,7 @@ class Comparison:
         quantizers = self.arguments.quantizers or self._fitted()
         for module in ("quant.evaluate", "deployment.evaluate"):
             both = [self._run(module, count, "--quantizers", quantizers) for count in self._counts]
-            self._add(module, both, *compare_figures(*(finished.summary for finished in both)))
+            self._add(module, both, *compare_figures(*both))
         return self.rows
 
     def _fitted(self) -> Path:
@@ -141,22 +131,22 @@ class Comparison:
         self._write({"command": "quant.fit", "identical": identical, "largest_difference": worst, "processes": 1})
         return fitted[0]
 
-    def _run(self, module: str, processes: int, option: str, path: Path) -> Finished:
+    def _run(self, module: str, processes: int, option: str, path: Path) -> dict[str, Any]:
         """A command that runs the model on the text, with one more option."""
         names = ("model", "text", "seqlen", "windows")
         shared = [word for name in names for word in (f"--{name}", str(getattr(self.arguments, name)))]
         return run(command_line(module, [*shared, option, str(path)], processes, self.arguments.device))
 
-    def _add(self, module: str, both: Sequence[Finished], identical: bool, worst: float) -> None:
+    def _add(self, module: str, both: Sequence[dict[str, Any]], identical: bool, worst: float) -> None:
         alone, together = both
-        speeds = [finished.summary[_SPEED] for finished in both]
+        speeds = [summary[_SPEED] for summary in both]
         self._write({
             "command": module,
             "processes": self.arguments.processes,
             "identical": identical,
             "largest_difference": worst,
-            "seconds": round(together.seconds, 2),
-            "one_process_seconds": round(alone.seconds, 2),
+            "seconds": together[_SECONDS],
+            "one_process_seconds": alone[_SECONDS],
             "tokens_per_second": round(speeds[1], 1),
             "one_process_tokens_per_second": round(speeds[0], 1),
             "speedup": round(speeds[1] / speeds[0], 3) if speeds[0] else math.nan,

@@ -3,6 +3,7 @@
 
 // One query of one head: the parts weighted by 2^(their maximum - the maximum of all), plain tokens among them, a warp a token.
 SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
+    launch_dependents();  // all it reads was written before `attend` began, or is that kernel's
     constexpr int ALL = 4 * D;
     const int tokens = P.plain[0].tokens + P.plain[1].tokens;
     float* weight = (float*)SHARED_MEMORY;  // [plain tokens + parts], then sums and zeros of parts, [4 D], [3, 4 D / 32]
@@ -42,12 +43,13 @@ SMALL_KERNEL(4 * D) combine(const GRID_CONSTANT Params P) {
     };
     const float plain_value = t / D < tokens ? value_of(t / D) : 0;
     wait_for_prerequisites();
-    constexpr int AHEAD = 8;
+    uint32_t part[4];  // the thread's first; asked for before anything is waited for
+    if (t < P.parts) read4(part, P.state + 4 * (row + t * per_part));
+    constexpr int AHEAD = 13;
     float ahead[AHEAD];  // of the first parts, asked for before their weights are known
     UNROLL for (int n = 0; n < AHEAD; n++) ahead[n] = 4 * n + t / D < P.parts ? P.outputs[(row + (4 * n + t / D) * per_part) * D + t % D] : 0;
     for (int i = t; i < P.parts; i += ALL) {
-        uint32_t part[4];
-        read4(part, P.state + 4 * (row + i * per_part));
+        if (i != t) read4(part, P.state + 4 * (row + i * per_part));
         top = maximum(top, weight[tokens + i] = as_float(part[0])), sums[i] = as_float(part[1]), zeros[i] = as_float(part[2]);
     }
     UNROLL for (int k = 16; k; k >>= 1) top = maximum(top, shuffle_xor(top, k));

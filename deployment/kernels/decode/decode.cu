@@ -55,7 +55,7 @@ struct Params {
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
 constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
-constexpr int ANCHOR = 32;  // chunks after which columns are rotated from the queries again, so that errors do not add up
+constexpr int ANCHOR = SET;  // chunks, 128 sets, after which columns are rotated from the queries again, so that errors do not add up
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
@@ -77,7 +77,7 @@ constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VAL
 
 struct alignas(16) Team {
     uint32_t keys[WARPS][2][KEY_PLACE], values[WARPS][2][VALUE_PLACE];  // words of both blocks of the next chunk
-    float scores[2][WARPS][CHUNK][QUERIES];                             // a warp's shares, of two chunks
+    alignas(16) float scores[2][WARPS][CHUNK][QUERIES];                        // a warp's shares, of two chunks
     alignas(16) uint16_t scaled[2][QUERIES][CHUNK + 8];                 // weights times scales of tokens
     alignas(16) float delta[WARPS][4][8];                               // by which columns are rotated from set to set
 #if QUERIES < 4
@@ -92,7 +92,7 @@ struct alignas(16) Team {
 #endif
 #if VALUE_OUTLIERS
     int value_sums[2][QUERIES][D];
-    uint16_t weights[2][CHUNK][QUERIES];
+    alignas(16) uint32_t weights[2][CHUNK][(QUERIES + 1) / 2];  // two fp16
     float value_floor[D];
     uint32_t ranges[2][CHUNK];
 #endif
@@ -112,6 +112,12 @@ template <int WIDTHS> DEVICE void fill(uint32_t* table, const uint32_t* from, in
         const uint32_t a = from[is_quad(WIDTHS) ? 2 * entry : entry], b = is_quad(WIDTHS) ? from[2 * entry + 1] : a;
         UNROLL for (int i = 0; i < 8; i++) store4(table + 4 * (entry * 8 + ((i + entry) & 7)), a, b, a, b);
     }
+}
+
+template <int N> DEVICE void read_words(uint32_t* v, const void* from) {
+    if (N == 1) v[0] = *(const uint32_t*)from;
+    else if (N == 2) read2(v, from);
+    else read4(v, from);
 }
 
 DEVICE void prefetch(const uint32_t* from, int words) {
@@ -177,7 +183,7 @@ DEVICE float element(const void* at, int64_t i, bool half) {
 
 struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
     int at, end, later, number;  // the thread's, so that remainders fall to other warps than those of the other side
-    uint32_t one, two;
+    uint16_t index[2], value[2];  // as they are loaded: to put them together would be to wait for them
 };
 
 // What a thread knows of its team's item: part `split` of a page, for a tile of queries of one sequence and KV head.
@@ -249,24 +255,35 @@ struct Worker {
         b = quick_quotient(stream, P.heads), g = stream - b * P.heads;
     }
 
-    DEVICE void begin(int number) {
+    // What no kernel just before this one changes, so that it need not be waited for.
+    DEVICE void prepare(int number) {
         item = number;
         locate();
         uint32_t slots[4][2][4];  // asked for before anything is waited for
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
+        key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
+        begin_keys(slots);
+#if KEY_OUTLIERS
+        uint32_t key_slot[4];
+        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
+        for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
+#endif
+#if VALUE_OUTLIERS
+        uint32_t value_slot[4];
+        read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
+        for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
+#endif
+    }
+    DEVICE void begin() {
         const int64_t stored = P.limits[b] - P.origins[b] - P.shift;
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
-        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks + P.splits - 1, P.splits);
-        first = min(split * per, chunks), last = min(first + per, chunks), end_block = min(2 * last, (held + 63) / 64);
-        key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
+        const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks, P.splits), longer = chunks - per * P.splits;
+        first = split * per + min(split, longer), last = first + per + (split < longer), end_block = min(2 * last, (held + 63) / 64);
         UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
         UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
         UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
-        int pair[4], place;
-        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slots[n][0][3]);
-        anchor(first, pair, place);
-        begin_keys(slots, pair);
+        const int place = anchor(first);
         if (warp == 0 && c == 0 && row < QUERIES) T.end[row] = max(min(place + 1, held), 0);
         begin_outliers();
         wait();
@@ -277,8 +294,10 @@ struct Worker {
 
     // Of a pair of channels with levels l, zeros z and rotation by the token's place in its stretch:
     //   a' = l_a (cos scale_a) - l_b (sin scale_b) + (cos z_a - sin z_b)      b' = l_b (cos scale_b) + l_a (sin scale_a) + (cos z_b + sin z_a)
-    DEVICE void begin_keys(const uint32_t (*slots)[2][4], const int* pair) {
+    DEVICE void begin_keys(const uint32_t (*slots)[2][4]) {
         float scale[4][2], zero[4][2];
+        int pair[4];
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slots[n][0][3]);
         UNROLL for (int n = 0; n < 4; n++)
             UNROLL for (int i = 0; i < 2; i++) scale[n][i] = as_float(slots[n][i][0]), zero[n][i] = as_float(slots[n][i][1]);
         UNROLL for (int n = 0; n < 4; n++) {
@@ -303,28 +322,31 @@ struct Worker {
     DEVICE int slot_of_column(int n) { return 32 * warp + 2 * c + (n & 1) + 8 * (n >> 1); }
     DEVICE int pair_of_first(int channel) { return channel < P.rotary_half ? channel : channel - P.rotary_half; }
 
-    DEVICE void anchor(int chunk, const int* pair, int& place) {
+    DEVICE int anchor(int chunk) {
         int64_t at;
+        int pair[4], place;
+        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slot_of(P.key, slot_of_column(n))[3]);
         find(tile * QUERIES + row % QUERIES, at, place);
         UNROLL for (int n = 0; n < 4; n++) rotated(at, pair[n], place - chunk * CHUNK - row / QUERIES * STRETCH, column[2 * n], column[2 * n + 1]);
         park();
+        return place;
     }
     DEVICE void anchor_again(int chunk) {
         locate();
-        int pair[4], place;
-        UNROLL for (int n = 0; n < 4; n++) pair[n] = pair_of_first(slot_of(P.key, slot_of_column(n))[3]);
-        anchor(chunk, pair, place);
+        anchor(chunk);
     }
     DEVICE void park() {
 #if QUERIES < 4
-        UNROLL for (int i = 0; i < 8; i++) T.column[warp][i / 4][lane][i % 4] = column[i];
+        UNROLL for (int i = 0; i < 2; i++) store4(T.column[warp][i][lane], column[4 * i], column[4 * i + 1], column[4 * i + 2], column[4 * i + 3]);
 #endif
     }
 
     // The columns as an operand, and on to those of the next set of tokens.
     DEVICE void next_columns() {
 #if QUERIES < 4
-        UNROLL for (int i = 0; i < 8; i++) column[i] = T.column[warp][i / 4][lane][i % 4];
+        uint32_t parked[8];
+        UNROLL for (int i = 0; i < 2; i++) read4(parked + 4 * i, T.column[warp][i][lane]);
+        UNROLL for (int i = 0; i < 8; i++) column[i] = as_float(parked[i]);
 #endif
         UNROLL for (int i = 0; i < 2; i++)
             UNROLL for (int h = 0; h < 2; h++) operand[h][i] = halves(column[4 * i + h], column[4 * i + 2 + h]);
@@ -368,14 +390,15 @@ struct Worker {
         const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
         if (QUERIES == 1) {  // a lane has those of two stretches, which are four neighbouring places
             UNROLL for (int i = 0; i < 2; i++) kept[2 * (stretch % 2) + i] = c == stretch / 2 ? d[2 * i + stretch % 2] : kept[2 * (stretch % 2) + i];
-            if (t16 == 7)
-                UNROLL for (int i = 0; i < 4; i++) to[4 * (4 * row + c) + i] = kept[i];
+            if (t16 == 7) store4(to + 4 * lane, kept[0], kept[1], kept[2], kept[3]);
         } else {
             const bool mine = 2 * c / QUERIES == stretch;
-            to += (16 * t16 + row) * QUERIES + 2 * c % QUERIES;
+            to += (16 * t16 + row) * QUERIES + query_at(2 * c % QUERIES, row);
             store2_if(mine, to, d[0], d[1]), store2_if(mine, to + 8 * QUERIES, d[2], d[3]);
         }
     }
+    // Where in a place's row a query's score is: of eight, halves change places so that neighbours' are on other banks.
+    DEVICE int query_at(int q, int place) { return QUERIES == 8 ? q ^ (place & 4) : q; }
     // The token of the chunk whose score is at a place.
     DEVICE int token_at(int place) { return QUERIES == 1 ? 32 * (place / 4 % 4) + 8 * (place % 4) + place / 16 : place; }
 
@@ -385,8 +408,10 @@ struct Worker {
     DEVICE void weigh(int chunk, float score, int q, int t, uint32_t range, float& p) {
         p = exp2_of(score - highest[q] + LIFT);
         T.scaled[chunk & 1][q][weight_at(t)] = to_half(DYNAMIC ? p * from_half(range & 0xFFFF) : p);
+    }
+    DEVICE void keep_weights(int chunk, int t, const float* p) {
 #if VALUE_OUTLIERS
-        T.weights[chunk & 1][t][q] = to_half(p);
+        UNROLL for (int q = 0; q < QUERIES; q += 2) T.weights[chunk & 1][t][q / 2] = halves(p[q], q + 1 < QUERIES ? p[q + 1] : 0);
 #endif
     }
 
@@ -396,9 +421,12 @@ struct Worker {
         UNROLL for (int i = 0; i < EACH; i++) {
             const int place = tid + i * THREADS, t = token_at(place);
             if (place >= CHUNK) continue;
+            uint32_t share[WARPS][QUERIES];  // a whole row a load: lanes that read a word of theirs each would meet on banks
+            UNROLL for (int w = 0; w < WARPS; w++)
+                UNROLL for (int q = 0; q < QUERIES; q += 4) read_words<QUERIES < 4 ? QUERIES : 4>(share[w] + q, &T.scores[chunk & 1][w][place][query_at(q, place)]);
             UNROLL for (int q = 0; q < QUERIES; q++) {
-                float s = T.scores[chunk & 1][0][place][q];
-                UNROLL for (int w = 1; w < WARPS; w++) s += T.scores[chunk & 1][w][place][q];
+                float s = as_float(share[0][q]);
+                UNROLL for (int w = 1; w < WARPS; w++) s += as_float(share[w][q]);
 #if KEY_OUTLIERS
                 s += T.key_sums[chunk & 1][q][t] * (1 / KEY_UNIT), T.key_sums[chunk & 1][q][t] = 0;
 #endif
@@ -407,6 +435,7 @@ struct Worker {
                 over |= s > highest[q] + SLACK;
                 weigh(chunk, s, q, t, range[i], p[i][q]);
             }
+            keep_weights(chunk, t, p[i]);
 #if VALUE_OUTLIERS
             T.ranges[chunk & 1][t] = range[i];
 #endif
@@ -461,21 +490,27 @@ struct Worker {
 
     // Where the list of a chunk ends: at its last block that exists.
     DEVICE int list_end(const Side& side, int chunk) { return side.ends[(int64_t)stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
-    DEVICE uint32_t entry(const Side& side, int at, int end) { return at < end ? side.index[at] | (uint32_t)side.value[at] << 16 : 0; }
+    DEVICE void ask_entry(const Side& side, List& list, int n, int at) {
+        if (at < list.end) list.index[n] = side.index[at], list.value[n] = side.value[at];
+    }
     DEVICE void begin_list(const Side& side, List& list, int number) {
         list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
+        ask_list(side, list, first);
     }
     DEVICE void ask_list(const Side& side, List& list, int chunk) {
-        list.later = list_end(side, chunk + 1), list.one = entry(side, list.at, list.end), list.two = entry(side, list.at + THREADS, list.end);
+        list.later = list_end(side, chunk + 1);
+        ask_entry(side, list, 0, list.at), ask_entry(side, list, 1, list.at + THREADS);
     }
-    // Outliers of a chunk, which are loaded two rounds ahead.
-    template <class Add> DEVICE void add_list(const Side& side, List& list, Add add) {
+    // Outliers of a chunk, which are loaded two rounds ahead, and the first two of the next one.
+    template <class Add> DEVICE void add_list(const Side& side, List& list, int chunk, Add add) {
         ROLLED for (; list.at < list.end; list.at += THREADS) {
-            const uint32_t word = list.one;
-            list.one = list.two, list.two = entry(side, list.at + 2 * THREADS, list.end);
+            const uint32_t word = list.index[0] | (uint32_t)list.value[0] << 16;
+            list.index[0] = list.index[1], list.value[0] = list.value[1];
+            ask_entry(side, list, 1, list.at + 2 * THREADS);
             add(word);
         }
         list.at = list.end + list.number, list.end = list.later;
+        ask_list(side, list, chunk + 1);
     }
     DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
     DEVICE int token_of(uint32_t word) { return ((word & 0xFFFF) / D) % CHUNK; }
@@ -491,15 +526,9 @@ struct Worker {
             rotated(at, i / QUERIES, place - first * CHUNK, x, y);
             T.query[i / QUERIES][i % QUERIES] = halves(x, y);
         }
-        uint32_t key_slot[4];
-        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
-        for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
 #endif
 #if VALUE_OUTLIERS
         begin_list(P.value, values, THREADS - 1 - tid);
-        uint32_t value_slot[4];
-        read4(value_slot, slot_of(P.value, tid)), T.value_floor[value_slot[3]] = as_float(value_slot[2]);
-        for (int i = tid; i < 2 * QUERIES * D; i += THREADS) T.value_sums[0][0][i] = 0;
 #endif
     }
 
@@ -530,7 +559,9 @@ struct Worker {
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
         const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
-        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(T.weights[chunk & 1][t][q]) * exceeds));
+        uint32_t weight[(QUERIES + 1) / 2];
+        read_words<(QUERIES + 1) / 2>(weight, T.weights[chunk & 1][t]);
+        UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(weight[q / 2] >> 16 * (q % 2) & 0xFFFF) * exceeds));
     }
 #endif
 
@@ -543,21 +574,15 @@ struct Worker {
             range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
         }
         if (chunk + 1 < last) {
-#if KEY_OUTLIERS
-            ask_list(P.key, keys, chunk + 1);
-#endif
             score_chunk(chunk + 1);
 #if KEY_OUTLIERS
-            add_list(P.key, keys, [&](uint32_t word) { add_key(word, chunk + 1); });
+            add_list(P.key, keys, chunk + 1, [&](uint32_t word) { add_key(word, chunk + 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         if (first < chunk) {
-#if VALUE_OUTLIERS
-            ask_list(P.value, values, chunk - 1);
-#endif
             add_values(chunk - 1);
 #if VALUE_OUTLIERS
-            add_list(P.value, values, [&](uint32_t word) { add_value(word, chunk - 1); });
+            add_list(P.value, values, chunk - 1, [&](uint32_t word) { add_value(word, chunk - 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         float score[EACH][QUERIES], p[EACH][QUERIES];
@@ -573,9 +598,12 @@ struct Worker {
         if (!here) return;
         if (over) {
             rescale(score);
-            UNROLL for (int i = 0; i < EACH; i++)
-                UNROLL for (int q = 0; q < QUERIES; q++)
-                    if (tid + i * THREADS < CHUNK) weigh(chunk, score[i][q], q, token_at(tid + i * THREADS), range[i], p[i][q]);
+            UNROLL for (int i = 0; i < EACH; i++) {
+                const int place = tid + i * THREADS, t = token_at(place);
+                if (place >= CHUNK) continue;
+                UNROLL for (int q = 0; q < QUERIES; q++) weigh(chunk, score[i][q], q, t, range[i], p[i][q]);
+                keep_weights(chunk, t, p[i]);
+            }
             wait();
         }
         UNROLL for (int i = 0; i < EACH; i++)
@@ -626,23 +654,22 @@ KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
     prefetch(P.key.entries, first_entry(5, KEY_WIDTHS) * (is_quad(KEY_WIDTHS) ? 2 : 1));
     prefetch(P.value.entries, first_entry(5, VALUE_WIDTHS) * (is_quad(VALUE_WIDTHS) ? 2 : 1));
-    wait_for_prerequisites();
-    launch_dependents();  // not before: `combine` reads what kernels before this one have written
     const int threads = threads_in_block(), teams = threads / THREADS, team = thread_number() / THREADS;  // TEAMS at most
     Worker worker(P, S, team, thread_number() % THREADS);
-    bool filled = false;
-    for (int item = team * blocks_in_grid() + block_number();; item += teams * blocks_in_grid()) {
-        if (item < P.items) worker.begin(item);
-        if (!filled) {  // while the first words come
-            fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
-            fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
-            for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
-            barrier_of_block();
-            filled = true;
-        }
-        if (item >= P.items) break;
+    int item = team * blocks_in_grid() + block_number();
+    if (item < P.items) worker.prepare(item);
+    fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
+    fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
+    for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
+    barrier_of_block();
+    wait_for_prerequisites();
+    launch_dependents();  // not before: `combine` reads what kernels before this one have written
+    while (item < P.items) {
+        worker.begin();
         for (int chunk = worker.first - 1; chunk <= worker.last; chunk++) worker.step(chunk);
         worker.finish();
+        item += teams * blocks_in_grid();
+        if (item < P.items) worker.prepare(item);
     }
 }
 

@@ -99,7 +99,7 @@ class Shape:
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
         team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 4 * dim)
-        team += values * _padded(8 * queries * dim + 4 * CHUNK * queries + 4 * dim + 8 * CHUNK)
+        team += values * _padded(8 * queries * dim + 8 * CHUNK * ((queries + 1) // 2) + 4 * dim + 8 * CHUNK)
         return team
 
 
@@ -225,7 +225,7 @@ def attend_by(
         params.plain[number] = _plain(segment, key, value)
     count = multiprocessors(query.device)
     splits = [
-        parts_of(segment.tokens, streams * tiles, count * shape.teams)
+        parts_of(segment.tokens, streams * tiles, count * shape.teams, count * roomy_teams(shape))
         for segment, shape in zip(packed, shapes, strict=True)
     ]
     params.parts = sum(splits)
@@ -291,6 +291,11 @@ def _fitting(dim: int, rows: int, keys: int, values: int, dynamic: int, *rest: i
 def teams_for(dim: int, queries: int) -> int:
     """Teams of D threads in a block: what was fastest on an H100, one of 2 to 5, with enough registers for each."""
     return max(1, (512 if queries == 1 else 384) // dim)
+
+
+def roomy_teams(shape: Shape) -> int:
+    """How many of them leave registers for a block of `combine`: of 65,536, 40 for each of its 4 D threads."""
+    return int(shape.teams * (1 - 160 * shape.head_dim / 65536))
 
 
 def _of_equal_strides(segment: DenseSegment) -> tuple[Tensor, Tensor]:

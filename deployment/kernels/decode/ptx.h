@@ -57,6 +57,7 @@ DEVICE void read4_if(bool p, uint32_t* v, const void* at) {  // from shared memo
 }
 DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
+DEVICE void store4(float* p, float a, float b, float c, float d) { *(float4*)p = make_float4(a, b, c, d); }
 DEVICE void store2_if(bool p, float* to, float x, float y) {
     asm volatile("{.reg .pred p; setp.ne.s32 p,%3,0; @p st.shared.v2.f32 [%0],{%1,%2};}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "f"(y), "r"((int)p));
 }
