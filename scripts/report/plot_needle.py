@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradients.cli import format_table, run_command
 from scripts.report import figures
+from scripts.report.retrieval_tables import brief
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,12 +35,13 @@ def require_matplotlib() -> None:
 
 
 def panels_of(rows: Sequence[Row]) -> dict[str, dict[tuple[int, float], Row]]:
-    """Rows by scheme, length and depth, the scheme that stores most first; of equal ones the last counts."""
+    """Rows by scheme, length and depth, the scheme that stores most in its longest text first; of equal ones the last counts."""
     by_scheme: dict[str, dict[tuple[int, float], Row]] = {}
-    for row in sorted(rows, key=lambda row: -row["bits_per_element"]):
-        name = row["scheme"] + (", packed" if row["mode"] == "packed" else "")
+    for row in rows:
+        name = brief(row["scheme"]) + (", packed" if row["mode"] == "packed" else "")
         by_scheme.setdefault(name, {})[row["context"], row["depth"]] = row
-    return by_scheme
+    stored = {name: min(row["bits_per_element"] for row in cells.values()) for name, cells in by_scheme.items()}
+    return dict(sorted(by_scheme.items(), key=lambda panel: -stored[panel[0]]))
 
 
 def draw(schemes: Mapping[str, Mapping[tuple[int, float], Row]]) -> "Figure":
