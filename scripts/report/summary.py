@@ -17,7 +17,7 @@ _QUALITY = (
     "kivi2 residual_tokens=0",
 )
 _METHODS = {"nuq": "KVQuant", "rdnuq": "ours", "turbo": "TurboQuant", "kivi": "KIVI, no exact window"}
-_TIMED = ("nuq4", "nuq3", "nuq2")
+_TIMED = ("nuq4", "nuq3", "nuq2", "rdnuq2.4")
 _SHAPES = ("llama-7b", "llama-3-8b")
 _OURS, _THEIRS, _BEST = "nuq3+fb", "nuq3-1%", "rdnuq3.4+fb"
 _CONTEXTS = [4096, 16_384, 131_072]
