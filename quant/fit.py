@@ -153,7 +153,7 @@ def _price_layer(records: Records, scheme: Scheme, layer: int) -> list[Options]:
 
 def _sample(side: Side, scheme: Scheme) -> Side:
     """What is counted: all tokens if they say which elements are kept exactly; else every range is fitted once more, and fewer do."""
-    return side if scheme.outliers else side.thinned(_PRICING_TOKENS)
+    return side if scheme.outliers else thinned(side)
 
 
 def _reprice_layer(records: Records, scheme: Scheme, work: tuple[int, Sequence[Any]]) -> list[Options]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import quant.fit as fitting
+import quant.compensate as compensate
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
 from gradients.models import KINDS
@@ -123,7 +123,7 @@ def test_all_tokens_are_counted_only_where_outliers_are_chosen(
         return of(activation, fisher)
 
     monkeypatch.setattr(ChannelHistograms, "of", counting)
-    monkeypatch.setattr(fitting, "_PRICING_TOKENS", 16)
+    monkeypatch.setattr(compensate, "_TOKENS", 16)
     fit(records, Scheme.parse(name))
     tokens = len(records.read_layer(0, "key", skip_tokens=1)[0])
     assert tokens >= 64 and set(counted) <= (set(range(16, 32)) | {tokens} if sampled else {tokens})
