@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-import decode_on_cpu
+import kernels_on_cpu
 import pytest
 import torch
 from conftest import all_pairs
@@ -15,13 +15,13 @@ from deployment.kernels.decode import host
 from deployment.kernels.packed import attend_packed
 
 pytestmark = [
-    pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
+    pytest.mark.skipif(not kernels_on_cpu.has_compiler(), reason="no C++ compiler"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself runs"),
 ]
 
 
 def error(**case: Any) -> float:
-    return run_case(attend=decode_on_cpu.attend, **case)
+    return run_case(attend=kernels_on_cpu.attend, **case)
 
 
 @pytest.mark.parametrize("length", LENGTHS[1:])
@@ -101,7 +101,7 @@ def test_angles_stay_exact_in_a_long_part(monkeypatch) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_order_of_lanes_does_not_matter(seed: int) -> None:
     def attend(*arguments: Any) -> torch.Tensor:
-        return decode_on_cpu.attend(*arguments, seed=seed)
+        return kernels_on_cpu.attend(*arguments, seed=seed)
 
     assert run_case(attend=attend, lengths=(400,), heads=(8, 2), share=0.05) < 2e-3
 
@@ -150,9 +150,9 @@ def test_where_shared_memory_is_small_fewer_queries_go_together() -> None:
     found = []
 
     def attend(query: torch.Tensor, positions: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:
-        found.extend(shape.queries for shape in host._shapes(query, segments, 1, decode_on_cpu.MOST_SHARED))
+        found.extend(shape.queries for shape in host._shapes(query, segments, 1, kernels_on_cpu.MOST_SHARED))
         assert host._shapes(query, segments, 1, 1 << 16) == []
-        return decode_on_cpu.attend(query, positions, segments, *rest)
+        return kernels_on_cpu.attend(query, positions, segments, *rest)
 
     assert run_case(attend=attend, dim=256, heads=(8, 1), lengths=(70,)) < 2e-3
     assert found == [4]
@@ -162,7 +162,7 @@ def test_where_shared_memory_is_small_fewer_queries_go_together() -> None:
 @pytest.mark.parametrize(("dim", "queries", "widths"), [(64, 1, 16), (96, 2, 8), (128, 4, 31), (256, 8, 4)])
 def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int) -> None:
     shape = host.Shape(dim, queries, 2, widths, 4, 1, outliers, outliers, 0)
-    assert decode_on_cpu.sizes(shape) == (shape.shared_bytes, ctypes.sizeof(host.Params))
+    assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(host.Params)]
 
 
 def test_every_kernel_waits_for_those_before_it() -> None:

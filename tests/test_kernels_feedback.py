@@ -3,8 +3,7 @@
 import ctypes
 from dataclasses import replace
 
-import append_on_cpu
-import decode_on_cpu
+import kernels_on_cpu
 import pytest
 import torch
 from test_kernels_append import HEADS, append_both, make_chunks
@@ -19,7 +18,7 @@ from quant.arithmetic import as_stored
 from quant.quantizer import Encoded, TokenQuantizer
 
 pytestmark = [
-    pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler"),
+    pytest.mark.skipif(not kernels_on_cpu.has_compiler(), reason="no C++ compiler"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself runs"),
 ]
 
@@ -31,7 +30,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run(kernel: str, *rest: object) -> None:
         names.append(kernel)
-        append_on_cpu.run(kernel, *rest)  # type: ignore[arg-type]
+        kernels_on_cpu.run(kernel, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(host, "takes", host.fits)
     monkeypatch.setattr(host, "_runner", lambda _sides: run)
@@ -143,4 +142,4 @@ def test_ties_and_extremes(levels: list[float]) -> None:
 
 def test_structures_are_as_large_as_in_the_source() -> None:
     for shape in (host.Shape(64, 2, 2, 16, 2, 1), host.Shape(96, 2, 4, 4, 2, 1), host.Shape(256, 2, 2, 16, 0, 0)):
-        assert append_on_cpu.sizes(shape) == [shape.token_bytes, shape.tile_bytes, ctypes.sizeof(host.Params)]
+        assert kernels_on_cpu.sizes(shape) == [shape.token_bytes, shape.tile_bytes, ctypes.sizeof(host.Params)]

@@ -4,10 +4,10 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import replace
 
+import kernels_on_cpu
 import pytest
 import torch
-import unpack_on_cpu
-from decode_on_cpu import has_compiler
+from kernels_on_cpu import has_compiler
 from test_kernels_attention import (
     DEVICE,
     generator,
@@ -302,7 +302,7 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str],
         assert unpack_host.takes(segment, rotary, result[0])
         unpack(segment, rotary, first, blocks, row0, *result, at)
     elif has_compiler():
-        unpack_host.unpack_by(unpack_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
+        unpack_host.unpack_by(kernels_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
     else:
         pytest.skip("no C++ compiler")
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
@@ -311,4 +311,4 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str],
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_the_host_knows_the_sizes_of_structures() -> None:
     shape = unpack_host.Shape(64, 2, 1)
-    assert unpack_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]
+    assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]

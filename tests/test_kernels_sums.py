@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decode_on_cpu import built, has_compiler
+from kernels_on_cpu import built, has_compiler
 from torch import Tensor
 
 from deployment.kernels.sums import Shape, Sums, params_of

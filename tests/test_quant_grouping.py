@@ -5,7 +5,7 @@ from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
-import decode_on_cpu
+import kernels_on_cpu
 import numpy as np
 import pytest
 import torch
@@ -207,7 +207,7 @@ def test_packed_is_simulated(wide, fitted, make_tokens, chunk: int) -> None:
         assert planned == pytest.approx(cache.nbytes(), rel=0.15) and planned >= cache.nbytes()
 
 
-@pytest.mark.skipif(not decode_on_cpu.has_compiler(), reason="no C++ compiler")
+@pytest.mark.skipif(not kernels_on_cpu.has_compiler(), reason="no C++ compiler")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel itself runs")
 def test_the_decode_kernel_reads_groups(wide, fit_model, make_tokens) -> None:
     """A step by decode.cu, as host C++, gives what the torch path gives."""
@@ -218,7 +218,7 @@ def test_the_decode_kernel_reads_groups(wide, fit_model, make_tokens) -> None:
         def attend(*arguments: Any) -> Tensor:
             query, _, segments, rotary, _, kv_heads = arguments
             taken.append(host.fits(query, segments, rotary, kv_heads))  # noqa: B023
-            return decode_on_cpu.attend(*arguments)
+            return kernels_on_cpu.attend(*arguments)
 
         assert run_case(lengths=(150, 70), given=(layer["key"], layer["value"]), attend=attend) < 2e-3
         assert taken == [True]

@@ -1,4 +1,4 @@
-"""decode.cu as host C++, its lanes as fibers (lanes.h): the source that ships, run by whoever has a C++ compiler."""
+"""decode.cu, append.cu and unpack.cu as host C++, lanes as fibers (lanes.h): the sources that ship, run by whoever has a C++ compiler."""
 
 import ctypes
 import hashlib
@@ -6,9 +6,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from deployment.kernels.decode import host
@@ -18,16 +19,13 @@ from deployment.kernels.phase import Rotary
 
 HERE = Path(__file__).parent
 MOST_SHARED = 163 * 1024  # of an A100
-_WRAPPER = """
-#include "decode.cu"
-extern "C" void run_attend(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
-    lanes::launch(seed, blocks, threads, bytes, [=] { attend(*p); });
-}
-extern "C" void run_combine(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
-    lanes::launch(seed, blocks, threads, bytes, [=] { combine(*p); });
-}
-extern "C" void run_sizes(int* out) { sizes(out); }
+_KERNELS = {"decode.cu": ("attend", "combine"), "append.cu": ("append_token", "feed_back"), "unpack.cu": ("unpack",)}
+_CALL = """
+extern "C" void run_{0}(const Params* p, unsigned seed, int blocks, int threads, long bytes) {{
+    lanes::launch(seed, blocks, threads, bytes, [=] {{ {0}(*p); }});
+}}
 """
+_SIZES = 'extern "C" void run_sizes(int* out) { sizes(out); }\n'
 
 
 def has_compiler() -> bool:
@@ -35,8 +33,9 @@ def has_compiler() -> bool:
 
 
 @cache
-def library(shape: host.Shape) -> ctypes.CDLL:
-    return built(_WRAPPER, shape)
+def library(shape: Shape) -> ctypes.CDLL:
+    source = shape.source.name
+    return built(f'#include "{source}"' + "".join(map(_CALL.format, _KERNELS[source])) + _SIZES, shape)
 
 
 def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
@@ -61,11 +60,24 @@ def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
     return ctypes.CDLL(str(made))
 
 
-def sizes(shape: host.Shape) -> tuple[int, int]:
-    """(shared memory, Params) in bytes, as C++ has them."""
-    out = (ctypes.c_int * 2)()
+def sizes(shape: Shape) -> list[int]:
+    """Shared memory of the kernels, and Params, in bytes, as C++ has them."""
+    out = (ctypes.c_int * 3)(-1, -1, -1)
     library(shape).run_sizes(out)
-    return out[0], out[1]
+    return [size for size in out if size >= 0]
+
+
+def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
+    """Launch a kernel, with lanes in a random order."""
+    launch(int(torch.randint(1 << 30, (1,))), kernel, shape, blocks, threads, shared, params)
+
+
+def launch(
+    seed: int, kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure
+) -> None:
+    """... with lanes in the order that the seed gives."""
+    function = getattr(library(shape), f"run_{kernel}")
+    function(ctypes.byref(params), ctypes.c_uint(seed), blocks, threads, ctypes.c_long(shared))
 
 
 def attend(
@@ -80,8 +92,4 @@ def attend(
     """As `attend_packed`, but by decode.cu on a CPU, with lanes in a random order that the seed gives."""
     assert host.fits(query, segments, rotary, kv_heads)
 
-    def run(kernel: str, shape: host.Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
-        function = getattr(library(shape), f"run_{kernel}")
-        function(ctypes.byref(params), ctypes.c_uint(seed), blocks, threads, ctypes.c_long(shared))
-
-    return host.attend_by(run, MOST_SHARED, query, positions, segments, rotary, scaling, kv_heads)
+    return host.attend_by(partial(launch, seed), MOST_SHARED, query, positions, segments, rotary, scaling, kv_heads)
