@@ -141,7 +141,7 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
-    assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 32), (90, 1), (90, 32)]
+    assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 16), (90, 1), (90, 16)]
     assert all((fused, stack) == (0, 0) for _, _, fused, stack in counts), counts
 
 

@@ -1,7 +1,7 @@
 """Error feedback of new tokens (quant/feedback.py) on the device, bit for bit: between `encode_kernel` and `store_kernel`.
 
-A program takes some tokens of one KV head, `[D, tokens]`, a token to a thread, so that the channel that is next can be picked
-out without asking another thread; a single token has its channels spread over the threads. Channels lie in the head's order.
+A program takes some tokens of one KV head, `[D, tokens]`, a token to two threads, so that the channel that is next can be picked
+out without asking many; a single token has its channels spread over the threads. Channels lie in the head's order.
 The kernel must be compiled without fused multiply-adds: each product and each sum is rounded. append.cu does the same, several times faster.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from deployment.kernels.encode import TINY, half
 from deployment.kernels.side import Codes, Side
 
-TOKENS = 32  # of a program, where there are several
+TOKENS = 16  # of a program, where there are several: a token of 128 channels is too much for the registers of one thread (Triton 3.7)
 _OUTLIER = tl.constexpr(256)  # what `encode_kernel` writes for the code of one
 
 
