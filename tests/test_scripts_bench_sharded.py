@@ -119,7 +119,7 @@ def options(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_the_command_compares_with_one_device_and_the_plan(tmp_path) -> None:
-    split = ["--devices", "cpu", "disk", "--against-one", "--contexts", "200", "longest", "--device-memory", "133MiB"]
+    split = ["--devices", "cpu", "disk", "--against-one", "--contexts", "200", "longest", "--device-memory", "197MiB"]
     result = main(options(tmp_path, *split, "--attempts", "2"))
     rows = read_rows(tmp_path / "rows")
     assert [row["world_size"] for row in rows] == [1, 1, 2, 2] and len(result["rows"]) == 4
