@@ -66,7 +66,7 @@ def test_two_processes_with_half_of_the_heads_make_the_tokens_of_one(
         "--new-tokens",
         "4",
     ]
-    decoding += ["--contexts", "300", "longest", "--device-memory", "391MiB", "--results", str(tmp_path / "rows")]
+    decoding += ["--contexts", "300", "longest", "--device-memory", "455MiB", "--results", str(tmp_path / "rows")]
     refused = ("deployment.generate", [*commands[0][1], "--tensor-parallel", "4"])
     (main_process, other), printed = launched(tmp_path, [*together, ("scripts.bench.sharded", decoding), refused])
 
