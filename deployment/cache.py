@@ -7,7 +7,6 @@ model.generate(ids, past_key_values=cache, max_new_tokens=100)
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
@@ -75,7 +74,7 @@ class PackedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Hand a layer's new tokens on. Raises RuntimeError outside of `packed_attention`."""
-        if not torch.compiler.is_compiling() and not self.in_forward:
+        if not self.in_forward:
             raise RuntimeError(OUTSIDE)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -193,15 +193,16 @@ def _frequencies_kept(rotary: nn.Module) -> Iterator[None]:
 def _watching(module: nn.Module, entry: _Entry, refuses: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
     """What is called before and after every forward of a module, also after one that fails.
 
-    `refuses` is whether a cache of another kind was given by somebody, and not made by a module around this one. A compiler would take it into its graph; what runs compiled is checked by the layers alone.
+    `refuses` is whether a cache of another kind was given by somebody, and not made by a module around this one. A compiler takes into
+    its graph that such a cache is refused, and that ours is within the block; what its layers hold they check alone.
     """
     forwards, automatic = entry.forwards, entry.automatic
 
     def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
         cache = _cache_of(arguments, options)
-        if isinstance(cache, PackedCache):
+        if isinstance(cache, PackedCache) and torch.compiler.is_compiling():
+            cache.in_forward = True
+        elif isinstance(cache, PackedCache):
             outermost = forwards.begin(cache, module)
             if outermost and automatic is not None and not refuses:
                 automatic.settle(cache)  # the model's own forward, which sees to that, is not called
@@ -212,10 +213,10 @@ def _watching(module: nn.Module, entry: _Entry, refuses: bool) -> tuple[Callable
             )
 
     def end(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return None
         cache = _cache_of(arguments, options)
-        if isinstance(cache, PackedCache):
+        if isinstance(cache, PackedCache) and torch.compiler.is_compiling():
+            cache.in_forward = False
+        elif isinstance(cache, PackedCache):
             forwards.end(cache, module, failed=output is None)
         elif cache is None and isinstance(output, ModelOutput) and "past_key_values" in output:
             return replace(output, past_key_values=None)  # it holds keys without their rotary embedding
