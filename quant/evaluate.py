@@ -174,7 +174,7 @@ def evaluation_corpus(loaded: LoadedModel, arguments: argparse.Namespace) -> Cor
 
 
 def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whose a result is: the model and the text, by name and by content."""
+    """Whose a result is: the model and the text, by name and by content, and the dtype that was computed in."""
     return {
         "model": Path(arguments.model).name,
         "weights": loaded.weights,
@@ -182,18 +182,18 @@ def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Nam
         "text_digest": corpus.digest,
         "bos": corpus.bos is not None,
         "seqlen": arguments.seqlen,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
 
 
 def append_result(result: dict[str, Any], loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> None:
-    """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to.
+    """Append a result to the `--results` file, if one is given, with the model and text it belongs to.
 
     Of several processes, all of which have the whole result, the main one does.
     """
     if not process_state().is_main_process:
         return
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    append_row(arguments.results, {**result, **result_identity(loaded, corpus, arguments), "dtype": dtype})
+    append_row(arguments.results, {**result, **result_identity(loaded, corpus, arguments)})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:

@@ -92,6 +92,8 @@ def run(arguments: argparse.Namespace, cells: Sequence[Cell], spare_tokens: int 
     loaded = load_model_from(arguments)
     prompter = Prompter(loaded.tokenizer, arguments.chat_template, arguments.bos)
     common |= {"weights": loaded.weights, "bos": prompter.begins_with_bos}
+    common |= {"max_positions": arguments.max_positions, "full_attention": arguments.full_attention}
+    common["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     if arguments.chat_template:
         common["chat_template"] = True
     wanted = [(one, cell, common | one.identity(arguments) | cell.fields) for cell in cells for one in candidates]
@@ -159,7 +161,6 @@ def _measure(
                 | identity
             )
             row["seconds"] = round(time.perf_counter() - started, 1)
-            row["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
             append_row(arguments.results, row)
             rows.append(row)
     return rows
