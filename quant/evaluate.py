@@ -170,7 +170,9 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, bos: bool | None =
 def evaluation_corpus(loaded: LoadedModel, arguments: argparse.Namespace) -> Corpus:
     """The text that `add_evaluation_arguments` describes. Raises `UserError` for a bad one."""
     check_seqlen(loaded, arguments.seqlen)
-    return load_corpus(arguments.text, "evaluation", loaded.tokenizer, arguments.bos)
+    corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer, arguments.bos)
+    loaded.check_tokens(corpus.tokens)
+    return corpus
 
 
 def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import DynamicCache
 
 from deployment.attention import packed_attention
@@ -138,6 +139,7 @@ def _measure(
     samples = {key: cell.samples(prompter) for key, cell in cells.items()}
     for sample in (one for group in samples.values() for one in group):
         check_positions(loaded, sample, max(len(sample.answer), new_tokens(sample, spare_tokens)))
+        loaded.check_tokens(torch.cat([sample.prompt, sample.answer]))
     for candidate in dict.fromkeys(candidate for candidate, _, _ in missing):
         if candidate.quantizers:
             candidate.quantizers.check_run(loaded, prompter.begins_with_bos)
