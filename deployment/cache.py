@@ -22,7 +22,8 @@ class PackedCache(Cache):
     """A packed cache for one batch of sequences.
 
     Args:
-        quantizers: as `load_quantizers` returns them; None keeps every layer native (quantization off).
+        quantizers: as `load_quantizers` returns them; None keeps every layer native (quantization off): what a forward within the block
+            makes that is given no cache.
         config: the model's.
         capacity: tokens per row, padding included, to reserve at once; None grows as needed.
         exact_chunk: attend the current chunk in full precision, and only the past packed; if False also the chunk
@@ -62,6 +63,7 @@ class PackedCache(Cache):
         packed = [layer for layer in layers if isinstance(layer, PackedLayer)]
         for layer in packed:
             layer.checked, layer.leads = packed[0].checked, layer is packed[0]
+        self.is_native = not packed
         self.in_forward = False  # whether a model within `packed_attention` is running over it
         super().__init__(layers=layers)
 
