@@ -218,10 +218,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if not process_state().is_main_process:
         return None
     columns = "scheme bits_per_element perplexity baseline_nll nll kl top1_agreement tokens_per_second"
-    print(format_table([result], columns))
     if quantizers is not None:
         result["records"] = quantizers.records_digest
-    append_result(result, loaded, corpus, arguments)
+    try:
+        append_result(result, loaded, corpus, arguments)
+    finally:  # what cannot be written down is shown all the same
+        print(format_table([result], columns))
     return result
 
 

@@ -32,7 +32,10 @@ def results_file(text: str) -> str:
 def append_row(
     path: str | Path | None, row: dict[str, Any], packages: Sequence[str] = ("torch", "transformers")
 ) -> None:
-    """Append `row` and its provenance to a JSONL file; nothing happens without a path."""
+    """Append `row` and its provenance to a JSONL file; nothing happens without a path.
+
+    Raises `UserError` when it cannot be written. What a killed or failed writer left of a line stays a line of its own.
+    """
     if path is None:
         return
     gpu = torch.cuda.is_available()
@@ -43,9 +46,17 @@ def append_row(
         "versions": {package: version(package) for package in packages},
         "commit": commit(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps({**row, **provenance}) + "\n")
+    line = json.dumps({**row, **provenance}) + "\n"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
+    except OSError as error:
+        raise UserError(
+            f"results {str(path)!r} cannot be written ({error}); make room, or give another file"
+        ) from error
 
 
 def _driver() -> str:
