@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
+from gradients.checked import require_own_place
 from gradients.cli import UserError, command_parser, note, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
-from quant.artefact import Quantizers, axis_of
+from quant.artefact import FILE, Quantizers, axis_of
 from quant.compensate import (
     ElementQuantizer,
     priced_share,
@@ -214,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     scheme = scheme_from(arguments.scheme, arguments)
+    require_own_place(arguments.output, FILE)
     records = Records.open(arguments.records).first(arguments.windows)
     started = time.perf_counter()
     quantizers = fit(records, scheme, arguments.jobs)

@@ -280,6 +280,30 @@ def test_options_that_cannot_be_are_refused(
     refuses(getattr(workspace, command), *options, fragments=fragments)
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "place", "message"),
+    [
+        ("fit", "--output", "{text}", "another file is there"),
+        ("fit", "--output", "{weights}", "another file is there"),
+        ("fit", "--output", "{root}", "that is a folder"),
+        ("fit", "--output", "/dev/null", "another file is there"),
+        ("generate", "--save-cache", "{quantizers}", "another file is there"),
+        ("generate", "--save-cache", "{text}", "another file is there"),
+        ("generate", "--save-cache", ".", "that is a folder"),
+        ("generate", "--save-cache", "{quantizers}/cache", "is no folder that takes files"),
+    ],
+)
+def test_nothing_takes_the_place_of_another_file(
+    command: str, option: str, place: str, message: str, workspace, refuses
+) -> None:
+    """Be it the one that is read at the time; before any work is done for it."""
+    text, weights = workspace.root / "book.txt", workspace.root / "model.safetensors"
+    shutil.copy(workspace.text, text)
+    shutil.copy(workspace.model / "model.safetensors", weights)
+    path = place.format(text=text, weights=weights, root=workspace.root, quantizers=workspace.quantizers)
+    refuses(getattr(workspace, command), option, path, fragments=["cannot write", repr(path), message])
+
+
 def test_a_fit_without_a_scheme_is_refused(workspace) -> None:
     with pytest.raises(UserError, match="--scheme"):
         quant.fit.main(["--records", str(workspace.records), "--output", "q"])

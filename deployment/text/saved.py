@@ -28,6 +28,7 @@ from gradients.checked import (
     bytes_checksum,
     canonical_json,
     open_checked,
+    require_own_place,
     write_checked,
 )
 from gradients.cli import UserError
@@ -79,11 +80,12 @@ def save_cache(
     """Write a filled cache atomically.
 
     `tokens` `[B, n]` int64 are the text: those cached, left padding included, and any that come next. Raises
-    `UserError` for an empty cache, one that was not made with `quantizers`, one of another number of rows or of more tokens than the text,
+    `UserError` where another file is, for an empty cache, one that was not made with `quantizers`, one of another number of rows or of more tokens than the text,
     and one with a layer that is neither packed nor a sliding window. A recent window that
     the cache was given beside `quantizers` is asked for again when the file is read: `quantizers.with_exact`.
     """
     quantizers = quantizers.with_exact(residual_tokens=cache.residual_tokens)
+    require_own_place(path, FILE)
     _check_saved(str(path), cache, quantizers, tokens)
     tensors = {"tokens": tokens.cpu().contiguous()}
     for number, layer in enumerate(cache.layers):
