@@ -1,6 +1,6 @@
 """The simulation: `decode(encode(x))` at every site and nowhere else, sinks apart, its bytes counted by hand."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -232,3 +232,13 @@ def test_packed_size_counts_every_bit(
     size = packed_size(tokens, 2, 24, 24 * 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
     assert size == StoredSize(bits, tokens * 24)
     assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)
+
+
+def test_a_model_that_was_compiled_is_simulated_too(llama, quantizers, fit_model, make_tokens) -> None:
+    """Compiled code looks at no hooks: it went on as it was, without quantizers or with others."""
+    others, ids = fit_model(llama, Scheme.parse("nuq2")), make_tokens(1, 20)
+    torch.compiler.reset()
+    compiled = torch.compile(llama, backend="eager")
+    for used in (None, quantizers, others, quantizers, None):
+        with nullcontext() if used is None else simulated(llama, used):
+            assert torch.equal(logits_of(compiled, ids), logits_of(llama, ids))
