@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from deployment.kernels.encode import (
+    OUTLIER,
     TINY,
     codes_of,
     extremes,
@@ -21,13 +22,12 @@ from deployment.kernels.encode import (
 from deployment.kernels.store import list_begin, room_end, store_channels, store_groups
 from deployment.kernels.unpack import IN_GROUPS, KEYS_IN_GROUPS
 
-_OUTLIER = tl.constexpr(256)  # a code that no code of 8 bits is
 _COUNTED = tl.constexpr(256)  # tokens whose outliers are added up at once
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens"])
 def encode_kernel(
-    x,  # [B, G, S, D] any float
+    x,  # [B, X_HEADS, S, D] any float
     stride_b,
     stride_g,
     stride_s,
@@ -45,7 +45,9 @@ def encode_kernel(
     tokens,  # S
     G: tl.constexpr,
     D: tl.constexpr,
-    HEADS: tl.constexpr,  # G, rounded up
+    X_HEADS: tl.constexpr,  # of which G are stored here
+    FIRST: tl.constexpr,  # of these
+    HEADS: tl.constexpr,  # X_HEADS, rounded up
     LANES: tl.constexpr,  # D, rounded up
     SINKS: tl.constexpr,
     DYNAMIC: tl.constexpr,
@@ -53,22 +55,25 @@ def encode_kernel(
     OUTLIERS: tl.constexpr,
     FED: tl.constexpr,  # whether codes are left to others to find, but for outliers
     WIDEST: tl.constexpr,
-    BITS: tl.constexpr,  # of an element of x
 ):
     """Codes and ranges of one token, and the token itself if it is a sink."""
     C: tl.constexpr = G * D
+    BITS: tl.constexpr = x.dtype.element_ty.primitive_bitwidth
     b, s = tl.program_id(0) // tokens, tl.program_id(0) % tokens
-    head, lane = tl.arange(0, HEADS * LANES) // LANES, tl.arange(0, HEADS * LANES) % LANES
-    channel, ok = head * D + lane, (head < G) & (lane < D)
-    at = x + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_g + s.to(tl.int64) * stride_s
+    x_head, lane = tl.arange(0, HEADS * LANES) // LANES, tl.arange(0, HEADS * LANES) % LANES
+    head, ok = x_head - FIRST, (x_head < X_HEADS) & (lane < D)
+    channel, own = head * D + lane, ok
+    if X_HEADS != G:
+        own = ok & (head >= 0) & (head < G)
+    at = x + b.to(tl.int64) * stride_b + x_head.to(tl.int64) * stride_g + s.to(tl.int64) * stride_s
     raw = tl.load(at + lane, mask=ok, other=0)
     value = raw.to(tl.float32)
     pad = tl.load(padding + b)
     number = tl.load(stored + b) + s - pad
     sink_at = sinks + ((b * G + head).to(tl.int64) * SINKS + number) * D + lane
-    tl.store(sink_at, half(value), mask=ok & (s + channel * 0 >= pad) & (number + channel * 0 < SINKS))
+    tl.store(sink_at, half(value), mask=own & (s + channel * 0 >= pad) & (number + channel * 0 < SINKS))
     row = tl.program_id(0).to(tl.int64)
-    outlier = channel < 0
+    outlier = lane < 0
     if DYNAMIC:
         up = rising(raw, ok, BITS)
         down = falling(up, ok, BITS)
@@ -83,17 +88,17 @@ def encode_kernel(
         s_c = range_scale.to(tl.float32) + tl.zeros([HEADS * LANES], tl.float32)
         z_c = range_zero.to(tl.float32) + tl.zeros([HEADS * LANES], tl.float32)
     else:
-        s_c, z_c = tl.load(scale + channel, mask=ok, other=1), tl.load(zero + channel, mask=ok, other=0)
+        s_c, z_c = tl.load(scale + channel, mask=own, other=1), tl.load(zero + channel, mask=own, other=0)
     normalised = tl.div_rn(value - z_c, tl.maximum(s_c, TINY))
     if OUTLIERS and not DYNAMIC:
-        outlier = ok & (tl.abs(normalised) > 1)
+        outlier = own & (tl.abs(normalised) > 1)
     code = tl.zeros_like(channel)
     if not FED:
-        code = codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST)
+        code = codes_of(normalised, channel, own, width, first_boundary, boundaries, WIDEST)
     if OUTLIERS:
-        count, g = tl.sum(tl.reshape(outlier.to(tl.int32), [HEADS, LANES]), 1), tl.arange(0, HEADS)
-        tl.store(counts + (b * G + g) * tokens + s, count, mask=g < G)
-    tl.store(codes + row * C + channel, tl.where(outlier, _OUTLIER, code).to(tl.int16), mask=ok)
+        count, g = tl.sum(tl.reshape(outlier.to(tl.int32), [HEADS, LANES]), 1), tl.arange(0, HEADS) - FIRST
+        tl.store(counts + (b * G + g) * tokens + s, count, mask=(g >= 0) & (g < G))
+    tl.store(codes + row * C + channel, tl.where(outlier, OUTLIER, code).to(tl.int16), mask=own)
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens", "page_start", "blocks", "sinks", "places"])
@@ -165,7 +170,7 @@ def store_kernel(
         if OUTLIERS:
             mask = new[:, None] & (lane < D)[None, :]
             code_at = codes + (row0 + token)[:, None] * C + g * D + lane[None, :]
-            chosen = tl.load(code_at, mask=mask, other=0) == _OUTLIER
+            chosen = tl.load(code_at, mask=mask, other=0) == OUTLIER
             flat = tl.reshape(chosen.to(tl.int32), [64 * LANES])
             rank = tl.reshape(tl.cumsum(flat, 0) - flat, [64, LANES])
             begin = list_begin(starts, before_ends, stream, low // 64, low % 64, blocks)

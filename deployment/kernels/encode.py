@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+OUTLIER = tl.constexpr(256)  # its code until it is stored: one that no code of 8 bits is
 _FP16_MAX = tl.constexpr(65504.0)
 
 
@@ -66,8 +67,8 @@ def extremes(up, down, COUNT: tl.constexpr, BITS: tl.constexpr):
     more_top, more_bottom = tl.full([1], 1, tl.int32), tl.full([1], 1, tl.int32)
     for _ in range(BITS):
         at_top, at_bottom = up >= (top | bit), down >= (bottom | bit)
-        counts = tl.sum(at_top.to(tl.int32) + (at_bottom.to(tl.int32) << 16), 0)
-        of_top, of_bottom = counts & 65535, (counts >> 16) & 65535
+        counts = tl.sum(both(at_top, at_bottom), 0)
+        of_top, of_bottom = counts & 65535, upper(counts)
         top = tl.where(of_top >= COUNT, top | bit, top)
         bottom = tl.where(of_bottom >= COUNT, bottom | bit, bottom)
         more_top = tl.where(of_top >= COUNT, (of_top > COUNT).to(tl.int32), more_top)
@@ -113,6 +114,12 @@ def codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST:
     """int32 codes of normalised channels: how many boundaries lie below, by a search whose steps the width gives."""
     bits = tl.load(width + channel, mask=ok, other=0)
     base = tl.load(first_boundary + channel, mask=ok, other=0)
+    return search(normalised, bits, base, ok, boundaries, WIDEST)
+
+
+@triton.jit
+def search(normalised, bits, base, ok, boundaries, WIDEST: tl.constexpr):
+    """The same of channels of so many `bits`, whose boundaries begin at `base`."""
     code = tl.zeros_like(bits)
     for level in tl.static_range(WIDEST):
         step = tl.where(bits > WIDEST - 1 - level, 1 << (WIDEST - 1 - level), 0)

@@ -5,6 +5,7 @@ out without asking many; a single token has its channels spread over the threads
 The kernel must be compiled without fused multiply-adds: each product and each sum is rounded. append.cu does the same, several times faster.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployment.kernels.encode import TINY, half
+from deployment.kernels.encode import OUTLIER, TINY, half, search
 from deployment.kernels.side import Codes, Side
 
 TOKENS = 16  # of a program, where there are several: a token of 128 channels is too much for the registers of one thread (Triton 3.7)
-_OUTLIER = tl.constexpr(256)  # what `encode_kernel` writes for the code of one
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens"])
@@ -71,15 +71,10 @@ def feedback_kernel(
         here = (lane == i)[:, None]
         target = tl.sum(tl.where(here, y, 0.0), 0)
         at = row * (G * D) + channel
-        kept = tl.load(codes + at, mask=there, other=0) == _OUTLIER
+        kept = tl.load(codes + at, mask=there, other=0) == OUTLIER
         normalised = tl.div_rn(target - z, tl.maximum(s, TINY))
-        found = tl.zeros([TILE], tl.int32)
-        bits, base = tl.load(width + channel) + found, tl.load(first_boundary + channel)
-        for level in tl.static_range(WIDEST):
-            step = tl.where(bits > WIDEST - 1 - level, 1 << (WIDEST - 1 - level), 0)
-            probe = found + step
-            boundary = tl.load(boundaries + base + probe - 1, mask=there & (step > 0), other=float("inf"))
-            found = tl.where(normalised > boundary, probe, found)
+        bits, base = tl.load(width + channel) + tl.zeros([TILE], tl.int32), tl.load(first_boundary + channel)
+        found = search(normalised, bits, base, there, boundaries, WIDEST)
         value = tl.load(levels + tl.load(first_level + channel) + found, mask=there, other=0) * s + z
         # stored at once: what comes later changes what has had its turn no more
         tl.store(codes + at, found.to(tl.int16), mask=there & (kept == 0))
@@ -88,36 +83,20 @@ def feedback_kernel(
         y -= handed_on[:, None] * error[None, :]
 
 
-def feed_back(side: Side, found: Codes) -> Tensor:
-    """Replace the codes of a side's new tokens `[B, G, S, D]`; returns their targets, `[B, G, S, D]` fp16."""
+def feed_back(sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
+    """Replace the codes of each side's new tokens `[B, G, S, D]`; returns their targets, `[B, G, S, D]` fp16 each."""
+    return [_feed_back(side, codes) for side, codes in zip(sides, found, strict=True)]
+
+
+def _feed_back(side: Side, found: Codes) -> Tensor:
     packed, x, codes = side.packed, side.x, found.codes
     (batch, heads, tokens, dim), tables, fed = x.shape, packed.tables, packed.feedback
     assert fed is not None
-    targets = torch.empty(codes.shape, dtype=torch.float16, device=x.device)
+    targets, tile = torch.empty_like(codes, dtype=torch.float16), TOKENS if tokens > 1 else 1
     options: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
-    tile = TOKENS if tokens > 1 else 1
     feedback_kernel[(batch * triton.cdiv(tokens, tile), heads)](
-        x,
-        *x.stride()[:3],
-        codes,
-        found.ranges,
-        targets,
-        tables.scale,
-        tables.zero,
-        tables.width,
-        tables.first_boundary,
-        tables.boundaries,
-        tables.first_level,
-        tables.levels,
-        fed.order,
-        fed.matrix,
-        tokens,
-        G=heads,
-        D=dim,
-        LANES=max(16, triton.next_power_of_2(dim)),
-        DYNAMIC=side.dynamic,
-        WIDEST=tables.widest,
-        TILE=tile,
-        **options,
-    )
-    return targets.view(batch, tokens, heads, dim).transpose(1, 2)
+        x, *x.stride()[:3], codes, found.ranges, targets, tables.scale, tables.zero, tables.width, tables.first_boundary, tables.boundaries,
+        tables.first_level, tables.levels, fed.order, fed.matrix, tokens, G=heads, D=dim, LANES=max(16, triton.next_power_of_2(dim)),
+        DYNAMIC=side.dynamic, WIDEST=tables.widest, TILE=tile, **options,
+    )  # fmt: skip
+    return targets.unflatten(-1, (heads, dim)).transpose(1, 2)
