@@ -71,7 +71,7 @@ _GENERAL = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from deployment.kernels.chunk import store_kernel
+from deployment.kernels.store import store_kernel
 from deployment.kernels.plain import rotate_kernel
 from deployment.kernels.portable import attend_kernel
 from deployment.kernels.unpack import unpack_kernel

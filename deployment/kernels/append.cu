@@ -6,7 +6,7 @@
 // the head's order: lane l has D / 32 of them that follow each other, targets and levels in registers, and when its turn has come hands their errors to all
 // lanes. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
 //
-// `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
+// `feed_back` finds the codes of a chunk with feedback, between encode.py and store.py. A block has 64 tokens of a head, two to a lane, all of them in each of
 // its warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
 // Compiled for HEAD_DIM, HEADS, X_HEADS, the largest number of heads of x, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
@@ -52,7 +52,7 @@ DEVICE float product(float a, float b) { return a * b; }
 DEVICE float quotient(float a, float b) { return a / b; }
 #endif
 
-struct Side {  // keys, or values; tensors as in chunk.py; no matrix and no order without feedback
+struct Side {  // keys, or values; tensors as in encode.py and store.py; no matrix and no order without feedback
     const void* x;
     uint16_t *sinks, *scales, *index, *value, *codes, *targets;
     uint32_t* words;
@@ -74,7 +74,7 @@ struct Params {
 
 constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, MOST_CHANNELS = X_HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
-constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
+constexpr uint16_t OUTLIER = 256;  // what encode.py writes for the code of one
 
 DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
 DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }

@@ -1,7 +1,7 @@
 """Storing new tokens, host side: quantize, choose outliers, pack, write, without waiting for the device.
 
 One token per sequence takes one launch for keys and values together, in CUDA C++ (append.cu). Chunks, and whatever that does not take, are two
-launches in Triton for each (chunk.py), and where errors are fed back one between them. Codes and
+launches in Triton for each (encode.py, store.py), and where errors are fed back one between them. Codes and
 outliers are those of `Quantizer.encode` bit for bit: divisions round as IEEE says, and ties go to the lowest channel. Room
 for the outliers must be there already (`PackedTensor.make_room`).
 """
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from deployment.format.layout import PackedTensor
 from deployment.kernels import append_host
-from deployment.kernels.chunk import encode_kernel, store_kernel
+from deployment.kernels.encode import encode_kernel
 from deployment.kernels.feedback import feed_back
 from deployment.kernels.side import Codes, Side
+from deployment.kernels.store import store_kernel
 from deployment.kernels.unpack import source_of
 
 

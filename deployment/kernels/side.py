@@ -64,7 +64,7 @@ def _gathered(x: Tensor, part: Part) -> Tensor:
 
 @dataclass(frozen=True)
 class Codes:
-    """What is found of a chunk of new tokens before it is stored, see chunk.py."""
+    """What is found of a chunk of new tokens before it is stored, see encode.py."""
 
     codes: Tensor  # [B, S, C] int16; 256 for an outlier
     ranges: Tensor  # [B, S, 2] fp16: scale and zero, where they are the token's own
