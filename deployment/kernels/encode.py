@@ -71,7 +71,7 @@ def encode_kernel(
         found = (0, 0, 0, 0, 0, 0)
         if PER_END > 0:
             found = extremes(up, down, PER_END, BITS)
-            rank = tl.cumsum(tl.where(ok, ties(up, down, found), 0), 0)
+            rank = tl.cumsum(tl.where(ok, both(up == found[0], down == found[1]), 0), 0)
             outlier = ok & is_extreme(up, down, rank, found, BITS)
         range_scale, range_zero = token_range(value, ok, up, down, found, PER_END)
         tl.store(ranges + row * 2, range_scale)
@@ -156,7 +156,7 @@ def extremes(up, down, COUNT: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def is_extreme(up, down, rank, found, BITS: tl.constexpr):
-    """Mask of keys that are among the extremes `found`; `rank` counts `ties` up to and including each channel."""
+    """Mask of keys that are among the extremes `found`; `rank` counts ties, `both` ends', up to and including each channel."""
     top, bottom, room_top, room_bottom, _, _ = found
     # if nearly all are equal both thresholds are the same number, and top takes the first of the ties
     taken = tl.where(top == falling(bottom, bottom >= 0, BITS), room_top, 0)
@@ -164,12 +164,6 @@ def is_extreme(up, down, rank, found, BITS: tl.constexpr):
     tied_top = (up == top) & (top_rank <= room_top)
     tied_bottom = (down == bottom) & (bottom_rank > 0) & (bottom_rank <= room_bottom)
     return (up > top) | (down > bottom) | tied_top | tied_bottom
-
-
-@triton.jit
-def ties(up, down, found):
-    """Which keys equal the thresholds, `both` ends."""
-    return both(up == found[0], down == found[1])
 
 
 @triton.jit

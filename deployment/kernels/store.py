@@ -81,11 +81,17 @@ def store_kernel(
             chosen = tl.load(code_at, mask=mask, other=0) == OUTLIER
             flat = tl.reshape(chosen.to(tl.int32), [64 * LANES])
             rank = tl.reshape(tl.cumsum(flat, 0) - flat, [64, LANES])
-            begin = list_begin(starts, before_ends, stream, low // 64, low % 64, blocks)
+            begin = tl.load(starts + stream)  # of the outliers of the first new token
+            if low // 64 > 0:
+                begin = tl.load(before_ends + stream * blocks + low // 64 - 1)
+            if low % 64 > 0:
+                begin = tl.load(before_ends + stream * blocks + low // 64)
             for some in range(low + row, first + row, _COUNTED):
                 s = some + tl.arange(0, _COUNTED)
                 begin += tl.sum(tl.load(counts + stream * tokens + s, mask=s < first + row, other=0), 0)
-            limit = room_end(starts, stream, tl.num_programs(0), places)
+            limit = places
+            if stream + 1 < tl.num_programs(0):
+                limit = tl.load(starts + stream + 1)
             entry = begin + rank
             fits = chosen & (entry < limit)
             x_at = x + b * stride_b + g.to(tl.int64) * stride_g + (row + token)[:, None] * stride_s + lane[None, :]
@@ -127,7 +133,15 @@ def store_plane(
         group, lane, word = number // (32 * PLANE), number // PLANE % 32, number % PLANE
         here = group * 16 < D
         first_channel = tl.load(channel_at + g * D + group * 16, mask=here, other=0) + g * D
-        slot, inner = group_fields(lane[:, None], word[:, None], field, PLANE, SOURCE == KEYS_IN_GROUPS)
+        n, j = (
+            word[:, None] * (4 // PLANE) + field % (4 // PLANE),
+            field // (4 // PLANE),
+        )  # nibble j of word n, see groups.py
+        if SOURCE == KEYS_IN_GROUPS:
+            slot = 8 * (2 * n + j // 4) + lane[:, None] // 4
+            inner = 2 * (lane[:, None] % 4) + j % 2 + 8 * (j // 2 % 2)
+        else:
+            slot, inner = 16 * (lane[:, None] % 4) + n % 2 * 8 + j, 8 * (n // 2) + lane[:, None] // 4
     bits = tl.load(width + first_channel, mask=here, other=0)
     shift = bits & (16 - 2 * PLANE)
     at = words + tl.load(offset + first_channel, mask=here, other=0)
@@ -146,35 +160,3 @@ def store_plane(
     fields = tl.sum(((code >> shift[:, None]) & ((1 << PLANE) - 1)) << (PLANE * field), 1)
     kept = tl.sum(tl.where(token < low, (1 << PLANE) - 1, 0) << (PLANE * field), 1)
     tl.store(at, (tl.load(at, mask=present, other=0) & kept) | fields, mask=present)
-
-
-@triton.jit
-def group_fields(lane, word, field, PLANE: tl.constexpr, KEYS: tl.constexpr):
-    """(token of the block, channel of the group) of the fields of a plane's words, see groups.py."""
-    each: tl.constexpr = 4 // PLANE
-    n, j = word * each + field % each, field // each
-    if KEYS:
-        token, channel = 8 * (2 * n + j // 4) + lane // 4, 2 * (lane % 4) + j % 2 + 8 * (j // 2 % 2)
-    else:
-        token, channel = 16 * (lane % 4) + n % 2 * 8 + j, 8 * (n // 2) + lane // 4
-    return token, channel
-
-
-@triton.jit
-def list_begin(starts, ends, stream, block, slot, blocks):
-    """Where the outliers of a block's token `slot`, and of all later ones, are to be put."""
-    begin = tl.load(starts + stream)
-    if block > 0:
-        begin = tl.load(ends + stream * blocks + block - 1)
-    if slot > 0:
-        begin = tl.load(ends + stream * blocks + block)
-    return begin
-
-
-@triton.jit
-def room_end(starts, stream, streams, places):
-    """Where the room of one of `streams` streams ends; `places` are there for all of them."""
-    limit = places
-    if stream + 1 < streams:
-        limit = tl.load(starts + stream + 1)
-    return limit
