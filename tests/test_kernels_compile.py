@@ -115,13 +115,13 @@ _FEEDBACK = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
 import triton.backends.nvidia
-from deployment.kernels.feedback import TOKENS, feedback_kernel
+from quant.feedback_kernel import TOKENS, feedback_kernel
 
 tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 kinds = types(_fp16="x ranges targets matrix", _i16="codes", _i32="width first_boundary first_level order", _fp32="scale zero boundaries levels")
 for target in (80, 90):
     for tile in (1, TOKENS):
-        constants = dict(G=32, D=128, LANES=128, DYNAMIC=tile == 1, WIDEST=4, TILE=tile)
+        constants = dict(G=32, D=128, LANES=128, DYNAMIC=tile == 1, WIDEST=4, MARKED=True, TILE=tile)
         signature = {n: "constexpr" if n in constants else kinds.get(n, "i32") for n in feedback_kernel.arg_names}
         made = triton.compile(ASTSource(feedback_kernel, signature, constants, {}), target=GPUTarget("cuda", target, 32),
             options={"num_warps": 1, "enable_fp_fusion": False})

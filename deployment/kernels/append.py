@@ -9,16 +9,17 @@ for the outliers must be there already (`PackedTensor.make_room`).
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import triton
 from torch import Tensor
 
 from deployment.format.layout import PackedTensor
 from deployment.kernels import append_host
 from deployment.kernels.encode import encode_kernel
-from deployment.kernels.feedback import feed_back
 from deployment.kernels.side import Codes, Side
 from deployment.kernels.store import store_kernel
 from deployment.kernels.unpack import source_of
+from quant.feedback_kernel import launch
 
 
 def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Tensor) -> None:
@@ -34,7 +35,7 @@ def append(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflow: Ten
     sides = [side.with_own_heads() for side in sides]
     if fed := [number for number, side in enumerate(sides) if side.packed.feedback is not None]:
         given = [sides[number] for number in fed], [found[number] for number in fed]
-        targets = append_host.feed_back(*given) if append_host.takes(given[0]) else feed_back(*given)
+        targets = append_host.feed_back(*given) if append_host.takes(given[0]) else list(map(_feed_back, *given))
         for number, exact in zip(fed, targets, strict=True):  # what outliers are stored as
             sides[number] = replace(sides[number], x=exact)
     for side, codes in zip(sides, found, strict=True):
@@ -52,6 +53,21 @@ def _encode(side: Side, stored: Tensor, padding: Tensor) -> Codes:
         PER_END=side.per_end, OUTLIERS=packed.keeps_outliers, FED=packed.feedback is not None, WIDEST=tables.widest, num_warps=4,
     )  # fmt: skip
     return found
+
+
+def _feed_back(side: Side, found: Codes) -> Tensor:
+    """Replace the codes of a side's new tokens; returns their targets, `[B, G, S, D]` fp16."""
+    packed, tables, fed, targets = (
+        side.packed,
+        side.packed.tables,
+        side.packed.feedback,
+        torch.empty_like(found.codes, dtype=torch.float16),
+    )
+    assert fed is not None
+    books = (tables.width, tables.first_boundary, tables.boundaries, tables.first_level, tables.levels)
+    given = (tables.scale, tables.zero, *books, fed.order, fed.matrix)
+    launch(side.x, found.codes, found.ranges if side.dynamic else None, targets, given, tables.widest, marked=True)
+    return targets.unflatten(-1, (-1, packed.head_dim)).transpose(1, 2)
 
 
 def _store(side: Side, found: Codes, stored: Tensor, padding: Tensor, overflow: Tensor) -> None:

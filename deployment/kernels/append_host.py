@@ -104,7 +104,7 @@ def append_token(sides: Sequence[Side], stored: Tensor, padding: Tensor, overflo
 
 
 def feed_back(sides: Sequence[Side], found: Sequence[Codes]) -> list[Tensor]:
-    """Replace the codes of each side's new tokens; returns their targets, as `feed_back` (feedback.py)."""
+    """Replace the codes of each side's new tokens; returns their targets, `[B, G, S, D]` fp16."""
     shape, params, results = _shape(sides), _params(sides), []
     for number, each in enumerate(found):
         targets = torch.empty_like(each.codes, dtype=torch.float16)

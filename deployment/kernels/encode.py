@@ -7,13 +7,10 @@ of one sum, so a token in half precision costs 16 sums. Which of several equal o
 ties go to the lowest channel, and top comes before bottom.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-OUTLIER = tl.constexpr(256)  # its code until it is stored: one that no code of 8 bits is
-_FP16_MAX = tl.constexpr(65504.0)
+from quant.feedback_kernel import OUTLIER, TINY, half, search
 
 
 @triton.jit(do_not_specialize=["stride_b", "stride_g", "stride_s", "tokens"])
@@ -90,12 +87,6 @@ def encode_kernel(
         count, g = tl.sum(tl.reshape(outlier.to(tl.int32), [HEADS, LANES]), 1), tl.arange(0, HEADS) - FIRST
         tl.store(counts + (b * G + g) * tokens + s, count, mask=(g >= 0) & (g < G))
     tl.store(codes + row * C + channel, tl.where(outlier, OUTLIER, code).to(tl.int16), mask=own)
-
-
-@triton.jit
-def half(x):
-    """fp16, saturating; as `as_stored`."""
-    return tl.minimum(tl.maximum(x, -_FP16_MAX), _FP16_MAX).to(tl.float16)
 
 
 @triton.jit
@@ -185,15 +176,3 @@ def codes_of(normalised, channel, ok, width, first_boundary, boundaries, WIDEST:
     bits = tl.load(width + channel, mask=ok, other=0)
     base = tl.load(first_boundary + channel, mask=ok, other=0)
     return search(normalised, bits, base, ok, boundaries, WIDEST)
-
-
-@triton.jit
-def search(normalised, bits, base, ok, boundaries, WIDEST: tl.constexpr):
-    """The same of channels of so many `bits`, whose boundaries begin at `base`."""
-    code = tl.zeros_like(bits)
-    for level in tl.static_range(WIDEST):
-        step = tl.where(bits > WIDEST - 1 - level, 1 << (WIDEST - 1 - level), 0)
-        probe = code + step
-        boundary = tl.load(boundaries + base + probe - 1, mask=ok & (step > 0), other=float("inf"))
-        code = tl.where(normalised > boundary, probe, code)
-    return code

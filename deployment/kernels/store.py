@@ -6,8 +6,8 @@ A program has a block of a sequence and KV head, and writes it word by word, tok
 import triton
 import triton.language as tl
 
-from deployment.kernels.encode import OUTLIER, half
 from deployment.kernels.unpack import CHANNEL_ORDER, KEYS_IN_GROUPS
+from quant.feedback_kernel import OUTLIER, half
 
 _COUNTED = tl.constexpr(256)  # tokens whose outliers are added up at once
 
