@@ -1,9 +1,7 @@
 """Host side of unpack.cu: what it takes, its parameters, and its launch. Nothing waits for the device, but once for each layer."""
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,45 +10,40 @@ from torch import Tensor
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
-from deployment.kernels.decode.host import HEAD_DIMS, Run, fixed_of, is_grouped, structure
+from deployment.kernels import launch
+from deployment.kernels.decode.compile import available
+from deployment.kernels.decode.host import HEAD_DIMS, fixed_of, is_grouped
+from deployment.kernels.launch import INT, LONG, POINTER, Run, structure
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
 
 _WIDTHS = 5  # 0 to 4 bits
-_LONG, _INT = ctypes.c_int64, ctypes.c_int
 Side = structure(
     "Side",
-    ("words ranges slots groups levels result", ctypes.c_void_p),
-    ("block_words", _LONG),
-    ("first_level", _INT * (_WIDTHS + 1)),
+    ("words ranges slots groups levels result", POINTER),
+    ("block_words", LONG),
+    ("first_level", INT * (_WIDTHS + 1)),
 )
 Params = structure(
     "Params",
     ("side", Side * 2),
-    ("origins limits steps turn", ctypes.c_void_p),
-    ("shift", _LONG),
-    ("blocks first count row0 rows room at heads", _INT),
+    ("origins limits steps turn", POINTER),
+    ("shift", LONG),
+    ("blocks first count row0 rows room at heads", INT),
 )
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(launch.Shape):
     """What unpack.cu is compiled for."""
+
+    FILE = "unpack.cu"
 
     head_dim: int
     heads: int  # of a block of threads
     dynamic: int
-
-    @property
-    def source(self) -> Path:
-        """unpack.cu."""
-        return Path(__file__).with_name("unpack.cu")
-
-    def defines(self) -> dict[str, int]:
-        """As macros."""
-        return {name.upper(): value for name, value in asdict(self).items()}
 
     @property
     def shared_bytes(self) -> int:
@@ -60,11 +53,7 @@ class Shape:
 
 def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
     """Whether unpack.cu can do it, here and now."""
-    if not key.is_cuda or not fits(segment, rotary, key):
-        return False
-    from deployment.kernels.decode.compile import available
-
-    return available(key.device)
+    return key.is_cuda and fits(segment, rotary, key) and available(key.device)
 
 
 def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
@@ -78,12 +67,8 @@ def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
         and is_grouped(segment.key)
         and is_grouped(segment.value)
         and not isinstance(segment.key.quantizer, TokenQuantizer)
-        and not any(_has_outliers(page) for page in (segment.key_page, segment.value_page))
+        and segment.key_page.places == segment.value_page.places == 0
     )
-
-
-def _has_outliers(page: Page) -> bool:
-    return page.outliers is not None and page.outliers.index.numel() > 0
 
 
 def unpack_by(
@@ -118,7 +103,7 @@ def _side(packed: PackedTensor, page: Page, result: Tensor) -> Any:
     if page.scales is not None:
         tensors["ranges"] = page.scales
     side = Side(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, block_words=packed.order.words)
-    side.first_level = (_INT * (_WIDTHS + 1))(*_first_levels(packed))
+    side.first_level = (INT * (_WIDTHS + 1))(*_first_levels(packed))
     return side
 
 
