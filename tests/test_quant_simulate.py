@@ -99,9 +99,14 @@ def test_pieces_and_padding_are_refused(model, fit_model, make_tokens, hook_coun
             model(input_ids=ids[:, :1], past_key_values=cached.past_key_values)
         with pytest.raises(UserError, match="in one piece, and the cache holds 20 tokens already"):
             model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=2)
-        mask[1, :3] = 0
-        with pytest.raises(UserError, match="texts without padding"):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for padding in (slice(0, 3), slice(17, 20)):
+            padded = mask.clone()
+            padded[1, padding] = 0
+            with pytest.raises(UserError, match="texts without padding"):
+                model(input_ids=ids, attention_mask=padded, use_cache=False)
+        two_texts = torch.arange(10).repeat(2)[None]
+        with pytest.raises(UserError, match="one text in each row"):
+            model(input_ids=ids[:1], position_ids=two_texts, use_cache=False)
     assert hook_count(model) == hooks
 
 
