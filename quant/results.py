@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gradients.checked import parse_json
 from gradients.cli import UserError, note
 
 # what rows of older versions do not say; where one of a group is said, the others were not meant
@@ -26,6 +27,10 @@ def results_file(text: str) -> str:
     place = next(each for each in (path, *path.parents) if each.exists())
     if path.is_dir() or (place != path and not place.is_dir()) or not os.access(place, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give another file")
+    try:
+        read_rows(text)  # a row is not to be appended to a book
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -70,15 +75,17 @@ def _driver() -> str:
 
 
 def read_rows(path: str | Path | None) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, none if there is none. Raises `UserError` when it cannot be read or holds anything else."""
-    if path is None or not Path(path).exists():
+    """The rows of a JSONL file, none if there is none, or a device. Raises `UserError` when it cannot be read or holds anything else."""
+    if path is None or not (Path(path).is_file() or Path(path).is_dir()):
         return []
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+        return [parse_json(line) for line in Path(path).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"results {str(path)!r} cannot be read ({error}); give a JSONL file or a new name") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"results {str(path)!r} holds a line that is no row ({error}); remove that line") from error
+    except ValueError as error:
+        raise UserError(
+            f"results {str(path)!r} holds a line that is no row ({error}); remove that line, or give another file"
+        ) from error
 
 
 def is_of(row: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:

@@ -135,6 +135,7 @@ def test_results_that_cannot_be_used(command: Any, common, tmp_path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"scheme": "nuq3')
     with pytest.raises(UserError, match="holds a line that is no row.*remove that line"):
         command.main([*common, *CELLS[command]])
+    (tmp_path / "rows.jsonl").write_text("")
     for bad in (tmp_path, tmp_path / "rows.jsonl" / "rows.jsonl"):
         with pytest.raises(UserError, match="cannot be (read|written)"):
             command.main([*common, *CELLS[command], "--results", str(bad)])

@@ -152,6 +152,16 @@ def test_a_row_is_not_appended_to_what_was_left_of_another(tmp_path) -> None:
     assert [row["figure"] for row in read_rows(path)] == [1.5, 2.5]
 
 
+@pytest.mark.parametrize("line", ["It was a dark and stormy night.", '"a string"', "1", '{"figure":'])
+def test_a_row_is_not_appended_to_another_file(line: str, llama_folder, text_file, tmp_path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"figure": 1.5}\n' + line + "\n")
+    before = path.read_text()
+    with pytest.raises(UserError, match=r"--results: results .*rows.jsonl' holds a line that is no row"):
+        evaluate_main(["--model", str(llama_folder), "--text", str(text_file), "--results", str(path)])
+    assert path.read_text() == before
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
 def test_a_row_without_room_is_said_and_shown(llama_folder, text_file, capsys) -> None:
     arguments = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "1"]
