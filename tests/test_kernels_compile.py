@@ -16,7 +16,7 @@ from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_ro
 
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks, without outliers and with 1 %, by bits and queries: the larger number of both targets, plus 0.15
-LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.05, (2, 1): 2.7, (2, 4): 3.15, (0, 1): 4.0, (0, 4): 4.6}
+LOOPS = {(4, 1): 2.9, (4, 4): 3.45, (3, 1): 3.4, (3, 4): 3.9, (2, 1): 2.95, (2, 4): 3.05, (0, 1): 4.0, (0, 4): 4.5}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,10 @@ def test_decode_fits_and_stays_as_short_as_it_is(decode_kernels: list[dict[str, 
     for kernel in decode_kernels:
         name = f"{kernel['target']} {kernel['bits']} bits, {kernel['queries']} queries"
         assert kernel["shared"] <= SHARED_LIMIT[int(kernel["target"].removeprefix("sm_"))], name
-        assert kernel["registers"] * kernel["teams"] * 128 <= REGISTERS, name
+        room = 128 * 56 if kernel["queries"] == 4 else 0  # for a block of `combine`
+        assert kernel["registers"] * kernel["teams"] * 128 + room <= REGISTERS, name
         assert kernel["loop"] <= LOOPS[kernel["bits"], kernel["queries"]], (name, kernel["loop"])
-        assert kernel["usual_spills"] <= 12, (name, kernel["usual_spills"])
+        assert kernel["usual_spills"] <= 6, (name, kernel["usual_spills"])
 
 
 _LISTING = """

@@ -17,7 +17,6 @@ DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
 DEVICE uint32_t or_of_warp(uint32_t x) { return __reduce_or_sync(~0u, x); }
 DEVICE uint32_t sum_of_warp(uint32_t x) { return __reduce_add_sync(~0u, x); }
 DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(~0u, x); }
-DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE int ones_of(uint32_t x) { return __popc(x); }
 DEVICE void flip(uint32_t* p, uint32_t bits) { atomicXor(p, bits); }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
@@ -40,7 +39,6 @@ DEVICE uint32_t or_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint
 DEVICE uint32_t sum_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return a + b; }); }
 DEVICE uint32_t max_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return max(a, b); }); }
 DEVICE uint32_t ballot(bool p) { return or_of_warp((uint32_t)p << lanes::now % 32); }
-DEVICE float shuffle(float x, int lane) { float v[32]; lanes::gather(x, v); return v[lane]; }
 DEVICE int ones_of(uint32_t x) { return __builtin_popcount(x); }
 DEVICE void flip(uint32_t* p, uint32_t bits) { *p ^= bits; }
 DEVICE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
