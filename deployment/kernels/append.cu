@@ -111,11 +111,11 @@ DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
 
 // Integers that sort as numbers do, see encode.py.
 constexpr uint32_t SIGN = ELEMENT == 2 ? 0x80000000u : 0x8000u, ONES = SIGN | (SIGN - 1);
-DEVICE uint32_t rising(uint32_t raw) {
+DEVICE uint32_t sort_key(uint32_t raw) {
     if (!(raw & ~SIGN)) raw = 0;
     return raw & SIGN ? ~raw & ONES : raw | SIGN;
 }
-DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
+DEVICE float of_sort_key(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
 
 DEVICE uint32_t both(bool top, bool bottom) { return top + ((uint32_t)bottom << 16); }  // flags, or counts of them below 65536
 
@@ -138,10 +138,10 @@ DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
     }
 }
 
-// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
+// The token's own range, and which of the head's channels are outliers: as encode.py finds them.
+DEVICE void token_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
     const int thread = thread_number(), warp = thread / 32;
-    UNROLL for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
+    UNROLL for (int k = 0; k < SHARE; k++) up[k] = sort_key(up[k]);
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
@@ -155,7 +155,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* 
         const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? both(a == top, z == bottom) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
-        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
+        const uint32_t a = sort_key(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
         const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
         if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
         barrier_of_block();
@@ -173,7 +173,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* 
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
             if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
         }
-    const float high = risen(max_of_block(sh, most, turn)), low = risen(ONES - max_of_block(sh, least, turn + 1));
+    const float high = of_sort_key(max_of_block(sh, most, turn)), low = of_sort_key(ONES - max_of_block(sh, least, turn + 1));
     scale = as_stored(product(difference(high, low), 0.5f)), zero = as_stored(product(sum(high, low), 0.5f));
 }
 
@@ -345,7 +345,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, side, b, g, raw, scale, zero);
+        token_range(sh, side, b, g, raw, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
