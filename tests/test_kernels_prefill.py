@@ -289,10 +289,14 @@ def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: in
 
 
 @pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
-@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (64, 3), (96, 2), (128, 1), (256, 3)])
-def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str], dim: int, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "bits", "share"), [(64, 4, 0.0), (64, 3, 0.01), (96, 2, 0.05), (128, 1, 0.0), (128, 4, 0.1), (256, 3, 0.02)]
+)
+def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
+    kinds: tuple[str, str], dim: int, bits: int, share: float
+) -> None:
     """In fp16, which levels, tokens of the tile and results are rounded to."""
-    segment, rotary, lengths, expected = unpacked_case(kinds, dim, 0.0, bits)
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, bits)
     first, blocks, at, row0 = 1, 2, 3, 1
     result = torch.full(
         (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
@@ -310,5 +314,5 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str],
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_the_host_knows_the_sizes_of_structures() -> None:
-    shape = unpack_host.Shape(64, 2, 1)
-    assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]
+    for shape in (unpack_host.Shape(64, 2, 1), unpack_host.Shape(96, 1, 0)):
+        assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ _WIDTHS = 5  # 0 to 4 bits
 _LONG, _INT = ctypes.c_int64, ctypes.c_int
 Side = structure(
     "Side",
-    ("words ranges slots groups levels result", ctypes.c_void_p),
+    ("words ranges slots groups levels index value starts ends result", ctypes.c_void_p),
     ("block_words", _LONG),
-    ("first_level", _INT * (_WIDTHS + 1)),
+    ("first_level", _INT * _WIDTHS),
+    ("outliers", _INT),
 )
+_sides: WeakKeyDictionary[PackedTensor, Any] = WeakKeyDictionary()  # what is the same of all pages
 Params = structure(
     "Params",
     ("side", Side * 2),
@@ -55,7 +58,8 @@ class Shape:
     @property
     def shared_bytes(self) -> int:
         """`sizeof(Shared)`."""
-        return 4 * 256 * _WIDTHS + 2 * (BLOCK_TOKENS * (self.head_dim + 8) + 4 * 16)
+        tables = 4 * 256 * _WIDTHS + self.heads * (33 * self.head_dim // 2 + 8) + 4 * 2 * BLOCK_TOKENS
+        return -(-(tables + 2 * (BLOCK_TOKENS * (self.head_dim + 8) + 4 * 16)) // 16) * 16
 
 
 def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
@@ -68,7 +72,7 @@ def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
 
 
 def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
-    """Whether unpack.cu has words for it: groups, ranges of keys that are channels', no outliers, all channels rotated, fp16."""
+    """Whether unpack.cu has words for it: groups, ranges of keys that are channels', all channels rotated, fp16."""
     dim = segment.key.head_dim
     return (
         key.dtype == torch.float16
@@ -78,12 +82,7 @@ def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
         and is_grouped(segment.key)
         and is_grouped(segment.value)
         and not isinstance(segment.key.quantizer, TokenQuantizer)
-        and not any(_has_outliers(page) for page in (segment.key_page, segment.value_page))
     )
-
-
-def _has_outliers(page: Page) -> bool:
-    return page.outliers is not None and page.outliers.index.numel() > 0
 
 
 def unpack_by(
@@ -109,22 +108,31 @@ def unpack_by(
     for number, (packed, page, result) in enumerate(sides):
         params.side[number] = _side(packed, page, result)
     shape = Shape(dim, together, int(isinstance(segment.value.quantizer, TokenQuantizer)))
-    run("unpack", shape, 2 * blocks * rows * (heads // together), dim, shape.shared_bytes, params)
+    run("unpack", shape, 2 * blocks * rows * (heads // together), 2 * dim, shape.shared_bytes, params)
 
 
 def _side(packed: PackedTensor, page: Page, result: Tensor) -> Any:
-    _, slots, groups = fixed_of(packed)
-    tensors = {"words": page.words, "slots": slots, "groups": groups, "levels": packed.tables.levels, "result": result}
+    held = _sides.get(packed)
+    if held is None:
+        _, slots, groups = fixed_of(packed)
+        tensors = {"slots": slots, "groups": groups, "levels": packed.tables.levels}
+        held = _sides[packed] = Side(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
+        held.block_words, held.first_level = packed.order.words, (_INT * _WIDTHS)(*_first_levels(packed))
+    side = Side.from_buffer_copy(held)
+    side.words, side.result = page.words.data_ptr(), result.data_ptr()
     if page.scales is not None:
-        tensors["ranges"] = page.scales
-    side = Side(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, block_words=packed.order.words)
-    side.first_level = (_INT * (_WIDTHS + 1))(*_first_levels(packed))
+        side.ranges = page.scales.data_ptr()
+    if page.outliers is not None and page.outliers.index.numel() > 0:
+        streams = page.outliers = page.outliers.with_starts()
+        assert streams.starts is not None
+        side.index, side.value = streams.index.data_ptr(), streams.value.data_ptr()
+        side.starts, side.ends, side.outliers = streams.starts.data_ptr(), streams.ends.data_ptr(), 1
     return side
 
 
 def _first_levels(packed: PackedTensor) -> Sequence[int]:
     """Where the levels of each width begin in `Tables.levels`, -1 for widths that there are not."""
-    firsts, first = [-1] * (_WIDTHS + 1), 0
+    firsts, first = [-1] * _WIDTHS, 0
     for width, codebook in codebooks_of(packed.quantizer).items():
         if width < _WIDTHS:
             firsts[width] = first
