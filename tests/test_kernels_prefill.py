@@ -1,8 +1,9 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import kernels_on_cpu
 import pytest
@@ -25,7 +26,10 @@ from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.prefill import attend_many
+from deployment.kernels.repeated import Repeated
 from deployment.kernels.unpacking import unpack
+from deployment.step.reading import recorder_of
+from deployment.step.recording import GraphPieces
 from quant.scheme import Scheme
 
 
@@ -104,6 +108,53 @@ def test_outliers(share: float, exact_chunk: bool) -> None:
 def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 64 * blocks)
     assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
+
+
+def done_again(work: Any) -> tuple[Callable[[], object], Any]:
+    """What replaces a CUDA graph where there is none: `work` of the rows that it was recorded of, whose parts are as they were."""
+    rows, before = work.func.__self__, list(work.func.__self__.parts)
+    result = work()
+    rows.parts = before
+
+    def replay() -> None:
+        if not before:
+            rows.parts = []
+            vars(rows).pop("query", None)
+        new = work()
+        if result is not None:
+            result.copy_(new)
+
+    return replay, result
+
+
+@pytest.mark.parametrize(("heads", "new"), [((2, 1), 9), ((2, 2), 256)])
+def test_layers_repeat_what_they_do_alike(heads: tuple[int, int], new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of other pages, two chunks of them; what they share lies where it lay, and is no number between."""
+    monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 128)
+    repeated = Repeated(recorder_of(GraphPieces()) if DEVICE.type == "cuda" else done_again)
+    shared: list[Tensor] = []
+
+    def attend(
+        query: Tensor, positions: Tensor, segments: list[Segment], _: Rotary, scaling: float, kv_heads: int
+    ) -> Tensor:
+        chunk = segments[-1]
+        assert isinstance(chunk, DenseSegment)
+        if not shared:
+            shared.extend(x.clone() for x in (query, positions, chunk.key, chunk.value))
+        for held, given in zip(shared, (query, positions, chunk.key, chunk.value), strict=True):
+            held.copy_(given)
+        segments = [*segments[:-1], DenseSegment(shared[2], shared[3], chunk.origins, None)]
+        output = attend_knowing(*shared[:2], segments, rotary, scaling, kv_heads).clone()
+        for held in shared[::2]:
+            held.fill_(torch.nan)
+        return output
+
+    rotary = Rotary.of((10000.0 ** (-torch.arange(32) / 32)).float().to(DEVICE), 64)
+    for length in (300, 420):
+        with repeated.chunk():
+            for bits in (2, 3, 4, 3):
+                assert run_case(bits=(bits, bits), new=new, heads=heads, lengths=(length,), attend=attend) < 2e-3
+    assert repeated.replays == 2 * (3 + 4)  # two layers' stretches, two or three and the last
 
 
 def test_scratch_is_bounded() -> None:

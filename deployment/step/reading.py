@@ -186,7 +186,7 @@ class Reading:
                 layer.put_back(*before)
             self._gave_up = True
             return None
-        repeated = Repeated(_recorder(self._pieces()))
+        repeated = Repeated(recorder_of(self._pieces()))
         self._recorded[key] = _Recorded(own, attentions, last, output.logits, assumed, repeated)
         self.recordings += 1
         return output.logits
@@ -202,7 +202,7 @@ class Reading:
             raise
 
 
-def _recorder(pieces: Pieces) -> Recorder:
+def recorder_of(pieces: Pieces) -> Recorder:
     """Records work in pieces of their own memory."""
 
     def record(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
