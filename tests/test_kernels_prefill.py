@@ -107,7 +107,7 @@ def test_outliers(share: float, exact_chunk: bool) -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 64 * blocks)
-    assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
+    assert run_case(new=9 if blocks > 1 else 1, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
 
 
 def done_again(work: Any) -> tuple[Callable[[], object], Any]:
@@ -155,6 +155,29 @@ def test_layers_repeat_what_they_do_alike(heads: tuple[int, int], new: int, monk
             for bits in (2, 3, 4, 3):
                 assert run_case(bits=(bits, bits), new=new, heads=heads, lengths=(length,), attend=attend) < 2e-3
     assert repeated.replays == 2 * (3 + 4)  # two layers' stretches, two or three and the last
+
+
+@pytest.mark.parametrize(("long", "expected"), [(64 * 131 * 2, "library"), (64 * 131 * 2 + 128, "portable")])
+def test_few_queries_go_to_the_library_behind_a_long_past(
+    long: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two heads of 64 channels behind 131 tokens."""
+
+    def attend(*arguments: Any) -> Tensor:
+        with pytest.raises(LookupError, match=expected):
+            attend_many(*arguments, [Known(131, 131, 0)])
+        return torch.zeros(1, 1, 4, 64, device=DEVICE, dtype=torch.float16)
+
+    def taken(way: str) -> Any:
+        def take(*_: Any) -> Any:
+            raise LookupError(way)
+
+        return take
+
+    monkeypatch.setattr(prefill, "LONG", long)
+    monkeypatch.setattr(prefill, "attend_portably", taken("portable"))
+    monkeypatch.setattr(prefill._Rows, "attend", taken("library"))
+    run_case(lengths=(130,), attend=attend)
 
 
 def test_scratch_is_bounded() -> None:

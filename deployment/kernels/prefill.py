@@ -6,7 +6,8 @@ is plain attention over plain tensors (library.py). All stretches go through the
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
-behind it, and the chunk, causally. Otherwise (while a graph is captured, if queries are few or just anywhere) portable.py does it.
+behind it, and the chunk, causally. Otherwise (while a graph is captured, if queries are few and the past is short, or they are just anywhere)
+portable.py does it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from deployment.kernels.plain import rotated
 from deployment.kernels.portable import Asked
 from deployment.kernels.portable import attend as attend_portably
 from deployment.kernels.repeated import Repeated, repeated
-from deployment.kernels.scratch import FEW, planned_lengths, room_of, stretch_tokens, whole_stretches
+from deployment.kernels.scratch import FEW, LONG, planned_lengths, room_of, stretch_tokens, whole_stretches
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
@@ -42,7 +43,8 @@ def attend_many(
 ) -> Tensor:
     """As `attend_packed` (packed.py)."""
     batch, heads, new, dim = query.shape
-    if known is None or new * heads // kv_heads <= FEW or any(row.stored not in row.ends(new) for row in known):
+    least = LONG // (kv_heads * dim) if new * heads // kv_heads <= FEW else 0
+    if known is None or any(row.stored not in row.ends(new) or row.stored < least for row in known):
         turned = _turned(query, positions, rotary, scaling)
         return attend_portably(Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)).to(query.dtype)
     asked = _Asked(query, positions, segments, rotary, scaling, kv_heads)

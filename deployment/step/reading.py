@@ -31,7 +31,7 @@ from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
 from deployment.step.compiled import attending_by
 from deployment.step.interrupted import held_by
-from deployment.step.recording import Assumed, Pieces, obstacle, wants_logits_only
+from deployment.step.recording import Assumed, Pieces, obstacle, unpacked, wants_logits_only
 from deployment.step.steps import MOST_TOKENS, Forward
 
 _PATIENCE = 2  # chunks of a shape that run as they are before one is recorded
@@ -80,7 +80,7 @@ class _Recorded:
 
 
 class Reading:
-    """The forward of a model: chunks of more tokens than a decode step has are replayed where they can be.
+    """The forward of a model: chunks of more tokens than a decode step has, and steps that are no graph (`unpacked`), are replayed where they can be.
 
     Args:
         eager: the model's forward as it is.
@@ -108,7 +108,7 @@ class Reading:
         """The model's forward, over a packed cache among its options."""
         ids = options.get("input_ids", arguments[0] if arguments else None)
         cache: PackedCache = options["past_key_values"]
-        if ids is None or not self._takes(ids, len(arguments), options):
+        if ids is None or not self._takes(cache, ids, len(arguments), options):
             return self._eager(*arguments, **options)
         wanted = options.get("logits_to_keep") or 0
         key = *ids.shape, wanted
@@ -125,8 +125,8 @@ class Reading:
         self._recorded.clear()
         self._seen.clear()
 
-    def _takes(self, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
-        if ids.shape[-1] <= MOST_TOKENS:
+    def _takes(self, cache: PackedCache, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
+        if ids.shape[-1] <= MOST_TOKENS and unpacked(cache) is None:
             self.drop()  # the prompt has been read
             return False
         if self._gave_up or ids.ndim != 2:
