@@ -106,13 +106,13 @@ DEVICE void put_two(uint16_t* one, uint16_t* other, uint32_t levels, float scale
 
 template <bool KEYS> DEVICE void decode_head(Shared& m, const Ahead& a, int own) {
     const int lane = thread_number() % 32, r = lane / 4, c = lane % 4, group = own * (D / 16) + thread_number() / 32, width = m.groups[group][1];
-    const uint32_t* entries = m.entries[width];
+    const uint32_t entries = shared_address(m.entries[width]);
     uint32_t n[4], slot[KEYS ? 4 : 2][4], two[8];
     to_nibbles(n, a, width);
     UNROLL for (int i = 0; i < (KEYS ? 4 : 2); i++) read4(slot[i], m.slots[16 * group + (KEYS ? 2 * c + i % 2 + i / 2 * 8 : 8 * i + r)]);
     UNROLL for (int h = 0; h < 2; h++) {
         // all at once: behind something written, each would wait for the one before
-        UNROLL for (int i = 0; i < 8; i++) two[i] = entries[n[2 * h + i / 4] >> 8 * (i % 4) & 255];  // codes 16 h + 2 i and 16 h + 2 i + 1
+        UNROLL for (int i = 0; i < 8; i++) two[i] = shared1(dp4a(n[2 * h + i / 4], 4u << 8 * (i % 4), entries));  // codes 16 h + 2 i and 16 h + 2 i + 1
         UNROLL for (int i = 0; i < 8; i++)
             if (KEYS) {
                 const uint32_t *x = slot[2 * (i % 2)], *y = slot[2 * (i % 2) + 1];
