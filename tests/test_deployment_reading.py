@@ -69,9 +69,7 @@ def test_generate_reads_its_prompt_in_recorded_chunks(llama, quantizers, make_to
 
 
 @on_cpu
-def test_steps_that_no_graph_holds_are_recorded_in_pieces(
-    llama, quantizers, make_tokens, reading, monkeypatch
-) -> None:
+def test_steps_that_no_graph_holds_are_recorded_in_pieces(llama, quantizers, make_tokens, reading, monkeypatch) -> None:
     """Their codes are unpacked, as the host counts them."""
     monkeypatch.setattr("deployment.step.recording.LONG", 1)
     monkeypatch.setattr("deployment.kernels.decode.host.is_grouped", lambda _: False)

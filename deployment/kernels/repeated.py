@@ -51,7 +51,9 @@ class Repeated:
 
     def layer(self, key: object, operands: tuple[object, ...]) -> None:
         """A layer begins. Its work is that of the layer before if its key is equal, and its operands are the same objects."""
-        same = len(operands) == len(self._operands) and all(a is b for a, b in zip(operands, self._operands, strict=True))
+        same = len(operands) == len(self._operands) and all(
+            a is b for a, b in zip(operands, self._operands, strict=True)
+        )
         if key != self._key or not same:
             self._start(key, operands)
         self._layers += 1

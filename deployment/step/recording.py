@@ -165,7 +165,12 @@ def unpacked(cache: PackedCache) -> str | None:
     if not isinstance(layer, PackedLayer) or not layer.packed or layer.residual_tokens:
         return None
     key, value = layer.packed["key"], layer.packed["value"]
-    reads = key.head_dim in HEAD_DIMS and is_grouped(key) and is_grouped(value) and not isinstance(key.quantizer, TokenQuantizer)
+    reads = (
+        key.head_dim in HEAD_DIMS
+        and is_grouped(key)
+        and is_grouped(value)
+        and not isinstance(key.quantizer, TokenQuantizer)
+    )
     if reads or min(layer.lengths) * key.heads * key.head_dim < LONG:
         return None
     return f"codes of {key.quantizer.scheme.describe()} are unpacked before they are attended to, where the host counts them"
