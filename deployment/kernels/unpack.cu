@@ -43,7 +43,6 @@ struct Params {
 struct alignas(16) Shared {
     uint32_t entries[WIDTHS][256];  // two fp16 levels
     uint32_t slots[HEADS * D][4];
-    float ranges[2 * TOKENS];  // of tokens: scale, zero; of those that are not there 0
     uint16_t tile[TOKENS * PITCH + 4 * 16];
     uint32_t groups[HEADS * D / 16][2];
     int lists[HEADS][2];  // of outliers: where they begin and end
@@ -61,7 +60,7 @@ DEVICE void fill_entries(const Side& s, Shared& m) {
 }
 
 // What a block reads once for all of its heads.
-template <bool KEYS> DEVICE void read_tables(const Params& p, const Side& s, Shared& m, int64_t b, int first, int block, int held) {
+DEVICE void read_tables(const Params& p, const Side& s, Shared& m, int64_t b, int first, int block, int held) {
     const int thread = thread_number();
     for (int slot = thread; slot < HEADS * D; slot += THREADS) {
         uint32_t x[4];
@@ -72,8 +71,6 @@ template <bool KEYS> DEVICE void read_tables(const Params& p, const Side& s, Sha
         const int64_t stream = b * p.heads + first + thread;
         m.lists[thread][0] = block ? s.ends[stream * p.blocks + block - 1] : s.starts[stream], m.lists[thread][1] = held ? s.ends[stream * p.blocks + block] : 0;
     }
-    const uint16_t* ranges = s.ranges + 2 * TOKENS * (b * p.blocks + block);
-    if (DYNAMIC && !KEYS && thread < 2 * TOKENS) m.ranges[thread] = thread / 2 < held ? from_half(ranges[thread]) : 0;
 }
 
 // What a lane has of a group, and a thread of a list of outliers, on its way before it is needed.
@@ -104,7 +101,7 @@ DEVICE void put_two(uint16_t* one, uint16_t* other, uint32_t levels, float scale
     *one = (uint16_t)two, *other = (uint16_t)(two >> 16);
 }
 
-template <bool KEYS> DEVICE void decode_head(Shared& m, const Ahead& a, int own) {
+template <bool KEYS> DEVICE void decode_head(Shared& m, const Ahead& a, int own, const float* scale, const float* zero) {
     const int lane = thread_number() % 32, r = lane / 4, c = lane % 4, group = own * (D / 16) + thread_number() / 32, width = m.groups[group][1];
     const uint32_t entries = shared_address(m.entries[width]);
     uint32_t n[4], slot[KEYS ? 4 : 2][4], two[8];
@@ -120,9 +117,9 @@ template <bool KEYS> DEVICE void decode_head(Shared& m, const Ahead& a, int own)
                 put_two(at + x[3], at + y[3], two[i], as_float(x[0]), as_float(x[1]), as_float(y[0]), as_float(y[1]));
             } else {
                 uint16_t* at = m.tile + c * (16 * PITCH + 16) + 2 * i * PITCH + slot[h][3];
-                uint32_t range[4] = {slot[h][0], slot[h][1], slot[h][0], slot[h][1]};
-                if (DYNAMIC) read4(range, m.ranges + 2 * (16 * c + 2 * i));
-                put_two(at, at + PITCH, two[i], as_float(range[0]), as_float(range[1]), as_float(range[2]), as_float(range[3]));
+                const float x = as_float(slot[h][0]), y = as_float(slot[h][1]);
+                if (DYNAMIC) put_two(at, at + PITCH, two[i], scale[2 * i], zero[2 * i], scale[2 * i + 1], zero[2 * i + 1]);
+                else put_two(at, at + PITCH, two[i], x, y, x, y);
             }
     }
 }
@@ -148,6 +145,19 @@ DEVICE void angles(const Params& p, int64_t base, float* cos, float* sin) {
             const float* at = p.turn + (row + 32 * k) * HALF + first + i;
             const float c = at[0], s = at[TOKENS * HALF];
             cos[8 * k + i] = base_cos * c - base_sin * s, sin[8 * k + i] = base_sin * c + base_cos * s;
+        }
+    }
+}
+
+// Ranges of the 16 tokens whose values a lane decodes; of those that are not there 0.
+DEVICE void read_ranges(const uint16_t* ranges, int held, float* scale, float* zero) {
+    const int first = 16 * (thread_number() % 4);
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        uint32_t x[4];
+        read4(x, ranges + 2 * (first + i));
+        UNROLL for (int j = 0; j < 4; j++) {
+            x[j] = first + i + j < held ? x[j] : 0;
+            scale[i + j] = from_half((uint16_t)x[j]), zero[i + j] = from_half((uint16_t)(x[j] >> 16));
         }
     }
 }
@@ -187,15 +197,16 @@ template <bool KEYS> DEVICE void unpack_heads(const Params& p, const Side& s, Sh
     const int held = (int)min(max(p.limits[b] - base, (int64_t)0), (int64_t)TOKENS);
     const uint32_t* words = s.words + page_block * s.block_words;
     const int first = part * HEADS;
-    float cos[8 * PER], sin[8 * PER];
+    float cos[16], sin[16];  // of values scales and zeros
     Ahead ahead;
     if (KEYS) angles(p, base, cos, sin);
-    read_tables<KEYS>(p, s, m, b, first, block, held);
+    else if (DYNAMIC) read_ranges(s.ranges + 2 * TOKENS * page_block, held, cos, sin);
+    read_tables(p, s, m, b, first, block, held);
     fill_entries(s, m);
     barrier_of_block();
     load(ahead, s, m, words, 0);
     ROLLED for (int own = 0; own < HEADS; own++) {
-        decode_head<KEYS>(m, ahead, own);
+        decode_head<KEYS>(m, ahead, own, cos, sin);
         barrier_of_block();
         if (s.outliers) put_outliers(s, m, ahead, own, held);
         if (own + 1 < HEADS) load(ahead, s, m, words, own + 1);

@@ -58,7 +58,7 @@ class Shape:
     @property
     def shared_bytes(self) -> int:
         """`sizeof(Shared)`."""
-        tables = 4 * 256 * _WIDTHS + self.heads * (33 * self.head_dim // 2 + 8) + 4 * 2 * BLOCK_TOKENS
+        tables = 4 * 256 * _WIDTHS + self.heads * (33 * self.head_dim // 2 + 8)
         return -(-(tables + 2 * (BLOCK_TOKENS * (self.head_dim + 8) + 4 * 16)) // 16) * 16
 
 
