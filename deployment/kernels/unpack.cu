@@ -51,12 +51,14 @@ struct alignas(16) Shared {
 // Every 16 tokens are moved on by 32 bytes, so that lanes that write together do not meet on a bank.
 DEVICE int place(int token, int channel) { return token * PITCH + token / 16 * 16 + channel; }
 
+// Of widths that do not occur, and of nibbles that are no code, anything: so no load waits for a condition.
 DEVICE void fill_entries(const Side& s, Shared& m) {
-    for (int width = 0; width < WIDTHS; width++) {
-        const int levels = 1 << width, first = s.first_level[width];
-        for (int byte = thread_number(); first >= 0 && byte < 256; byte += THREADS)
-            if (byte % 16 < levels && byte / 16 < levels) m.entries[width][byte] = halves(s.levels[first + byte % 16], s.levels[first + byte / 16]);
-    }
+    for (int byte = thread_number(); byte < 256; byte += THREADS)
+        UNROLL for (int width = 0; width < WIDTHS; width++) {
+            const float* levels = s.levels + max(s.first_level[width], 0);
+            const int last = s.first_level[width] < 0 ? 0 : (1 << width) - 1;
+            m.entries[width][byte] = halves(levels[min(byte % 16, last)], levels[min(byte / 16, last)]);
+        }
 }
 
 // What a block reads once for all of its heads.
@@ -200,11 +202,11 @@ template <bool KEYS> DEVICE void unpack_heads(const Params& p, const Side& s, Sh
     float cos[16], sin[16];  // of values scales and zeros
     Ahead ahead;
     if (KEYS) angles(p, base, cos, sin);
-    else if (DYNAMIC) read_ranges(s.ranges + 2 * TOKENS * page_block, held, cos, sin);
     read_tables(p, s, m, b, first, block, held);
     fill_entries(s, m);
     barrier_of_block();
     load(ahead, s, m, words, 0);
+    if (!KEYS && DYNAMIC) read_ranges(s.ranges + 2 * TOKENS * page_block, held, cos, sin);
     ROLLED for (int own = 0; own < HEADS; own++) {
         decode_head<KEYS>(m, ahead, own, cos, sin);
         barrier_of_block();
