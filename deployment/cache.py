@@ -7,7 +7,6 @@ model.generate(ids, past_key_values=cache, max_new_tokens=100)
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,7 +22,8 @@ class PackedCache(Cache):
     """A packed cache for one batch of sequences.
 
     Args:
-        quantizers: as `load_quantizers` returns them; None keeps every layer native (quantization off).
+        quantizers: as `load_quantizers` returns them; None keeps every layer native (quantization off): what a forward within the block
+            makes that is given no cache.
         config: the model's.
         capacity: tokens per row, padding included, to reserve at once; None grows as needed.
         exact_chunk: attend the current chunk in full precision, and only the past packed; if False also the chunk
@@ -63,6 +63,7 @@ class PackedCache(Cache):
         packed = [layer for layer in layers if isinstance(layer, PackedLayer)]
         for layer in packed:
             layer.checked, layer.leads = packed[0].checked, layer is packed[0]
+        self.is_native = not packed
         self.in_forward = False  # whether a model within `packed_attention` is running over it
         super().__init__(layers=layers)
 
@@ -75,7 +76,7 @@ class PackedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Hand a layer's new tokens on. Raises RuntimeError outside of `packed_attention`."""
-        if not torch.compiler.is_compiling() and not self.in_forward:
+        if not self.in_forward:
             raise RuntimeError(OUTSIDE)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

@@ -137,9 +137,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
         return None
     columns = "scheme prefill_chunk exact_chunk bits_per_element cache_bits_per_element "
     columns += "perplexity nll cache_bytes tokens_per_second"
-    print(format_table([result], columns))
     result["records"] = quantizers.records_digest
-    append_result(result, loaded, corpus, arguments)
+    try:
+        append_result(result, loaded, corpus, arguments)
+    finally:  # what cannot be written down is shown all the same
+        print(format_table([result], columns))
     return result
 
 

@@ -37,9 +37,10 @@ import torch
 
 from deployment.text.answer import Answer, Interruption
 from deployment.text.chat import COMMANDS, Chat, Dialogue, PlainText, converse, turn, typed_lines
-from deployment.text.saved import SavedCache, read_cache
+from deployment.text.saved import FILE, SavedCache, read_cache
 from deployment.text.session import Session
 from gradients.__main__ import add_model_arguments, load_model_from
+from gradients.checked import require_own_place
 from gradients.cli import (
     UserError,
     command_parser,
@@ -196,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     arguments = parser.parse_args(argv)
 
     _check(arguments)
+    if arguments.save_cache is not None:
+        require_own_place(arguments.save_cache, FILE)
     part = own_part(arguments.tensor_parallel, "deployment.generate")
     if part.is_whole:
         require_one_process("deployment.generate", ", or give --tensor-parallel")

@@ -137,6 +137,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     check_seqlen(loaded, arguments.seqlen)
     sites = kv_sites(loaded.model)
     corpus = load_corpus(arguments.text, "calibration", loaded.tokenizer, arguments.bos)
+    loaded.check_tokens(corpus.tokens)
     manifest = Manifest(
         fingerprint=Fingerprint.of(loaded.model.config),
         text=corpus.name,

@@ -11,6 +11,7 @@ against what is expected, and against the checksums of their bytes where they ha
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,6 +113,32 @@ def write_checked(path: str | Path, kind: Artefact, content: Mapping[str, Any], 
     with atomic_write(path) as temporary:
         # one metadata key only: with several, their order in the file is not deterministic
         save_file(tensors, temporary, metadata={kind.key: canonical_json(sealed)})
+
+
+def require_own_place(path: str | Path, kind: Artefact) -> None:
+    """Raise `UserError` where no file of this kind may be written: over a folder, a device, or a file of any other kind.
+
+    To be asked before any work is done for the file; what is there already may be the model or the text that it comes from.
+    """
+    path = Path(path)
+    named = f"cannot write {kind.noun} {str(path)!r}"
+    if not path.name or path.is_dir():
+        raise UserError(f"{named}: that is a folder; give the name of a file")
+    place = next(each for each in path.absolute().parents if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"{named}: {str(place)!r} is no folder that takes files; give another place")
+    if path.exists() and not _is_of(path, kind):
+        raise UserError(f"{named}: another file is there; give another name, or remove it first")
+
+
+def _is_of(path: Path, kind: Artefact) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return kind.key in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 EXIT_NOT_PASSED = 1
 EXIT_BAD_INPUT = 2
+EXIT_NOT_READ = 141  # 128 + SIGPIPE, as a shell has it
 
 
 class UserError(ValueError):
@@ -95,18 +96,22 @@ def require_text(text: str, name: str) -> str:
 def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
     """Run `main` on the process's arguments, print its JSON line, and exit with 0, 1 if a check failed, or 2 for bad input.
 
-    Characters that the terminal or pipe cannot show are printed as `?`, and do not end the command.
+    Characters that the terminal or pipe cannot show are printed as `?`, and do not end the command. A pipe that nobody reads any more
+    does, with 141.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         summary = main(None)
+        if summary is not None:
+            print(json.dumps(summary), flush=True)
     except (UserError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    if summary is not None:
-        print(json.dumps(summary), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more at its end
+        sys.exit(EXIT_NOT_READ)
     end_process_group()
     if summary is not None and summary.get("passed") is False:
         sys.exit(EXIT_NOT_PASSED)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -38,6 +39,15 @@ class LoadedModel:
         """Digest of the weights, by which models of one name and one config are told apart."""
         return weights_digest(self.model)
 
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise `UserError` for token ids int64 that the model has no embedding of."""
+        size, largest = decoder_config(self.model.config).vocab_size, int(tokens.max()) if tokens.numel() else 0
+        if largest >= size:
+            raise UserError(
+                f"the tokenizer of {self.name!r} gives token {largest}, the model knows {size} tokens; give the tokenizer that it was "
+                "trained with"
+            )
+
 
 def load_model(
     name: str,
@@ -56,7 +66,8 @@ def load_model(
     `max_positions`: more positions than the model has, by linear scaling of its rotary embedding (positions.py).
     `device_map`: instead of a device one of accelerate's strategies, or a JSON file of modules and devices (placement.py).
     `part`: instead of either, the part of every layer that this process computes (parallel.py).
-    Raises `UserError` for a missing model or dtype, `NotImplementedError` for an unsupported architecture.
+    Raises `UserError` for a missing, damaged or incomplete model and a dtype that is none, `NotImplementedError` for an unsupported
+    architecture.
     """
     _refuse_adapter(name)
     source = _resolve_source(name)
@@ -79,14 +90,22 @@ def load_model(
             given = f"--device {device}" if device_map is None else f"--device-map {device_map}"
             raise UserError(f"--tensor-parallel gives every process a device of its own; drop {given}")
         spread = distribution(text_config, part)
-    model = _load_or_explain(
+    model, loading = _load_or_explain(
         AutoModelForCausalLM,
         name,
         source,
         config=config,
         dtype=_resolve_dtype(dtype, placement.on_cpu),
+        output_loading_info=True,
         **spread,
     )
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"model {name!r} lacks {len(missing)} of the weights that its config asks for ({missing[0]}), which would be random; "
+            "give a complete checkpoint"
+        )
+    if "gguf_file" in source:
+        _as_ordinary(model)
     tokenizer = _load_or_explain(AutoTokenizer, name, source)
     model.eval().requires_grad_(False)
     loaded = LoadedModel(name, model, tokenizer)
@@ -141,20 +160,28 @@ def _load_or_explain(auto: Any, name: str, source: dict[str, str], **kwargs: Any
     try:
         with quiet_transformers():
             loaded = auto.from_pretrained(**source, **kwargs)
-    except (OSError, ImportError, ValueError, SafetensorError) as error:
+    except Exception as error:  # its config, its weights and its code are not ours: anything may be wrong
         if "does not recognize this architecture" in str(error):
             reason = str(error).splitlines()[0]
             raise NotImplementedError(
                 f"model {name!r}: {reason} Update transformers, then add a row for it to SITES in gradients/models.py "
                 f"(supported: {', '.join(SITES)})"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else _first_line(error)
+        kind = "" if isinstance(error, OSError | ImportError | ValueError) else f"{type(error).__name__}: "
         raise UserError(
-            f"cannot load {auto.__name__} of model {name!r}: {reason}; give a hub id that is reachable, or a local folder"
+            f"cannot load {auto.__name__} of model {name!r}: {kind}{reason}; give a hub id that is reachable, or a local folder "
+            "that is whole"
         ) from error
-    if "gguf_file" in source and isinstance(loaded, PreTrainedModel):
-        # the weights were dequantized on loading: the model is an ordinary one and can be saved as such
-        for owner, attribute in ((loaded.config, "quantization_config"), (loaded, "hf_quantizer")):
-            if hasattr(owner, attribute):
-                delattr(owner, attribute)
     return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _as_ordinary(model: PreTrainedModel) -> None:
+    """Let a model whose GGUF weights were dequantized on loading be saved as any other."""
+    for owner, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
+        if hasattr(owner, attribute):
+            delattr(owner, attribute)

@@ -106,7 +106,8 @@ def _drafting(model: PreTrainedModel, quantizers: Quantizers) -> AbstractContext
     scheme = quantizers.scheme
     if scheme.key_rope == "post" or scheme.residual_tokens:
         return nullcontext()
-    return simulated(model, replace(quantizers, scheme=replace(scheme, sink_tokens=0)))  # the sinks are at the start
+    sinks_apart = replace(quantizers, scheme=replace(scheme, sink_tokens=0))  # which are at the start
+    return simulated(model, sinks_apart, whole=False)
 
 
 def _draft(model: PreTrainedModel, cache: DynamicCache, prompt: Tensor, greedy: Tensor, new_tokens: int) -> Tensor:

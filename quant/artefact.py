@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from gradients.checked import Artefact, CheckedFile, Expected, open_checked, write_checked
+from gradients.checked import Artefact, CheckedFile, Expected, open_checked, require_own_place, write_checked
 from gradients.cli import UserError, note
 from gradients.fingerprint import Fingerprint
 from gradients.loading import LoadedModel
@@ -95,7 +95,8 @@ class Quantizers:
         return replace(self, scheme=self.scheme.with_changes(**changes), layers=layers)
 
     def save(self, path: str | Path) -> None:
-        """Write the artefact atomically."""
+        """Write the artefact atomically. Raises `UserError` where it cannot be, or would take the place of another file."""
+        require_own_place(path, FILE)
         tensors = {
             f"layers.{layer}.{kind}.{name}": table.clone(
                 memory_format=torch.contiguous_format

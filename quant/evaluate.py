@@ -170,11 +170,13 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser, bos: bool | None =
 def evaluation_corpus(loaded: LoadedModel, arguments: argparse.Namespace) -> Corpus:
     """The text that `add_evaluation_arguments` describes. Raises `UserError` for a bad one."""
     check_seqlen(loaded, arguments.seqlen)
-    return load_corpus(arguments.text, "evaluation", loaded.tokenizer, arguments.bos)
+    corpus = load_corpus(arguments.text, "evaluation", loaded.tokenizer, arguments.bos)
+    loaded.check_tokens(corpus.tokens)
+    return corpus
 
 
 def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whose a result is: the model and the text, by name and by content."""
+    """Whose a result is: the model and the text, by name and by content, and the dtype that was computed in."""
     return {
         "model": Path(arguments.model).name,
         "weights": loaded.weights,
@@ -182,18 +184,18 @@ def result_identity(loaded: LoadedModel, corpus: Corpus, arguments: argparse.Nam
         "text_digest": corpus.digest,
         "bos": corpus.bos is not None,
         "seqlen": arguments.seqlen,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
 
 
 def append_result(result: dict[str, Any], loaded: LoadedModel, corpus: Corpus, arguments: argparse.Namespace) -> None:
-    """Append a result to the `--results` file, if one is given, with the model, text and dtype it belongs to.
+    """Append a result to the `--results` file, if one is given, with the model and text it belongs to.
 
     Of several processes, all of which have the whole result, the main one does.
     """
     if not process_state().is_main_process:
         return
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    append_row(arguments.results, {**result, **result_identity(loaded, corpus, arguments), "dtype": dtype})
+    append_row(arguments.results, {**result, **result_identity(loaded, corpus, arguments)})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
@@ -216,10 +218,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     if not process_state().is_main_process:
         return None
     columns = "scheme bits_per_element perplexity baseline_nll nll kl top1_agreement tokens_per_second"
-    print(format_table([result], columns))
     if quantizers is not None:
         result["records"] = quantizers.records_digest
-    append_result(result, loaded, corpus, arguments)
+    try:
+        append_result(result, loaded, corpus, arguments)
+    finally:  # what cannot be written down is shown all the same
+        print(format_table([result], columns))
     return result
 
 

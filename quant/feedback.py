@@ -37,7 +37,7 @@ def _in_one_launch(device_type: str) -> bool:
 
 @dataclass(frozen=True)
 class ChannelBooks:
-    """The codebook of every channel: `levels` `[C, L]` and `boundaries` `[C, L - 1]`, float32, padded with infinity."""
+    """The codebook of every channel: `levels` `[C, L]` and `boundaries` `[C, L - 1]`, float32, padded with infinity to a power of two."""
 
     levels: Tensor
     boundaries: Tensor
@@ -46,6 +46,7 @@ class ChannelBooks:
     def of(cls, codebooks: Sequence[Codebook], which: Tensor) -> "ChannelBooks":
         """Channel c has the codebook number `which[c]`, `which` being `[C]` int64."""
         most = max(2, *(len(codebook.levels) for codebook in codebooks))  # a search needs one boundary at least
+        most = 1 << (most - 1).bit_length()
         levels = torch.full((len(codebooks), most), torch.inf, device=which.device)
         boundaries = torch.full((len(codebooks), most - 1), torch.inf, device=which.device)
         for row, codebook in enumerate(codebooks):
@@ -119,16 +120,15 @@ class Feedback:
         self, x: Tensor, outliers: Tensor | None, scale: Tensor, zero: Tensor, books: ChannelBooks
     ) -> tuple[Tensor, Tensor]:
         """The same for `x` `[N, C]`, scale and zero `[C]` or `[N, 1]`."""
+        if _in_one_launch(x.device.type):
+            from quant.feedback_kernel import feed_back
+
+            return feed_back(x, outliers, scale, zero, books.levels, books.boundaries, self.order, self.matrix)
         y = self._in_order(x)
         exact = None if outliers is None else self._in_order(outliers)
         scale, zero = self._ranges(scale), self._ranges(zero)
         channel = self._channel
         levels, boundaries = books.levels[channel], books.boundaries[channel].contiguous()  # [D, G, ...]
-        if _in_one_launch(y.device.type):
-            from quant.feedback_kernel import feed_back
-
-            codes, targets = feed_back(y, exact, scale, zero, levels, boundaries, self.matrix)
-            return self._back(codes), self._back(targets)
         handed_on = self.matrix.permute(1, 2, 0)[..., None].float()  # [D, D, G, 1]
         codes = torch.empty(y.shape, dtype=torch.uint8, device=y.device)
         last = len(y) - 1

@@ -10,6 +10,7 @@ layer's keys or values says `quant/side.py`; how rdnuq divides its bits among al
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,14 @@ from typing import Any
 
 import torch
 
-from gradients.cli import command_parser, note, positive_int, run_command
+from gradients.checked import require_own_place
+from gradients.cli import UserError, command_parser, note, positive_int, run_command
 from gradients.fingerprint import Fingerprint
 from gradients.models import KINDS, Kind
 from gradients.progress import progress
 from gradients.records import Records
 from quant.allocate import ChannelHistograms, Ints, Options, allocate, bind, form_all_groups, price
-from quant.artefact import Quantizers, axis_of
+from quant.artefact import FILE, Quantizers, axis_of
 from quant.compensate import (
     ElementQuantizer,
     priced_share,
@@ -116,11 +118,16 @@ def _pairs(items: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 @contextmanager
 def _mapper(jobs: int) -> Iterator[Mapper]:
-    """A map with a progress bar, in this process or in several."""
+    """A map with a progress bar, in this process or in several, which raises `UserError` if one of them is killed."""
 
     def spread(what: str, task: Callable[[Any], Any], work: Sequence[Any]) -> list[Any]:
-        results = pool.map(task, work) if pool else map(task, work)
-        return list(progress(results, desc=what, unit="layer", total=len(work)))
+        try:
+            results = pool.map(task, work) if pool else map(task, work)
+            return list(progress(results, desc=what, unit="layer", total=len(work)))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of the {jobs} processes was killed while {what}, for want of memory maybe; give fewer --jobs"
+            ) from error
 
     pool = ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
     try:
@@ -208,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parser.parse_args(argv)
 
     scheme = scheme_from(arguments.scheme, arguments)
+    require_own_place(arguments.output, FILE)
     records = Records.open(arguments.records).first(arguments.windows)
     started = time.perf_counter()
     quantizers = fit(records, scheme, arguments.jobs)

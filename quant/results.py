@@ -15,7 +15,9 @@ import torch
 
 from gradients.cli import UserError, note
 
-_SINCE_DIGESTS = ("weights", "text_digest")
+# what rows of older versions do not say; where one of a group is said, the others were not meant
+_LATER = (("weights",), ("text_digest",), ("moment_windows",), ("calibration_windows", "quantizers"))
+_DEFAULTS = {"bos": False, "max_positions": None, "full_attention": False}  # what they were measured with
 
 
 def results_file(text: str) -> str:
@@ -30,7 +32,10 @@ def results_file(text: str) -> str:
 def append_row(
     path: str | Path | None, row: dict[str, Any], packages: Sequence[str] = ("torch", "transformers")
 ) -> None:
-    """Append `row` and its provenance to a JSONL file; nothing happens without a path."""
+    """Append `row` and its provenance to a JSONL file; nothing happens without a path.
+
+    Raises `UserError` when it cannot be written. What a killed or failed writer left of a line stays a line of its own.
+    """
     if path is None:
         return
     gpu = torch.cuda.is_available()
@@ -41,9 +46,17 @@ def append_row(
         "versions": {package: version(package) for package in packages},
         "commit": commit(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps({**row, **provenance}) + "\n")
+    line = json.dumps({**row, **provenance}) + "\n"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                line = "\n" + line
+            file.write(line.encode())
+    except OSError as error:
+        raise UserError(
+            f"results {str(path)!r} cannot be written ({error}); make room, or give another file"
+        ) from error
 
 
 def _driver() -> str:
@@ -71,13 +84,14 @@ def read_rows(path: str | Path | None) -> list[dict[str, Any]]:
 def is_of(row: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     """Whether a row holds every field of `identity`, so that it need not be measured again.
 
-    Rows of older versions do not say of which weights and text they are, and are believed, with a note; what they measured
-    had no `bos`.
+    Rows of older versions do not say of which weights, text and calibration windows they are, and are believed, with a note; what
+    they measured had no `bos`.
     """
-    known = {"bos": False, **row}
-    if not all(known[name] == value if name in known else name in _SINCE_DIGESTS for name, value in identity.items()):
+    known = {**_DEFAULTS, **row}
+    unsaid = {name for group in _LATER if not known.keys() & set(group) for name in group}
+    if not all(known[name] == value if name in known else name in unsaid for name, value in identity.items()):
         return False
-    if any(name in identity and name not in row for name in _SINCE_DIGESTS):
+    if unsaid & identity.keys():
         _note_old_rows()
     return True
 
@@ -85,7 +99,8 @@ def is_of(row: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
 @cache
 def _note_old_rows() -> None:
     note(
-        "the results hold rows of an older version, which do not say of which weights and text they are; taken as these"
+        "the results hold rows of an older version, which do not say of which weights, text or calibration windows they are; "
+        "taken as these"
     )
 
 

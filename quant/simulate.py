@@ -1,6 +1,6 @@
 """Run a live model as if its cache were quantized: every site hands on `decode(encode(x))`.
 
-Each sequence must start at its first token and come in one piece, without a cache and without padding; the
+Each sequence must start at its first token and come in one piece, without a filled cache and without padding, which is refused; the
 packed cache of stage 3 has no such limits and gives the same numbers. Keys quantized after the rotary embedding, and all keys
 and values of which a recent window stays exact, change where attention receives them (`quant/post_rope.py`) instead of where
 they leave their projection.
@@ -9,12 +9,15 @@ they leave their projection.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
-from gradients.models import KVSite, kv_sites
+from gradients.cli import UserError
+from gradients.models import KVSite, decoder, kv_sites
 from quant.artefact import Quantizers, axis_of
 from quant.post_rope import Intercepted, changing_before_rope, intercepting_attention
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored, code_bits
@@ -48,16 +51,19 @@ class Usage:
 
 
 @contextmanager
-def simulated(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Usage]:
+def simulated(model: PreTrainedModel, quantizers: Quantizers, whole: bool = True) -> Iterator[Usage]:
     """Within the block, every forward of `model` quantizes and dequantizes its keys and values.
 
-    Yields the running `Usage`. Raises `UserError` when the quantizers were fitted for another model.
+    Yields the running `Usage`. Raises `UserError` when the quantizers were fitted for another model, and from a forward that goes on from
+    a filled cache or begins with padding: its first tokens would be taken for the text's. Without `whole` that is not looked at.
     """
     quantizers.check_model(model.config)
     usage = Usage()
     scheme, post = quantizers.scheme, quantizers.scheme.key_rope == "post"
     intercepted: dict[int, Intercepted] = {}
     with ExitStack() as stack:
+        if whole:
+            stack.callback(decoder(model).register_forward_pre_hook(_refuse_pieces, with_kwargs=True).remove)
         for site in kv_sites(model):
             change: Callable[[Tensor], Tensor]
             change = RoundTrip(site, quantizers.layers[site.layer][site.kind], scheme, usage)
@@ -70,6 +76,22 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers) -> Iterator[Usage]
         if intercepted:
             stack.enter_context(intercepting_attention(model, intercepted))
         yield usage
+
+
+def _refuse_pieces(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    given = [*arguments, *options.values()]
+    held = next((cache.get_seq_length() for cache in given if isinstance(cache, Cache)), 0)
+    if held:
+        raise UserError(
+            f"a simulation takes a text in one piece, and the cache holds {held} tokens already; give the whole text with "
+            "use_cache=False, or use the packed cache"
+        )
+    mask = options.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, 0].all():
+        raise UserError(
+            "a simulation takes texts without padding, and attention_mask says that rows begin with it; give them one by one, "
+            "or use the packed cache"
+        )
 
 
 @dataclass

@@ -46,6 +46,7 @@ class Evaluation:
     weights: str
     text_digest: str
     bos: bool
+    dtype: str
 
     @property
     def fit(self) -> tuple[Any, ...]:

@@ -47,15 +47,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     wanted = [scheme_from(name, arguments) for name in arguments.schemes]
     loaded = load_model_from(arguments)
     corpus = evaluation_corpus(loaded, arguments)
+    windows = corpus.evaluation_windows(arguments.seqlen, arguments.windows)
     identity = result_identity(loaded, corpus, arguments) | {
+        "tokens": windows.numel() - len(windows),
         "records": records.manifest.digest,
         "calibration_windows": records.manifest.windows,
+        "moment_windows": records.manifest.moment_windows,
     }
     schemes = missing(wanted, arguments.results, identity)
     process_state().wait_for_everyone()  # all have read the same rows before the first is added
     if not schemes:
         return {"results": arguments.results, "rows_added": 0}
-    windows = corpus.evaluation_windows(arguments.seqlen, arguments.windows)
     rows: list[dict[str, Any]] = []
     for first in range(0, len(schemes), arguments.together):
         candidates = [fit(records, scheme, arguments.jobs) for scheme in schemes[first : first + arguments.together]]

@@ -1,4 +1,4 @@
-"""decode.cu, append.cu and unpack.cu as host C++, lanes as fibers (lanes.h): the sources that ship, run by whoever has a C++ compiler."""
+"""The sources in CUDA C++ as host C++, lanes as fibers (lanes.h): those that ship, run by whoever has a C++ compiler."""
 
 import ctypes
 import hashlib
@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from deployment.kernels.decode import host
-from deployment.kernels.decode.compile import Shape
+from deployment.kernels.launch import Shape
 from deployment.kernels.packed import Segment
 from deployment.kernels.phase import Rotary
 
 HERE = Path(__file__).parent
 MOST_SHARED = 163 * 1024  # of an A100
-_KERNELS = {"decode.cu": ("attend", "combine"), "append.cu": ("append_token", "feed_back"), "unpack.cu": ("unpack",)}
+_KERNELS = {
+    "decode.cu": ("attend", "combine"),
+    "append.cu": ("append_token", "feed_back"),
+    "unpack.cu": ("unpack",),
+    "sums.cu": ("exchange",),
+}
 _CALL = """
 extern "C" void run_{0}(const Params* p, unsigned seed, int blocks, int threads, long bytes) {{
     lanes::launch(seed, blocks, threads, bytes, [=] {{ {0}(*p); }});
@@ -34,12 +39,9 @@ def has_compiler() -> bool:
 
 @cache
 def library(shape: Shape) -> ctypes.CDLL:
+    """A source and a few lines that call its kernels, compiled for a shape; kept among temporary files from run to run."""
     source = shape.source.name
-    return built(f'#include "{source}"' + "".join(map(_CALL.format, _KERNELS[source])) + _SIZES, shape)
-
-
-def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
-    """A file and a few lines that call its kernels, compiled for a shape; kept among temporary files from run to run."""
+    wrapper = f'#include "{source}"' + "".join(map(_CALL.format, _KERNELS[source])) + _SIZES
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}"]
     flags += [f"-I{shape.source.parent}", *(f"-D{name}={value}" for name, value in shape.defines().items())]
     headers = (*sorted(shape.source.parent.glob("*.h")), HERE / "lanes.h")
@@ -49,14 +51,10 @@ def built(wrapper: str, shape: Shape) -> ctypes.CDLL:
     made = folder / f"{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
     if not made.exists():
         with tempfile.TemporaryDirectory(dir=folder) as build:
-            (Path(build) / "wrapper.cpp").write_text(wrapper)
-            subprocess.run(
-                ["g++", *flags, str(Path(build) / "wrapper.cpp"), "-o", f"{build}/made.so"],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            Path(build, "made.so").replace(made)
+            written, built = Path(build) / "wrapper.cpp", Path(build) / "made.so"
+            written.write_text(wrapper)
+            subprocess.run(["g++", *flags, written, "-o", built], check=True, capture_output=True, text=True)
+            built.replace(made)
     return ctypes.CDLL(str(made))
 
 

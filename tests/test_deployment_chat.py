@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from deployment.generate import main as generate_main
 from deployment.text.answer import TimedStreamer
-from deployment.text.chat import Chat, PlainText
+from deployment.text.chat import Chat, PlainText, typed_lines
 from deployment.text.saved import load_cache
 from deployment.text.session import Session
 from gradients.cli import UserError
@@ -234,3 +235,9 @@ def test_a_chat_needs_a_template_and_a_conversation(arguments, llama_folder, tal
     talker.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(UserError, match="refuses this conversation: no such role"):
         Chat(talker).tokens_of([], "key")
+
+
+def test_a_closed_stdin_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match="reads lines from stdin, which is closed"):
+        next(typed_lines())

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployment.attention import packed_attention
@@ -17,6 +17,7 @@ from deployment.measure.synthetic import Shape, synthetic_quantizers
 from deployment.rope import Rope
 from deployment.step.asked import Step
 from deployment.step.compiled import attend, registered_step
+from gradients.cli import UserError
 from quant.scheme import Scheme
 
 SHAPE = Shape(heads=4, kv_heads=2, head_dim=16)
@@ -131,3 +132,46 @@ def test_a_whole_model_compiles_into_one_graph(llama, make_tokens, fit_model) ->
         assert cache.layers[0].lengths == [11, 14]
         logits.append(torch.cat(parts, dim=1))
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("compiled_part", ["model", "decoder", "layers"])
+def test_what_is_refused_is_refused_compiled(compiled_part: str, make_model, make_tokens, fit_model) -> None:
+    """A cache of ours outside of the block, and another within: the model would see nothing of the past, or rotate it twice."""
+    model, ids = make_model("llama"), make_tokens(1, 14)
+    quantizers = fit_model(model, Scheme.parse("nuq4-5%"))
+    parts = {"model": [model], "decoder": [model.model], "layers": list(model.model.layers)}[compiled_part]
+    for part in parts:
+        part.compile(backend="eager")
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="needs the model to run within"):
+            model(ids, past_key_values=PackedCache(quantizers, model.config))
+        with packed_attention(model), pytest.raises(UserError, match="must be a PackedCache, not a DynamicCache"):
+            model(ids, past_key_values=DynamicCache(config=model.config))
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_compiled_model_serves_one_cache_after_the_other(limit: int, llama, make_tokens, fit_model) -> None:
+    """Each is a graph of its own, up to a limit, beyond which a part of a forward runs compiled and the rest does not."""
+    quantizers, ids = fit_model(llama, Scheme.parse("nuq4-5%")), make_tokens(1, 14)
+    forward = torch.compile(llama, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=limit):
+        for _ in range(2):
+            caches = [PackedCache(quantizers, llama.config) for _ in range(2)]
+            with packed_attention(llama):
+                for part in ids.split((10, 1, 3), dim=1):
+                    logits = [
+                        called(input_ids=part, past_key_values=cache).logits
+                        for called, cache in zip((llama, forward), caches, strict=True)
+                    ]
+                    assert torch.equal(*logits)
+
+
+def test_a_graph_may_break_between_cache_and_attention(llama, make_tokens, fit_model, monkeypatch) -> None:
+    quantizers, ids = fit_model(llama, Scheme.parse("nuq4-5%")), make_tokens(1, 14)
+    monkeypatch.setattr(PackedLayer, "update", torch._dynamo.disable(PackedLayer.update))
+    with torch.no_grad(), packed_attention(llama):
+        called = [
+            forward(input_ids=ids, past_key_values=PackedCache(quantizers, llama.config)).logits
+            for forward in (llama, torch.compile(llama, backend="eager"))
+        ]
+    assert torch.equal(*called)

@@ -10,6 +10,7 @@ import torch
 from conftest import CONFIGS, build_model, dynamic_llama
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
@@ -112,6 +113,32 @@ def test_a_streaming_thread_enters_the_block_itself(llama, quantizers, make_toke
     text = "".join(streamer)
     thread.join()
     assert text == tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("negative", [None, 11], ids=["last token", "negative prompt"])
+def test_guidance_without_a_condition_reads_its_own_past(negative: int | None, llama, make_tokens, fit_model) -> None:
+    """`generate` gives those forwards the cache that the first of them made; without one they saw the newest token alone."""
+    ids, exact = make_tokens(1, 30), fit_model(llama, Scheme.parse("int4", sink_tokens=150))
+    options = {"guidance_scale": 1.7, "max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    if negative is not None:
+        options["negative_prompt_ids"] = make_tokens(1, negative, seed=8)
+    expected = llama.generate(ids, **options)
+    with packed_attention(llama):
+        assert torch.equal(generated(llama, exact, ids, **options), expected)
+
+
+def test_a_cache_that_a_model_makes_stays_within(llama, make_tokens) -> None:
+    ids = make_tokens(1, 30)
+    expected = llama(ids, use_cache=False).logits
+    with packed_attention(llama):
+        first = llama(ids[:, :20])
+        rest = llama(ids[:, 20:], past_key_values=first.past_key_values)
+        assert torch.allclose(torch.cat([first.logits, rest.logits], dim=1), expected, atol=EXACT)
+        assert llama(ids, use_cache=False).past_key_values is None
+        assert llama.model(ids).past_key_values is None
+    with pytest.raises(RuntimeError, match="needs the model to run within"):
+        llama(ids, past_key_values=first.past_key_values)
+    assert isinstance(llama(ids).past_key_values, DynamicCache)
 
 
 def test_an_attention_call_outside_says_what_is_missing(llama, make_tokens) -> None:

@@ -117,7 +117,8 @@ def test_layers_that_hold_different_tokens_are_refused(llama, quantizers, make_t
         cache.layers[1].crop(-3)
         with pytest.raises(RuntimeError, match=r"hold \[60, 57\] tokens"):
             llama(ids[:, :1], past_key_values=cache)
-        compiled = torch.compile(llama, backend="eager")  # which the hooks on forwards are no part of
+        torch.compiler.reset()
+        compiled = torch.compile(llama, backend="eager")  # in which hooks on forwards do not count
         with pytest.raises(RuntimeError, match="hold different tokens"):
             compiled(ids[:, :1], past_key_values=cache)
 
@@ -136,6 +137,19 @@ def test_a_layer_that_is_lost_on_the_way_is_said_by_the_same_forward(make_model,
         with pytest.raises(RuntimeError, match=r"layers \[1\] was not told of the packed cache"):
             model(ids[:, 30:], past_key_values=cache)
     assert [layer.get_seq_length() for layer in cache.layers] == [30, 30]
+
+
+def test_a_cache_that_a_model_drops_is_said(make_model, quantizers, make_tokens) -> None:
+    """Gradient checkpointing takes the cache from every layer of a model in training mode, which then attends to the chunk alone."""
+    model, ids = make_model("llama"), make_tokens(1, TOKENS)
+    cache = PackedCache(quantizers, model.config)
+    model.gradient_checkpointing_enable()
+    with packed_attention(model):
+        model(ids[:, :30], past_key_values=cache)
+        with pytest.raises(RuntimeError, match=r"layers \[0, 1\] were not handed the packed cache"):
+            model.train()(ids[:, 30:], past_key_values=cache)
+        model.eval()(ids[:, 30:], past_key_values=cache)
+    assert cache.get_seq_length() == TOKENS
 
 
 def test_keys_may_be_made_anew_between_cache_and_attention(make_model, quantizers, make_tokens, monkeypatch) -> None:

@@ -210,7 +210,7 @@ def _stored_by_kernels(
     )
     exact = torch.zeros(1, packed.heads, sinks, packed.head_dim, dtype=torch.float16, device=DEVICE)
     for chunk in chunks:
-        monkeypatch.setattr("deployment.kernels.part.gathered_heads", lambda x, part, dim, chunk=chunk: chunk)
+        monkeypatch.setattr("deployment.kernels.side.gathered_heads", lambda x, part, dim, chunk=chunk: chunk)
         append([Side(packed, chunk[:, heads], exact, [page])], stored, nobody, overflow)
         stored += chunk.shape[2]
     assert page.scales is not None and not overflow.any()

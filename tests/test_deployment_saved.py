@@ -291,6 +291,23 @@ def test_an_empty_cache_and_one_without_quantizers_cannot_be_saved(llama, quanti
     assert not (tmp_path / "cache").exists()
 
 
+def test_what_could_not_be_loaded_as_it_is_cannot_be_saved(llama, quantizers, make_tokens, fit_model, tmp_path) -> None:
+    tokens, cache = make_tokens(1, 40), PackedCache(quantizers, llama.config)
+    fill(llama, cache, tokens)
+    path = tmp_path / "cache"
+    for text in (tokens[:, :20], tokens.repeat(2, 1), tokens[0], tokens.float()):
+        with pytest.raises(UserError, match="holds 1 x 40 tokens, the text is"):
+            save_cache(path, cache, quantizers, llama, text)
+    others = (fit_model(llama, Scheme.parse("nf3-1%")), quantizers.with_exact(sink_tokens=5))
+    for other in others:
+        with pytest.raises(UserError, match=r"packed with other quantizers \(nuq3-1%.*, 1 sinks\) than those given"):
+            save_cache(path, cache, other, llama, tokens)
+    cache.crop(-40)
+    with pytest.raises(UserError, match="is empty"):
+        save_cache(path, cache, quantizers, llama, tokens)
+    assert not path.exists()
+
+
 def test_orders_are_those_of_the_schema() -> None:
     """If this fails, codes lie elsewhere in their words than in files already written: raise SCHEMA in saved.py."""
     codes = torch.arange(BLOCK_TOKENS * 128).view(1, BLOCK_TOKENS, 128) * 2654435761 >> 7

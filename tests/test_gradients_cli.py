@@ -92,6 +92,17 @@ def test_help_shows_the_examples(main: Main, capsys) -> None:
     assert "\n    python -m " in capsys.readouterr().out
 
 
+def test_a_reader_that_has_gone_ends_a_command_in_silence(tmp_path) -> None:
+    """`| head` has read enough: no traceback, and not the exit code of success."""
+    code = "from gradients.cli import run_command; run_command(lambda _: print('x' * 10**6) or {})"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(tmp_path / "errors", "w") as errors:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=errors, cwd=REPOSITORY, check=False)
+    os.close(writer)
+    assert (ended.returncode, (tmp_path / "errors").read_text()) == (141, "")
+
+
 def test_gguf_weights_point_at_the_conversion(llama_folder, text_file, tmp_path, monkeypatch, capsys) -> None:
     def stop(*_: object, **__: object) -> None:
         raise UserError("loaded enough")

@@ -45,35 +45,25 @@ def store(
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "share", "dim"),
+    ("kind", "bits", "share", "dim", "feedback"),
     [
-        ("channel", 3, 0.05, 64),
-        ("token", 4, 0.05, 64),
-        ("mixed", 3, 0.05, 64),
-        ("token", 2, 0.0, 96),
-        pytest.param("channel", 2, 0.0, 128, marks=pytest.mark.slow),
-        pytest.param("token", 3, 0.01, 128, marks=pytest.mark.slow),
-        pytest.param("channel", 4, 0.05, 128, marks=pytest.mark.slow),
+        ("channel", 3, 0.05, 64, True),
+        ("token", 4, 0.05, 64, True),
+        ("mixed", 3, 0.05, 64, True),
+        ("token", 2, 0.0, 96, True),
+        pytest.param("channel", 2, 0.0, 128, True, marks=pytest.mark.slow),
+        pytest.param("token", 3, 0.01, 128, True, marks=pytest.mark.slow),
+        pytest.param("channel", 4, 0.05, 128, True, marks=pytest.mark.slow),
+        ("channel", 4, 0.05, 64, False),
+        ("token", 3, 0.01, 96, False),
+        ("mixed", 5, 0.05, 32, False),
+        ("channel", 2, 0.0, 256, False),
+        ("token", 2, 0.05, 256, False),
+        ("channel", 6, 0.05, 160, False),
     ],
 )
-def test_single_tokens(kind: str, bits: int, share: float, dim: int, launches: list[str]) -> None:
-    store(kind, bits, make_chunks(dim, [1] * 3), share=share)
-    assert launches == ["append_token"] * 3
-
-
-@pytest.mark.parametrize(
-    ("kind", "bits", "share", "dim"),
-    [
-        ("channel", 4, 0.05, 64),
-        ("token", 3, 0.01, 96),
-        ("mixed", 5, 0.05, 32),
-        ("channel", 2, 0.0, 256),
-        ("token", 2, 0.05, 256),
-        ("channel", 6, 0.05, 160),
-    ],
-)
-def test_single_tokens_without_feedback(kind: str, bits: int, share: float, dim: int, launches: list[str]) -> None:
-    store(kind, bits, make_chunks(dim, [1] * 3), share=share, feedback=False)
+def test_single_tokens(kind: str, bits: int, share: float, dim: int, feedback: bool, launches: list[str]) -> None:
+    store(kind, bits, make_chunks(dim, [1] * 3), share=share, feedback=feedback)
     assert launches == ["append_token"] * 3
 
 

@@ -6,26 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from kernels_on_cpu import built, has_compiler
+from kernels_on_cpu import has_compiler, run, sizes
 from torch import Tensor
 
 from deployment.kernels.sums import Shape, Sums, params_of
 
-_WRAPPER = """
-#include "sums.cu"
-extern "C" void run_exchange(const Params* p, unsigned seed, int blocks, int threads, long bytes) {
-    lanes::launch(seed, blocks, threads, bytes, [=] { exchange(*p); });
-}
-extern "C" void run_sizes(int* out) { sizes(out); }
-"""
 _CAPACITY = 600
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="needs g++")
-
-
-def run(kernel: str, shape: Shape, blocks: int, threads: int, shared: int, params: ctypes.Structure) -> None:
-    function = getattr(built(_WRAPPER, shape), f"run_{kernel}")
-    function(ctypes.byref(params), ctypes.c_uint(7), blocks, threads, ctypes.c_long(shared))
 
 
 @pytest.fixture
@@ -82,6 +70,4 @@ def test_what_is_taken(processes: Any) -> None:
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_c_and_python_have_the_same_parameters(parts: int) -> None:
-    size = ctypes.c_int()
-    built(_WRAPPER, Shape(parts)).run_sizes(ctypes.byref(size))
-    assert size.value == ctypes.sizeof(params_of(parts))
+    assert sizes(Shape(parts)) == [ctypes.sizeof(params_of(parts))]

@@ -1,5 +1,6 @@
 """Fitting: quantiles, sink tokens, the objective that nuq minimises, parallel and streamed fits, refusals."""
 
+import os
 import shutil
 from typing import Any
 
@@ -15,7 +16,7 @@ from gradients.models import KINDS, Kind
 from gradients.records import Records
 from quant.artefact import Quantizers, axis_of, load_quantizers
 from quant.codebook import nf_codebook
-from quant.fit import fit
+from quant.fit import _mapper, fit
 from quant.fit import main as fit_main
 from quant.grouped import GroupQuantizer
 from quant.quantizer import ChannelQuantizer, Encoded, Quantizer, TokenQuantizer, normalise, token_range
@@ -437,3 +438,12 @@ def test_rotary_tables_of_another_length_are_refused(records, tmp_path) -> None:
     made.write_rope(cos[:40], sin[:40])
     with pytest.raises(UserError, match=r"rope.safetensors' has tensor cos .*run `python -m gradients` again"):
         fit(made, Scheme.parse("nuq3", key_rope="post"))
+
+
+def test_a_process_that_is_killed_is_said() -> None:
+    """As the operating system does when memory is short."""
+    with (
+        _mapper(2) as spread,
+        pytest.raises(UserError, match="one of the 2 processes was killed while dying, .* fewer --jobs"),
+    ):
+        spread("dying", os._exit, [1, 1])

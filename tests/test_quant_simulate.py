@@ -87,6 +87,24 @@ def test_another_models_quantizers_are_refused(quantizers, make_model, hook_coun
     assert hook_count(model) == 0
 
 
+def test_pieces_and_padding_are_refused(model, fit_model, make_tokens, hook_count) -> None:
+    """The first token of each would be kept exactly as a sink: whole answers of `generate` would be."""
+    ids, quantizers, hooks = make_tokens(2, 20), fit_model(model, Scheme.parse("nuq3")), hook_count(model)
+    mask = torch.ones_like(ids)
+    with torch.no_grad(), simulated(model, quantizers):
+        whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        cached = model(input_ids=ids)  # which is still one piece
+        assert torch.equal(cached.logits, whole)
+        with pytest.raises(UserError, match="in one piece, and the cache holds 20 tokens already"):
+            model(input_ids=ids[:, :1], past_key_values=cached.past_key_values)
+        with pytest.raises(UserError, match="in one piece, and the cache holds 20 tokens already"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=2)
+        mask[1, :3] = 0
+        with pytest.raises(UserError, match="texts without padding"):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert hook_count(model) == hooks
+
+
 def test_bits_per_element_by_hand(llama, quantizers, captured_sites, make_tokens) -> None:
     """Two rows of 70 tokens: 1 sink and 69 packed ones in 2 blocks of 64 slots; C = 24, G = 2, nuq3-1%."""
     ids = make_tokens(2, 70, seed=3)

@@ -5,8 +5,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import LlamaConfig
 
+from deployment.measure.filled import synthetic_artefact
 from gradients.cli import UserError
+from quant.scheme import Scheme
 from scripts.bench import processes
 from scripts.bench.processes import command_line, compare_figures, compare_files
 
@@ -60,8 +63,10 @@ def test_given_quantizers_are_evaluated_and_nothing_is_fitted(monkeypatch, tmp_p
         return {"nll": 4.0, "tokens_per_second": 9.0 * len(asked), "seconds": float(len(asked))}
 
     monkeypatch.setattr(processes, "run", run)
-    given = ["--model", "tiny", "--quantizers", "nuq3.safetensors", "--device", "cpu"]
-    rows = processes.main(given)["rows"]
+    file = str(tmp_path / "nuq2+fb.safetensors")
+    synthetic_artefact(Scheme.parse("nuq2+fb"), LlamaConfig(num_hidden_layers=1)).save(file)
+    rows = processes.main(["--model", "tiny", "--quantizers", file, "--device", "cpu"])["rows"]
     assert [row["command"] for row in rows] == ["quant.evaluate", "deployment.evaluate"]
     assert all(row["identical"] for row in rows) and len(asked) == 4
-    assert all(command[command.index("--quantizers") + 1] == "nuq3.safetensors" for command in asked)
+    assert all(command[command.index("--quantizers") + 1] == file for command in asked)
+    assert {row["scheme"] for row in rows} == {"nuq2+fb"}

@@ -10,6 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from gradients.cli import UserError
+from quant.evaluate import main as evaluate_main
 from quant.results import append_row, read_rows
 from quant.scheme import Scheme
 from scripts import sweep_schemes
@@ -138,3 +139,22 @@ def test_scripts_refuse_layers_that_are_not_there_and_outputs_that_are_taken(rec
         with pytest.raises(UserError, match=message):
             importlib.import_module(f"scripts.{name}").main(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"] and taken.read_text() == "something"
+
+
+def test_a_row_is_not_appended_to_what_was_left_of_another(tmp_path) -> None:
+    """One line to remove, and not two rows lost."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"figure": 1.5}\n{"figu')
+    append_row(path, {"figure": 2.5})
+    with pytest.raises(UserError, match="remove that line"):
+        read_rows(path)
+    path.write_text("".join(line for line in path.open() if not line.endswith("figu\n")))
+    assert [row["figure"] for row in read_rows(path)] == [1.5, 2.5]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_row_without_room_is_said_and_shown(llama_folder, text_file, capsys) -> None:
+    arguments = ["--model", str(llama_folder), "--text", str(text_file), "--seqlen", "33", "--windows", "1"]
+    with pytest.raises(UserError, match="results '/dev/full' cannot be written .*No space left"):
+        evaluate_main([*arguments, "--results", "/dev/full"])
+    assert "unquantized" in capsys.readouterr().out

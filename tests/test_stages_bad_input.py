@@ -4,6 +4,7 @@ Each command is called as `python -m` calls it, must refuse with a message that 
 remedy, and must leave every earlier file as it was.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
+import deployment.generate
 import gradients.__main__
 import quant.evaluate
 import quant.fit
@@ -49,6 +53,11 @@ class Workspace:
         """`python -m quant.evaluate`."""
         arguments = ["--model", str(self.model), "--text", str(self.text), "--device", "cpu", "--windows", "1"]
         return quant.evaluate.main([*arguments, "--seqlen", "65", "--quantizers", str(self.quantizers), *options])
+
+    def generate(self, *options: str) -> Any:
+        """`python -m deployment.generate`."""
+        arguments = ["--model", str(self.model), "--device", "cpu", "--quantizers", str(self.quantizers)]
+        return deployment.generate.main([*arguments, "--prompt", "key", *options])
 
 
 @pytest.fixture
@@ -120,6 +129,53 @@ def test_missing_model_is_refused(damage: str, workspace, refuses) -> None:
         (folder / "config.json").write_text("{")
     for command in commands_with_a_model(workspace):
         refuses(command, "--model", name, fragments=[name, "give a hub id that is reachable, or a local folder"])
+
+
+Weights = dict[str, torch.Tensor]
+SPOILED: dict[str, tuple[Callable[[Weights], object], dict[str, Any], list[str]]] = {
+    "a weight is missing": (
+        lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"),
+        {},
+        ["lacks 1 of the weights", "model.layers.1.self_attn.k_proj.weight", "give a complete checkpoint"],
+    ),
+    "layers are missing": (lambda _weights: None, {"num_hidden_layers": 3}, ["lacks 9 of the weights"]),
+    "a weight of another shape": (
+        lambda weights: weights.update({"lm_head.weight": torch.zeros(3, 3)}),
+        {},
+        ["cannot load AutoModelForCausalLM", "a local folder that is whole"],
+    ),
+    "a setting of another type": (
+        lambda _weights: None,
+        {"num_attention_heads": "four"},
+        ["cannot load AutoConfig", "'num_attention_heads' expected int, got str"],
+    ),
+    "a rotary embedding that is none": (
+        lambda _weights: None,
+        {"rope_parameters": {"rope_type": "none", "rope_theta": 1e4}},
+        ["cannot load AutoModelForCausalLM", "'none'"],
+    ),
+    "fewer tokens than the tokenizer's": (
+        lambda weights: weights.update(
+            {name: weights[name][:99].clone() for name in weights if len(weights[name]) == 259}
+        ),
+        {"vocab_size": 99},
+        ["the tokenizer of", "the model knows 99 tokens", "trained with"],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", SPOILED)
+def test_a_model_that_is_not_whole_is_refused(damage: str, workspace, refuses) -> None:
+    """Above all not to be gone on with, what is missing being random."""
+    change, settings, fragments = SPOILED[damage]
+    folder = Path(shutil.copytree(workspace.model, workspace.root / "model"))
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings | {"layer_types": None}))
+    for command in commands_with_a_model(workspace):
+        refuses(command, "--model", str(folder), fragments=fragments)
 
 
 def test_damaged_weights_are_refused(workspace, refuses) -> None:
@@ -224,6 +280,30 @@ def test_options_that_cannot_be_are_refused(
     refuses(getattr(workspace, command), *options, fragments=fragments)
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "place", "message"),
+    [
+        ("fit", "--output", "{text}", "another file is there"),
+        ("fit", "--output", "{weights}", "another file is there"),
+        ("fit", "--output", "{root}", "that is a folder"),
+        ("fit", "--output", "/dev/null", "another file is there"),
+        ("generate", "--save-cache", "{quantizers}", "another file is there"),
+        ("generate", "--save-cache", "{text}", "another file is there"),
+        ("generate", "--save-cache", ".", "that is a folder"),
+        ("generate", "--save-cache", "{quantizers}/cache", "is no folder that takes files"),
+    ],
+)
+def test_nothing_takes_the_place_of_another_file(
+    command: str, option: str, place: str, message: str, workspace, refuses
+) -> None:
+    """Be it the one that is read at the time; before any work is done for it."""
+    text, weights = workspace.root / "book.txt", workspace.root / "model.safetensors"
+    shutil.copy(workspace.text, text)
+    shutil.copy(workspace.model / "model.safetensors", weights)
+    path = place.format(text=text, weights=weights, root=workspace.root, quantizers=workspace.quantizers)
+    refuses(getattr(workspace, command), option, path, fragments=["cannot write", repr(path), message])
+
+
 def test_a_fit_without_a_scheme_is_refused(workspace) -> None:
     with pytest.raises(UserError, match="--scheme"):
         quant.fit.main(["--records", str(workspace.records), "--output", "q"])
@@ -235,6 +315,17 @@ def poisoned_model(request, workspace, make_model, save_model) -> str:
     model = make_model("llama")
     model.get_decoder().layers[1].self_attn.v_proj.weight[3, 5] = request.param
     return str(save_model(model, workspace.root / "poisoned"))
+
+
+@pytest.mark.parametrize(
+    "options", [["--sample"], ["--beams", "2"], ["--max-new-tokens", "0", "--save-cache", "{root}/c"], []]
+)
+def test_an_answer_names_the_layer_where_activations_are_not_finite(
+    options: list[str], poisoned_model, refuses, workspace
+) -> None:
+    """Of NaN the first token is the most likely one, and it would be said."""
+    options = [text.format(root=workspace.root) for text in options]
+    refuses(workspace.generate, "--model", poisoned_model, *options, fragments=["layer 1 value", "NaN or infinite"])
 
 
 def test_evaluation_names_the_layer_where_activations_are_not_finite(poisoned_model, refuses, workspace) -> None:

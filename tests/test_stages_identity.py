@@ -11,6 +11,7 @@ import quant.results
 from gradients.__main__ import main as record_main
 from gradients.cli import UserError
 from quant.evaluate import main as evaluate_main
+from quant.fit import main as fit_main
 from quant.results import is_of, read_rows
 from scripts.reproduce_tables import main as tables_main
 from scripts.retrieval.passkey import main as passkey_main
@@ -56,6 +57,48 @@ def test_rows_of_another_text_of_the_same_name_are_its_own(llama_folder, records
     assert [sweep_main([*arguments, str(text)])["rows_added"] for text in (text_file, other, text_file)] == [1, 1, 0]
 
 
+@pytest.mark.parametrize("command", ["sweep", "tables", "retrieval"])
+def test_rows_of_another_dtype_are_their_own(command: str, llama_folder, records, text_file, tmp_path) -> None:
+    where = ["--model", str(llama_folder), "--records", str(records.folder), "--results", str(tmp_path / "rows.jsonl")]
+    text = ["--text", str(text_file), "--seqlen", "33", "--windows", "2"]
+    run: Callable[[str], Any] = {
+        "sweep": lambda dtype: sweep_main([*where, *text, "--schemes", "int4", "--dtype", dtype]),
+        "tables": lambda dtype: tables_main([*where, *text, "--tables", "ranges", "--dtype", dtype]),
+        "retrieval": lambda dtype: passkey_main(
+            [*where, "--schemes", "int4", "--lengths", "330", "--samples", "1", "--dtype", dtype]
+        ),
+    }[command]
+    added = [run(dtype)["rows_added"] for dtype in ("float32", "bfloat16", "float32")]
+    assert added[0] == added[1] > 0 and added[2] == 0
+
+
+def test_rows_of_more_text_are_their_own(llama_folder, records, text_file, tmp_path) -> None:
+    """A first try on one window must not be taken for the whole."""
+    arguments = ["--model", str(llama_folder), "--records", str(records.folder), "--text", str(text_file)]
+    arguments += ["--seqlen", "33", "--results", str(tmp_path / "rows.jsonl"), "--schemes", "int4", "--windows"]
+    assert [sweep_main([*arguments, windows])["rows_added"] for windows in ("1", "2", "1")] == [1, 1, 0]
+
+
+def test_rows_of_other_fits_to_the_same_records_are_their_own(llama_folder, record_arguments, tmp_path) -> None:
+    """Of fewer windows, of quantizers from a file, and of records whose moments have grown."""
+    folder = str(tmp_path / "records")
+    record_main([*record_arguments, "--windows", "2", "--output", folder])
+    where = ["--model", str(llama_folder), "--results", str(tmp_path / "rows.jsonl"), "--lengths", "330"]
+    files = {windows: str(tmp_path / f"{windows}.safetensors") for windows in ("1", "2")}
+    for windows, file in files.items():
+        fit_main(["--records", folder, "--scheme", "int4+fb", "--windows", windows, "--output", file])
+
+    def added(*options: str) -> int:
+        return passkey_main([*where, "--samples", "1", *options])["rows_added"]
+
+    assert added("--quantizers", files["1"]) == 2, "the model as it is, and quantized"
+    fit_again = ("--records", folder, "--schemes", "int4+fb")
+    assert [added("--quantizers", files["2"]), added(*fit_again)] == [1, 1]
+    record_main([*record_arguments, "--windows", "2", "--moment-windows", "3", "--output", folder])
+    assert added(*fit_again) == 1
+    assert [added("--quantizers", file) for file in files.values()] == [added(*fit_again), 0] == [0, 0]
+
+
 def test_rows_without_digests_count_with_a_note(monkeypatch, capsys) -> None:
     quant.results._note_old_rows.cache_clear()
     identity = {"model": "m", "weights": "ab", "text_digest": "cd", "bos": False}
@@ -66,6 +109,8 @@ def test_rows_without_digests_count_with_a_note(monkeypatch, capsys) -> None:
     assert "rows of an older version" in capsys.readouterr().err
     assert not is_of({"model": "m", "nll": 1.0}, identity | {"bos": True})
     assert not is_of({"model": "n", "nll": 1.0}, identity)
+    assert is_of({"records": "r"}, {"records": "r", "quantizers": "q"})
+    assert not is_of({"records": "r", "calibration_windows": 2}, {"records": "r", "quantizers": "q"})
 
 
 def test_recording_does_not_go_on_with_other_weights(checkpoints, text_file, tmp_path) -> None:

@@ -13,7 +13,6 @@ afterwards. The code of an outlier is stored as 0, so that a kernel knows what i
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -27,7 +26,6 @@ from deployment.format.room import ROOM_TOKENS
 from deployment.format.streams import FEW, OutlierStreams, index_span, sent
 from deployment.format.tables import FeedbackTables, Tables
 from gradients.models import Kind
-from gradients.parallel import WHOLE
 from quant.outliers import outliers_per_end
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, keeps_outliers
 from quant.storage import BLOCK_TOKENS
@@ -145,14 +143,6 @@ class PackedTensor:
         for page in self.pages:
             if page.outliers is not None and page.room is not None:
                 page.room.recount(next(counts))
-
-    @cached_property
-    def of_all_heads(self) -> "PackedTensor":
-        """What encodes a token of which this holds some heads, where its range is its own: empty, and of all heads."""
-        assert isinstance(self.quantizer, TokenQuantizer)
-        quantizer = replace(self.quantizer, feedback=None, part=WHOLE)  # errors are handed on within a head, later
-        heads = self.heads * self.quantizer.part.count
-        return PackedTensor(quantizer, self.batch, heads, self.head_dim, self.device, "value", self.rotary_half)
 
     @property
     def most_outliers(self) -> int:

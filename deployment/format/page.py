@@ -25,6 +25,20 @@ class Page:
         """One past the last token there is room for."""
         return self.start + self.blocks * BLOCK_TOKENS
 
+    @property
+    def places(self) -> int:
+        """Room for outliers of all streams, those that are there included."""
+        return 0 if self.outliers is None else self.outliers.index.numel()
+
+    def for_kernels(self) -> tuple[Tensor, ...]:
+        """words, scales; index, value, starts, ends of outliers. What there is not is never read, and some other tensor."""
+        scales = self.words if self.scales is None else self.scales
+        if self.outliers is None:
+            return (self.words, scales, *(self.words,) * 4)
+        streams = self.outliers = self.outliers.with_starts()
+        assert streams.starts is not None
+        return self.words, scales, streams.index, streams.value, streams.starts, streams.ends
+
     def make_room(self, most: int, spare: int) -> None:
         """Let every stream have room for `most` more outliers, and `spare` if it has to be made."""
         assert self.outliers is not None

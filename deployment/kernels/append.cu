@@ -6,7 +6,7 @@
 // the head's order: lane l has D / 32 of them that follow each other, targets and levels in registers, and when its turn has come hands their errors to all
 // lanes. What a division would say is compared with, not divided: `edge` is the largest number whose quotient does not exceed a boundary.
 //
-// `feed_back` finds the codes of a chunk with feedback, between the kernels of chunk.py. A block has 64 tokens of a head, two to a lane, all of them in each of
+// `feed_back` finds the codes of a chunk with feedback, between encode.py and store.py. A block has 64 tokens of a head, two to a lane, all of them in each of
 // its warps, which take turns with 8 channels: one finds their codes, and all hand the errors on to their own channels, in registers.
 //
 // Compiled for HEAD_DIM, HEADS, X_HEADS, the largest number of heads of x, LEVELS, the largest number of levels of a channel, ELEMENT of x: 0 fp16, 1 bf16, 2 fp32, and FED, whether a side has feedback.
@@ -54,7 +54,7 @@ DEVICE float product(float a, float b) { return a * b; }
 DEVICE float quotient(float a, float b) { return a / b; }
 #endif
 
-struct Side {  // keys, or values; tensors as in chunk.py; no matrix and no order without feedback
+struct Side {  // keys, or values; tensors as in encode.py and store.py; no matrix and no order without feedback
     const void* x;
     uint16_t *sinks, *scales, *index, *value, *codes, *targets;
     uint32_t* words;
@@ -76,7 +76,7 @@ struct Params {
 
 constexpr int D = HEAD_DIM, CHANNELS = HEADS * D, MOST_CHANNELS = X_HEADS * D, THREADS = 256, WARPS = THREADS / 32, PER = D / 32, MOST_LEVELS = 128, WIDTHS = 7;
 constexpr float TINY = 1.17549435e-38f;
-constexpr uint16_t OUTLIER = 256;  // what chunk.py writes for the code of one
+constexpr uint16_t OUTLIER = 256;  // what encode.py writes for the code of one
 
 DEVICE uint32_t raw_of(const void* x, int64_t at) { return ELEMENT == 2 ? ((const uint32_t*)x)[at] : ((const uint16_t*)x)[at]; }
 DEVICE float number_of(uint32_t raw) { return ELEMENT == 0 ? from_half((uint16_t)raw) : as_float(ELEMENT == 1 ? raw << 16 : raw); }
@@ -96,21 +96,19 @@ struct Shared {
 
 // ---- one token
 
-DEVICE uint32_t sum_of_block(Shared& sh, uint32_t x, int turn) {
-    x = sum_of_warp(x);
-    if (thread_number() % 32 == 0) sh.part[turn & 1][thread_number() / 32] = x;
+// f of what all warps have, of which `mine` is one's.
+template <class F> DEVICE uint32_t over_warps(Shared& sh, uint32_t mine, int turn, F f) {
+    if (thread_number() % 32 == 0) sh.part[turn & 1][thread_number() / 32] = mine;
     barrier_of_block();
-    uint32_t total = 0;
-    for (int w = 0; w < WARPS; w++) total += sh.part[turn & 1][w];
-    return total;
+    uint32_t all = 0;
+    for (int w = 0; w < WARPS; w++) all = f(all, sh.part[turn & 1][w]);
+    return all;
+}
+DEVICE uint32_t sum_of_block(Shared& sh, uint32_t x, int turn) {
+    return over_warps(sh, sum_of_warp(x), turn, [](uint32_t a, uint32_t b) { return a + b; });
 }
 DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
-    x = max_of_warp(x);
-    if (thread_number() % 32 == 0) sh.part[turn & 1][thread_number() / 32] = x;
-    barrier_of_block();
-    uint32_t most = 0;
-    for (int w = 0; w < WARPS; w++) most = max(most, sh.part[turn & 1][w]);
-    return most;
+    return over_warps(sh, max_of_warp(x), turn, [](uint32_t a, uint32_t b) { return max(a, b); });
 }
 
 // Integers that sort as numbers do, see encode.py.
@@ -121,12 +119,13 @@ DEVICE uint32_t rising(uint32_t raw) {
 }
 DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
 
+DEVICE uint32_t both(bool top, bool bottom) { return top + ((uint32_t)bottom << 16); }  // flags, or counts of them below 65536
+
 constexpr int SHARE = (MOST_CHANNELS + THREADS - 1) / THREADS;  // channels of the token to a thread
 // f(key from above, key from below, channel) of all channels, added up.
 template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const uint32_t* up, int turn, F f) {
     uint32_t total = 0;
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) {
+    UNROLL for (int k = 0; k < SHARE; k++) {
         const int channel = k * THREADS + thread_number();
         if (channel < side.channels) total += f(up[k], ONES - up[k], channel);
     }
@@ -135,8 +134,7 @@ template <class F> DEVICE uint32_t sum_over(Shared& sh, const Side& side, const 
 
 // The thread's channels of the token; one that there is not is the last, so that no load waits for a condition.
 DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) {
+    UNROLL for (int k = 0; k < SHARE; k++) {
         const int channel = min(k * THREADS + thread_number(), side.channels - 1);
         raw[k] = raw_of(side.x, b * side.stride_b + channel / D * side.stride_g + channel % D);
     }
@@ -145,19 +143,18 @@ DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
 // The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
 DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
     const int thread = thread_number(), warp = thread / 32;
-#pragma unroll
-    for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
+    UNROLL for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
     if (count) {
         for (uint32_t bit = SIGN; bit; bit >>= 1, turn++) {
-            const uint32_t both = sum_over(sh, side, up, turn, [&](uint32_t a, uint32_t z, int) { return (a >= (top | bit)) + ((uint32_t)(z >= (bottom | bit)) << 16); });
-            if ((both & 65535) >= count) top |= bit, more_top = (both & 65535) > count;
-            if (both >> 16 >= count) bottom |= bit, more_bottom = both >> 16 > count;
+            const uint32_t found = sum_over(sh, side, up, turn, [&](uint32_t a, uint32_t z, int) { return both(a >= (top | bit), z >= (bottom | bit)); });
+            if ((found & 65535) >= count) top |= bit, more_top = (found & 65535) > count;
+            if (found >> 16 >= count) bottom |= bit, more_bottom = found >> 16 > count;
         }
-        const uint32_t beyond = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int) { return (a > top) + ((uint32_t)(z > bottom) << 16); });
-        const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? (a == top) + ((uint32_t)(z == bottom) << 16) : 0; });
+        const uint32_t beyond = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int) { return both(a > top, z > bottom); });
+        const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? both(a == top, z == bottom) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
         const uint32_t a = rising(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
@@ -173,8 +170,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* 
         if (thread % 32 == 0 && warp < PER) sh.outlier[warp] = mask;
     }
     uint32_t most = 0, least = 0;
-#pragma unroll
-    for (int k = 0; k < SHARE; k++)
+    UNROLL for (int k = 0; k < SHARE; k++)
         if (k * THREADS + thread < side.channels) {
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
             if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
@@ -202,14 +198,12 @@ struct alignas(PER & (PER - 1) ? 2 : 2 * PER) Row { uint16_t m[PER]; };  // what
 template <int N> DEVICE void halve(float d, float* e, float* v, int& code) {
     const bool up = d > e[N - 1];
     code += up ? N : 0;
-#pragma unroll
-    for (int k = 0; k < N; k++) e[k] = up ? e[N + k] : e[k], v[k] = up ? v[N + k] : v[k];
+    UNROLL for (int k = 0; k < N; k++) e[k] = up ? e[N + k] : e[k], v[k] = up ? v[N + k] : v[k];
     if constexpr (N > 1) halve<N / 2>(d, e, v, code);
 }
 DEVICE float nearest(float d, const float* edge, const float* value, int& code) {
     float e[LEVELS], v[LEVELS];
-#pragma unroll
-    for (int k = 0; k < LEVELS; k++) e[k] = edge[k], v[k] = value[k];
+    UNROLL for (int k = 0; k < LEVELS; k++) e[k] = edge[k], v[k] = value[k];
     code = 0;
     if constexpr (LEVELS > 1) halve<LEVELS / 2>(d, e, v, code);
     return v[0];
@@ -230,48 +224,36 @@ DEVICE void chain(Shared& sh, int apart) {
     float y[PER], z[PER], target[PER], among[PER][PER], edge[PER][HELD], value[PER][HELD];
     int code[PER];
     bool exact[PER];
-#pragma unroll
-    for (int r = 0; r < PER; r++) {
+    UNROLL for (int r = 0; r < PER; r++) {
         const int i = lane * PER + r, channel = sh.order[i];
         y[r] = sh.x[i], z[r] = sh.z[i], exact[r] = sh.outlier[channel / 32] >> channel % 32 & 1, target[r] = 0, code[r] = 0;
-#pragma unroll
-        for (int c = r + 1; c < PER; c++) among[r][c] = from_half(sh.matrix[i * D + lane * PER + c]);
+        UNROLL for (int c = r + 1; c < PER; c++) among[r][c] = from_half(sh.matrix[i * D + lane * PER + c]);
         if (TABLES)
-#pragma unroll
-            for (int k = 0; k < HELD; k++) edge[r][k] = sh.edge[k * D + i * apart], value[r][k] = sh.value[k * D + i * apart];
+            UNROLL for (int k = 0; k < HELD; k++) edge[r][k] = sh.edge[k * D + i * apart], value[r][k] = sh.value[k * D + i * apart];
     }
     Row rows[PER], next[PER];
-#pragma unroll
-    for (int r = 0; r < PER; r++) next[r] = *(const Row*)(sh.matrix + r * D + lane * PER);
+    UNROLL for (int r = 0; r < PER; r++) next[r] = *(const Row*)(sh.matrix + r * D + lane * PER);
 #pragma unroll 2
     for (int turn = 0; turn < 32; turn++) {
-#pragma unroll
-        for (int r = 0; r < PER; r++) rows[r] = next[r], next[r] = *(const Row*)(sh.matrix + (min(turn + 1, 31) * PER + r) * D + lane * PER);
+        UNROLL for (int r = 0; r < PER; r++) rows[r] = next[r], next[r] = *(const Row*)(sh.matrix + (min(turn + 1, 31) * PER + r) * D + lane * PER);
         float t[PER], e[PER];
         int found[PER];
-#pragma unroll
-        for (int r = 0; r < PER; r++) t[r] = y[r], e[r] = 0, found[r] = 0;
+        UNROLL for (int r = 0; r < PER; r++) t[r] = y[r], e[r] = 0, found[r] = 0;
         if (TABLES || lane == turn)  // only the lane whose turn it is counts
-#pragma unroll
-            for (int r = 0; r < PER; r++) {
+            UNROLL for (int r = 0; r < PER; r++) {
                 const float d = difference(t[r], z[r]), lost = difference(t[r], as_stored(t[r]));
                 e[r] = difference(t[r], TABLES ? nearest(d, edge[r], value[r], found[r]) : searched(sh, d, lane * PER + r, found[r]));
                 if (exact[r]) e[r] = lost;
-#pragma unroll
-                for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(e[r], among[r][c]));
+                UNROLL for (int c = r + 1; c < PER; c++) t[c] = difference(t[c], product(e[r], among[r][c]));
             }
-#pragma unroll
-        for (int r = 0; r < PER; r++) {
+        UNROLL for (int r = 0; r < PER; r++) {
             if (lane == turn) target[r] = t[r], code[r] = found[r];
             e[r] = shuffle(e[r], turn);
         }
-#pragma unroll
-        for (int r = 0; r < PER; r++)
-#pragma unroll
-            for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(e[r], from_half(rows[r].m[c])));
+        UNROLL for (int r = 0; r < PER; r++)
+            UNROLL for (int c = 0; c < PER; c++) y[c] = difference(y[c], product(e[r], from_half(rows[r].m[c])));
     }
-#pragma unroll
-    for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
+    UNROLL for (int r = 0; r < PER; r++) sh.target[lane * PER + r] = target[r], sh.code[lane * PER + r] = code[r];
 }
 
 // Where the bits of a channel's code are: for each plane a word, what it was, and its lowest bit. See store.py.
@@ -279,8 +261,7 @@ struct Bits { uint32_t *word[3], was[3]; int first[3], width; };
 DEVICE Bits bits_at(uint32_t* words, const Side& side, int width, int own_slot, int slot) {
     Bits bits;
     bits.width = width;
-#pragma unroll
-    for (int k = 0; k < 3; k++) {
+    UNROLL for (int k = 0; k < 3; k++) {
         const int plane = 4 >> k, shift = width & (16 - 2 * plane);
         int word = slot * plane / 32, bit = slot * plane % 32;
         if (side.source == 0) word = word / plane * width + shift + word % plane;
@@ -296,8 +277,7 @@ DEVICE Bits bits_at(uint32_t* words, const Side& side, int width, int own_slot, 
 }
 // Make them those of `code`; others may change other bits of these words meanwhile.
 DEVICE void put_code(const Bits& bits, uint32_t code) {
-#pragma unroll
-    for (int k = 0; k < 3; k++) {
+    UNROLL for (int k = 0; k < 3; k++) {
         const int plane = 4 >> k, shift = bits.width & (16 - 2 * plane), bit = bits.first[k];
         if (bits.width & plane) flip(bits.word[k], (bits.was[k] ^ code >> shift << bit) & ((1u << plane) - 1) << bit);
     }

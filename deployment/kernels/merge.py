@@ -23,21 +23,10 @@ def merge(parts: Sequence[Part], result: Tensor, total: Tensor | None = None) ->
     outputs = tuple(output if output.stride(-1) == 1 else output.contiguous() for output, _ in parts)
     weights = tuple(lse for _, lse in parts)
     merge_kernel[(-(-new // rows), heads, batch)](
-        outputs,
-        tuple(output.stride()[:3] for output in outputs),
-        weights,
-        tuple(lse.stride() for lse in weights),
-        result,
-        result.stride()[:3],
-        result if total is None else total,
-        (0, 0, 0) if total is None else total.stride(),
-        new,
-        D=dim,
-        CHANNELS=channels,
-        ROWS=rows,
-        PARTS=len(outputs),
-        TOTAL=total is not None,
-    )
+        outputs, tuple(output.stride()[:3] for output in outputs), weights, tuple(lse.stride() for lse in weights), result,
+        result.stride()[:3], result if total is None else total, (0, 0, 0) if total is None else total.stride(), new, D=dim,
+        CHANNELS=channels, ROWS=rows, PARTS=len(outputs), TOTAL=total is not None,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -58,11 +47,8 @@ def merge_kernel(
     TOTAL: tl.constexpr,
 ):
     """ROWS queries of a head."""
-    token, h, b = (
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
+    token, h = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     channel, there = tl.arange(0, CHANNELS), token < tokens
     ok, token = there[:, None] & (channel < D)[None, :], token.to(tl.int64)
     largest = tl.full([ROWS], float("-inf"), tl.float32)

@@ -18,24 +18,10 @@ def rotated(x: Tensor, positions: Tensor, rotary: Rotary, result: Tensor, scalin
     batch, heads, tokens, dim = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     rotate_kernel[(-(-tokens // _ROWS), heads, batch)](
-        x,
-        *x.stride()[:3],
-        positions,
-        positions.stride(0),
-        positions.stride(1) if positions.ndim == 2 else 0,
-        rotary.steps,
-        rotary.factor,
-        1.0 if scaling is None else scaling,
-        result,
-        *result.stride()[:3],
-        tokens,
-        D=dim,
-        ROTARY_HALF=rotary.half,
-        SCALED=scaling is not None,
-        COUNTED=positions.ndim == 1,
-        ROWS=_ROWS,
-        PAIRS=triton.next_power_of_2(dim // 2),
-    )
+        x, *x.stride()[:3], positions, positions.stride(0), positions.stride(1) if positions.ndim == 2 else 0, rotary.steps, rotary.factor,
+        1.0 if scaling is None else scaling, result, *result.stride()[:3], tokens, D=dim, ROTARY_HALF=rotary.half,
+        SCALED=scaling is not None, COUNTED=positions.ndim == 1, ROWS=_ROWS, PAIRS=triton.next_power_of_2(dim // 2),
+    )  # fmt: skip
     return result
 
 
@@ -64,11 +50,8 @@ def rotate_kernel(
     PAIRS: tl.constexpr,
 ):
     """ROWS tokens of a head."""
-    token, n, b = (
-        tl.program_id(0) * ROWS + tl.arange(0, ROWS),
-        tl.program_id(1).to(tl.int64),
-        tl.program_id(2).to(tl.int64),
-    )
+    token, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     pair = tl.arange(0, PAIRS)
     first, second = first_of_pair(pair, ROTARY_HALF, D // 2), second_of_pair(pair, ROTARY_HALF, D // 2)
     pair_ok = pair < D // 2

@@ -156,13 +156,9 @@ def attend_kernel(
                 tl.debug_barrier()
         else:
             plain = ((stream * tokens + block * 64 + token) * D)[:, None]
-            a = tl.load(key[0] + plain + first[None, :], mask=there[:, None] & pair_ok[None, :], other=0).to(tl.float32)
-            c = tl.load(key[0] + plain + second[None, :], mask=there[:, None] & pair_ok[None, :], other=0).to(
-                tl.float32
-            )
-            tile = tl.load(value[0] + plain + channel[None, :], mask=there[:, None] & channel_ok[None, :], other=0).to(
-                tl.float32
-            )
+            a = plain_tile(key[0] + plain, there, first, pair_ok)
+            c = plain_tile(key[0] + plain, there, second, pair_ok)
+            tile = plain_tile(value[0] + plain, there, channel, channel_ok)
         cos, sin = block_angles(begin + block * 64, steps, turn, SHAPE)
         score = tl.dot(one, tl.trans((a * cos - c * sin).to(ELEMENT)), input_precision="ieee")
         score = tl.dot(two, tl.trans((c * cos + a * sin).to(ELEMENT)), score, input_precision="ieee")
@@ -182,3 +178,9 @@ def attend_kernel(
         mask=row_ok[:, None] & channel_ok[None, :],
     )
     tl.store(weights + at, top + tl.log(total), mask=row_ok)
+
+
+@triton.jit
+def plain_tile(at, there, channel, ok):
+    """Some channels of plain tokens `at` `[64, 1]`, fp32; 0 where no token is."""
+    return tl.load(at + channel[None, :], mask=there[:, None] & ok[None, :], other=0).to(tl.float32)

@@ -4,46 +4,38 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deployment.kernels.decode.host import Run, structure
+from deployment.kernels import launch
+from deployment.kernels.decode.compile import available, runner
+from deployment.kernels.launch import ELEMENTS, INT, LONG, POINTER, Run, addresses, structure
 from gradients.parallel import Part
 
 MOST_WORDS = 1 << 16  # of 4 bytes in one sum: beyond it the library's takes no longer
 MOST_PARTS = 8
 _THREADS = 256
-_ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(launch.Shape):
     """What sums.cu is compiled for."""
 
+    FILE = "sums.cu"
+
     parts: int
-
-    @property
-    def source(self) -> Path:
-        """sums.cu."""
-        return Path(__file__).with_name("sums.cu")
-
-    def defines(self) -> dict[str, int]:
-        """As macros."""
-        return {"PARTS": self.parts}
 
 
 def params_of(parts: int) -> type[ctypes.Structure]:
     """`Params` of sums.cu."""
-    pointer = ctypes.c_void_p
     return structure(
         "Params",
-        ("inboxes", pointer * parts),
-        ("own result rounds", pointer),
-        ("capacity", ctypes.c_int64),
-        ("words number element gathers", ctypes.c_int),
+        ("inboxes", POINTER * parts),
+        ("own result rounds", POINTER),
+        ("capacity", LONG),
+        ("words number element gathers", INT),
     )
 
 
@@ -64,7 +56,7 @@ class Sums:
     def takes(self, numbers: int, dtype: torch.dtype) -> bool:
         """Whether each process can exchange this many `numbers` here."""
         size = numbers * dtype.itemsize
-        return dtype in _ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
+        return dtype in ELEMENTS and size % 4 == 0 and size <= 4 * self._capacity
 
     def __call__(self, part: Tensor) -> Tensor:
         """The sum of all processes' `part`, contiguous; the device is not waited for."""
@@ -77,13 +69,11 @@ class Sums:
     def _exchange(self, part: Tensor, result: Tensor, gathers: bool) -> Tensor:
         words = part.nbytes // 4
         params = self._params(
-            own=part.data_ptr(),
-            result=result.data_ptr(),
-            rounds=self._rounds.data_ptr(),
+            **addresses(own=part, result=result, rounds=self._rounds),
             capacity=self._capacity,
             words=words,
             number=self.number,
-            element=_ELEMENTS[part.dtype],
+            element=ELEMENTS[part.dtype],
             gathers=gathers,
         )
         params.inboxes[:] = self._inboxes
@@ -111,8 +101,6 @@ def already_opened(part: Part) -> Sums | None:
 
 
 def _open(group: ProcessGroup, device: torch.device) -> tuple[Sums | None, Tensor | None]:
-    from deployment.kernels.decode.compile import available, runner
-
     parts, inbox, pointers = group.size(), None, []
     able = parts <= MOST_PARTS and available(device) and _is_linked(device, parts)
     if _all(able, group, device):

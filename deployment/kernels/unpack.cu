@@ -22,11 +22,10 @@ constexpr int PITCH = D + 8;  // of a token in the tile
 
 struct Side {
     const uint32_t* words;
-    const uint16_t* ranges;          // of tokens
-    const uint32_t *slots, *groups;  // [G, D, 4] scale, zero, floor, channel; [G, D / 16, 2] first word, width
+    const uint16_t *ranges, *index, *value;  // of tokens; of outliers, if there are any
+    const int *starts, *ends;                // [B, G], [B, G, blocks]
+    const uint32_t *slots, *groups;          // [G, D, 4] scale, zero, floor, channel; [G, D / 16, 2] first word, width
     const float* levels;
-    const uint16_t *index, *value;  // of outliers, if there are any
-    const int *starts, *ends;       // [B, G], [B, G, blocks]
     uint16_t* result;
     int64_t block_words;
     int first_level[WIDTHS];  // of each width, -1 where it does not occur

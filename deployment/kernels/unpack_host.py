@@ -1,9 +1,7 @@
 """Host side of unpack.cu: what it takes, its parameters, and its launch. Nothing waits for the device, but once for each layer."""
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -13,47 +11,43 @@ from torch import Tensor
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
-from deployment.kernels.decode.host import HEAD_DIMS, Run, fixed_of, is_grouped, structure
+from deployment.kernels import launch
+from deployment.kernels.decode.compile import available
+from deployment.kernels.decode.host import HEAD_DIMS, fixed_of, is_grouped
+from deployment.kernels.launch import INT, LONG, POINTER, Run, addresses, structure
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
 
 _WIDTHS = 5  # 0 to 4 bits
-_LONG, _INT = ctypes.c_int64, ctypes.c_int
+_OF_PAGE = "words ranges index value starts ends"
 Side = structure(
     "Side",
-    ("words ranges slots groups levels index value starts ends result", ctypes.c_void_p),
-    ("block_words", _LONG),
-    ("first_level", _INT * _WIDTHS),
-    ("outliers", _INT),
+    (f"{_OF_PAGE} slots groups levels result", POINTER),
+    ("block_words", LONG),
+    ("first_level", INT * _WIDTHS),
+    ("outliers", INT),
 )
 _sides: WeakKeyDictionary[PackedTensor, Any] = WeakKeyDictionary()  # what is the same of all pages
 Params = structure(
     "Params",
     ("side", Side * 2),
-    ("origins limits steps turn", ctypes.c_void_p),
-    ("shift", _LONG),
-    ("blocks first count row0 rows room at heads", _INT),
+    ("origins limits steps turn", POINTER),
+    ("shift", LONG),
+    ("blocks first count row0 rows room at heads", INT),
 )
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(launch.Shape):
     """What unpack.cu is compiled for."""
+
+    FILE = "unpack.cu"
 
     head_dim: int
     heads: int  # of a block of threads
     dynamic: int
-
-    @property
-    def source(self) -> Path:
-        """unpack.cu."""
-        return Path(__file__).with_name("unpack.cu")
-
-    def defines(self) -> dict[str, int]:
-        """As macros."""
-        return {name.upper(): value for name, value in asdict(self).items()}
 
     @property
     def shared_bytes(self) -> int:
@@ -64,11 +58,7 @@ class Shape:
 
 def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
     """Whether unpack.cu can do it, here and now."""
-    if not key.is_cuda or not fits(segment, rotary, key):
-        return False
-    from deployment.kernels.decode.compile import available
-
-    return available(key.device)
+    return key.is_cuda and fits(segment, rotary, key) and available(key.device)
 
 
 def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
@@ -115,18 +105,12 @@ def _side(packed: PackedTensor, page: Page, result: Tensor) -> Any:
     held = _sides.get(packed)
     if held is None:
         _, slots, groups = fixed_of(packed)
-        tensors = {"slots": slots, "groups": groups, "levels": packed.tables.levels}
-        held = _sides[packed] = Side(**{name: tensor.data_ptr() for name, tensor in tensors.items()})
-        held.block_words, held.first_level = packed.order.words, (_INT * _WIDTHS)(*_first_levels(packed))
+        held = _sides[packed] = Side(**addresses(slots=slots, groups=groups, levels=packed.tables.levels))
+        held.block_words, held.first_level = packed.order.words, (INT * _WIDTHS)(*_first_levels(packed))
     side = Side.from_buffer_copy(held)
-    side.words, side.result = page.words.data_ptr(), result.data_ptr()
-    if page.scales is not None:
-        side.ranges = page.scales.data_ptr()
-    if page.outliers is not None and page.outliers.index.numel() > 0:
-        streams = page.outliers = page.outliers.with_starts()
-        assert streams.starts is not None
-        side.index, side.value = streams.index.data_ptr(), streams.value.data_ptr()
-        side.starts, side.ends, side.outliers = streams.starts.data_ptr(), streams.ends.data_ptr(), 1
+    side.result, side.outliers = result.data_ptr(), int(page.places > 0)
+    for name, tensor in zip(_OF_PAGE.split(), page.for_kernels(), strict=True):
+        setattr(side, name, tensor.data_ptr())
     return side
 
 

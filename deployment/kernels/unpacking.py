@@ -9,6 +9,7 @@ from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
 from deployment.kernels import unpack_host
+from deployment.kernels.decode.compile import runner
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.unpack import source_of, unpack_kernel
@@ -27,8 +28,6 @@ def unpack(
     finite numbers.
     """
     if unpack_host.takes(segment, rotary, key):
-        from deployment.kernels.decode.compile import runner
-
         unpack_host.unpack_by(runner(key.device), segment, rotary, first, blocks, row0, key, value, at)
         return
     rows, room, heads, pitch = key.shape
@@ -63,20 +62,10 @@ def unpack(
 
 
 def page_tensors(packed: PackedTensor, page: Page) -> tuple[Tensor, ...]:
-    """words, scales; levels, scale, zero, width, offset, first_level, slot, channel of `Tables`; index, value, starts, ends of outliers.
-
-    What there is not is never read.
-    """
-    tables, unused = packed.tables, page.words
-    if page.outliers is not None:
-        page.outliers = page.outliers.with_starts()
-    streams = page.outliers
+    """words, scales; levels, scale, zero, width, offset, first_level, slot, channel of `Tables`; index, value, starts, ends of outliers."""
+    tables, (words, scales, *lists) = packed.tables, page.for_kernels()
     table = (tables.levels, tables.scale, tables.zero, tables.width, tables.offset, tables.first_level, tables.slot)
-    scales = unused if page.scales is None else page.scales
-    if streams is None:
-        return (page.words, scales, *table, tables.channel, *(unused,) * 4)
-    assert streams.starts is not None
-    return (page.words, scales, *table, tables.channel, streams.index, streams.value, streams.starts, streams.ends)
+    return (words, scales, *table, tables.channel, *lists)
 
 
 def page_kind(packed: PackedTensor, page: Page) -> tuple[int, ...]:
@@ -85,10 +74,9 @@ def page_kind(packed: PackedTensor, page: Page) -> tuple[int, ...]:
     Order of codes; whether groups have channels in another order than their own; the union of all widths' binary digits; the width of all groups, 0 if
     they have several; whether ranges are tokens'; whether there are outliers.
     """
-    order, streams = packed.order, page.outliers
+    order = packed.order
     width = order.occurring[0] if isinstance(order, GroupOrder) and len(order.occurring) == 1 else 0
-    outliers = streams is not None and streams.index.numel() > 0
-    return source_of(order), is_permuted(packed), packed.tables.planes, width, page.scales is not None, outliers
+    return source_of(order), is_permuted(packed), packed.tables.planes, width, page.scales is not None, page.places > 0
 
 
 def head_shape(packed: PackedTensor, rotary: Rotary) -> tuple[int, ...]:

@@ -48,7 +48,7 @@ class Automatic:
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """The model's forward."""
         cache = options.get("past_key_values")
-        if torch.compiler.is_compiling() or not isinstance(cache, PackedCache):
+        if torch.compiler.is_compiling() or not isinstance(cache, PackedCache) or cache.is_native:
             return self.eager(*arguments, **options)
         if self.stopped:
             self.settle(cache)

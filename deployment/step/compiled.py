@@ -57,6 +57,7 @@ def registered_step(
 ) -> Tensor:
     """`attend_step` of the layer and the rotary embedding of these numbers; `backend` "" leaves the choice open."""
     cache_layer, chosen = find(layer, "cache"), cast(Backend, backend) if backend else None
+    cache_layer.withdraw()  # where a graph breaks before the attention, `update` has announced the chunk by itself
     cache_layer.expect(key, value)
     return attend_step(Step(cache_layer, find(rope, "model"), query, key, value, scaling, mask, positions, chosen))
 

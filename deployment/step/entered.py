@@ -3,7 +3,7 @@
 - a hook on the rotary module replaces its output by cos = 1, sin = 0, so that the model hands pre-RoPE keys to the cache and
   pre-RoPE queries to the attention function;
 - attention modules are told how to rotate, and by a hook which packed layer is theirs; the decoder attends through our function, other parts of the model as before;
-- a hook on every forward keeps the cache whole if it fails, and refuses caches that are not ours;
+- a hook on every forward keeps the cache whole if it fails, refuses caches that are not ours, and gives one to a forward that has none;
 - a tensor-parallel model's processes add up a step's parts by a kernel (summed.py);
 - on CUDA, decode steps of its forward are recorded in a CUDA graph and replayed (automatic.py);
 - `prepare_inputs_for_generation` keeps the cache: Phi-3's drops it where its frequencies change, which keys that are
@@ -42,6 +42,7 @@ from gradients.models import decoder, kv_sites
 
 NAME = PREFIX
 CONTEXT = "kvquant_context"
+_BEFORE_THE_CACHE = 3  # arguments of a forward: ids, mask, positions
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _change(model: PreTrainedModel, entry: _Entry, undo: ExitStack) -> None:
         entry.automatic = Automatic(model, entry.backend, ready=_is_alone)
         undo.enter_context(replaying(model, entry.automatic))
     for watched in {id(one): one for one in (model, part)}.values():  # both may be called
-        begin, end = _watching(watched, entry, refuses=watched is model)
+        begin, end = _watching(watched, entry, given_to=model if watched is model else None)
         undo.callback(watched.register_forward_pre_hook(begin, with_kwargs=True).remove)
         undo.callback(watched.register_forward_hook(end, with_kwargs=True, always_call=True).remove)
     own = getattr(type(model), "prepare_inputs_for_generation", None)
@@ -190,38 +191,58 @@ def _frequencies_kept(rotary: nn.Module) -> Iterator[None]:
             vars(rotary).update(others)
 
 
-def _watching(module: nn.Module, entry: _Entry, refuses: bool) -> tuple[Callable[..., None], Callable[..., Any]]:
+def _watching(
+    module: nn.Module, entry: _Entry, given_to: PreTrainedModel | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What is called before and after every forward of a module, also after one that fails.
 
-    `refuses` is whether a cache of another kind was given by somebody, and not made by a module around this one. A compiler would take it into its graph; what runs compiled is checked by the layers alone.
+    `given_to` is the module as a model to which somebody gives a cache, or none, and another kind is refused; None if a module around
+    this one may have made it. A compiler takes into its graph that such a cache is refused, and that ours is within the block; what its
+    layers hold they check alone.
     """
     forwards, automatic = entry.forwards, entry.automatic
 
-    def begin(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        cache = _cache_of(arguments, options)
-        if isinstance(cache, PackedCache):
+    def begin(
+        _module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        cache, changed = _cache_of(arguments, options), None
+        if cache is None and given_to is not None and _makes_a_cache(given_to, arguments, options):
+            cache = PackedCache(None, given_to.config)
+            changed = arguments, {**options, "past_key_values": cache}
+        if isinstance(cache, PackedCache) and torch.compiler.is_compiling():
+            cache.in_forward = True
+        elif isinstance(cache, PackedCache):
             outermost = forwards.begin(cache, module)
-            if outermost and automatic is not None and not refuses:
+            if outermost and automatic is not None and given_to is None:
                 automatic.settle(cache)  # the model's own forward, which sees to that, is not called
-        elif cache is not None and refuses:
+        elif cache is not None and given_to is not None:
             raise UserError(
                 f"within packed_attention a cache must be a PackedCache, not a {type(cache).__name__}: it would hold keys "
                 "without their rotary embedding; PackedCache(None, model.config) is one without quantization"
             )
+        return changed
 
     def end(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return None
         cache = _cache_of(arguments, options)
-        if isinstance(cache, PackedCache):
+        if isinstance(cache, PackedCache) and torch.compiler.is_compiling():
+            cache.in_forward = False
+        elif isinstance(cache, PackedCache):
             forwards.end(cache, module, failed=output is None)
         elif cache is None and isinstance(output, ModelOutput) and "past_key_values" in output:
             return replace(output, past_key_values=None)  # it holds keys without their rotary embedding
         return None
 
     return begin, end
+
+
+def _makes_a_cache(model: PreTrainedModel, arguments: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Whether a model that is given no cache would make one, which classifier-free guidance goes on with.
+
+    Ours quantizes nothing either, but cannot be taken out of the block, where its keys would be without their rotary embedding.
+    """
+    asked = options.get("use_cache")
+    by_position = len(arguments) > _BEFORE_THE_CACHE  # and so None
+    return not by_position and bool(decoder(model).config.use_cache if asked is None else asked)
 
 
 def _cache_of(arguments: tuple[Any, ...], options: dict[str, Any]) -> Cache | None:

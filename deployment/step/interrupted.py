@@ -45,12 +45,14 @@ class Forwards:
     def end(self, cache: PackedCache, module: nn.Module, failed: bool) -> None:
         """After a forward, unless it is a part of another module's.
 
-        Raises RuntimeError if a layer took tokens that its attention did not store: it has not seen the past either.
+        Raises RuntimeError if a layer took tokens that its attention did not store, or took none: it has not seen the past either.
         """
         if cache not in self._begun or self._begun[cache][0] is not module:
             return
-        layers = enumerate(cache.layers)
-        lost = [number for number, layer in layers if isinstance(layer, PackedLayer) and layer.announced]
+        layers = [(number, layer) for number, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)]
+        lost = [number for number, layer in layers if layer.announced]
+        held = self._begun[cache][1]
+        unused = [number for number, layer in layers if layer.slots == held[number][0]]
         if failed or lost:
             self.put_back(cache)
         else:
@@ -60,6 +62,11 @@ class Forwards:
             raise RuntimeError(
                 f"attention of layers {lost} was not told of the packed cache, and saw nothing of the past: their modules must "
                 "hand arguments they do not know on to the attention function"
+            )
+        if unused and not failed:
+            raise RuntimeError(
+                f"layers {unused} were not handed the packed cache, and saw nothing of the past: gradient checkpointing of a model "
+                "in training mode drops it; call model.eval() or model.gradient_checkpointing_disable() first"
             )
 
     def put_back(self, cache: PackedCache) -> None:

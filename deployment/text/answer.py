@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, TextStreamer
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from gradients.finite import require_finite
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,24 @@ class TimedStreamer(TextStreamer):
         """Called with each piece of printable text."""
         if not self.quiet:
             super().on_finalized_text(text, stream_end)
+
+
+class Finite(LogitsProcessor):
+    """Notes NaN among the logits of all tokens of an answer, of which any may be the most likely, without waiting for a GPU."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores` as they are."""
+        worst = scores.detach().amax()  # NaN if there is any
+        self._seen = worst if self._seen is None else torch.maximum(self._seen, worst)
+        return scores
+
+    def require(self, model: PreTrainedModel, tokens: Tensor) -> None:
+        """Raise `UserError` naming the first layer that is not finite if there was NaN; `tokens` `[B, S]` are the whole text."""
+        if self._seen is not None:
+            require_finite(self._seen, model, tokens)
 
 
 class Interruption(StoppingCriteria):

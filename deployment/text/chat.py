@@ -109,7 +109,9 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def typed_lines() -> Iterator[str]:
-    """Lines of stdin without their ends; asks for them where someone sits at a terminal."""
+    """Lines of stdin without their ends; asks for them where someone sits at a terminal. Raises `UserError` if it is closed."""
+    if sys.stdin is None:
+        raise UserError("--interactive reads lines from stdin, which is closed; leave it open, or give --prompt alone")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused, and the next awaited
     while True:

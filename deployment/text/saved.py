@@ -28,6 +28,7 @@ from gradients.checked import (
     bytes_checksum,
     canonical_json,
     open_checked,
+    require_own_place,
     write_checked,
 )
 from gradients.cli import UserError
@@ -36,6 +37,7 @@ from gradients.models import KINDS, decoder, kv_shape
 from gradients.placement import module_device
 from gradients.weights import weights_digest
 from quant.artefact import Quantizers
+from quant.quantizer import Quantizer
 from quant.storage import BLOCK_TOKENS
 
 # to be raised whenever order.py, groups.py, streams.py or the meaning of any tensor here changes; 1 had another order of codes
@@ -55,14 +57,16 @@ _PARTS = {
 def quantizers_digest(quantizers: Quantizers) -> str:
     """Identity of quantizers: their schemes and every number in their tables, not the versions that wrote them."""
     content = {
-        f"layers.{layer}.{kind}": [
-            quantizer.scheme.to_json(),
-            {name: bytes_checksum(table.cpu()) for name, table in quantizer.tables.items()},
-        ]
+        f"layers.{layer}.{kind}": _identity(quantizer)
         for layer, sides in quantizers.layers.items()
         for kind, quantizer in sides.items()
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:16]
+
+
+def _identity(quantizer: Quantizer) -> list[Any]:
+    tables = {name: bytes_checksum(table.cpu()) for name, table in quantizer.tables.items()}
+    return [quantizer.scheme.to_json(), tables]
 
 
 def save_cache(
@@ -76,16 +80,15 @@ def save_cache(
     """Write a filled cache atomically.
 
     `tokens` `[B, n]` int64 are the text: those cached, left padding included, and any that come next. Raises
-    `UserError` for an empty cache, and for one with a layer that is neither packed nor a sliding window. A recent window that
+    `UserError` where another file is, for an empty cache, one that was not made with `quantizers`, one of another number of rows or of more tokens than the text,
+    and one with a layer that is neither packed nor a sliding window. A recent window that
     the cache was given beside `quantizers` is asked for again when the file is read: `quantizers.with_exact`.
     """
     quantizers = quantizers.with_exact(residual_tokens=cache.residual_tokens)
+    require_own_place(path, FILE)
+    _check_saved(str(path), cache, quantizers, tokens)
     tensors = {"tokens": tokens.cpu().contiguous()}
     for number, layer in enumerate(cache.layers):
-        if not layer.is_initialized:
-            raise UserError(
-                f"cache for {str(path)!r} is empty: nothing was read yet; save it after a prompt of 2 tokens"
-            )
         if isinstance(layer, PackedLayer):
             tensors["lengths"] = torch.tensor(layer.lengths)
             if layer.window is not None:
@@ -116,6 +119,29 @@ def save_cache(
         "messages": messages,
     }
     write_checked(path, FILE, content, tensors)
+
+
+def _check_saved(name: str, cache: PackedCache, quantizers: Quantizers, tokens: Tensor) -> None:
+    """Raise `UserError` for what no `load_cache` would take, or would take for something else."""
+    slots = cache.get_seq_length()
+    if not slots:
+        raise UserError(f"cache for {name!r} is empty: nothing was read yet; save it after a prompt of 2 tokens")
+    packed = {number: layer for number, layer in enumerate(cache.layers) if isinstance(layer, PackedLayer)}
+    rows = max((len(layer.lengths) for layer in packed.values()), default=len(tokens))
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or len(tokens) != rows or tokens.shape[1] < slots:
+        raise UserError(
+            f"cache for {name!r} holds {rows} x {slots} tokens, the text is {list(tokens.shape)} {tokens.dtype}; give "
+            f"the int64 ids of all that was read, [{rows}, {slots}] or longer"
+        )
+    for number, layer in packed.items():
+        for kind, made_with in layer.quantizers.items():
+            given = quantizers.layers[number][kind]
+            sinks = layer.sink_tokens != quantizers.scheme.sink_tokens
+            if sinks or (made_with is not given and _identity(made_with) != _identity(given)):
+                raise UserError(
+                    f"cache for {name!r} was packed with other quantizers ({made_with.scheme.describe()}, {layer.sink_tokens} "
+                    f"sinks) than those given ({quantizers.scheme.describe()}); give those that it was made with"
+                )
 
 
 @dataclass(frozen=True)

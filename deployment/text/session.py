@@ -10,6 +10,8 @@ again, and where it departs (a chat template may render an old answer differentl
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 
 from deployment.attention import packed_attention
 from deployment.cache import PackedCache
-from deployment.text.answer import Answer, Interruption, TimedStreamer
+from deployment.text.answer import Answer, Finite, Interruption, TimedStreamer
 from deployment.text.saved import Messages, SavedCache, save_cache
 from gradients.cli import UserError
 from gradients.loading import LoadedModel
@@ -89,7 +91,11 @@ class Session:
                 )
 
     def become(self, tokens: list[int]) -> None:
-        """From now on the text is `tokens`; the cache keeps what it shares with the old one, but not the last token."""
+        """From now on the text is `tokens`; the cache keeps what it shares with the old one, but not the last token.
+
+        Raises `UserError` for tokens that the model does not know.
+        """
+        self.loaded.check_tokens(torch.tensor(tokens))
         cached = self.cache.get_seq_length()
         pairs = zip(tokens[:-1], self.tokens[:cached], strict=False)
         kept = next((place for place, (new, old) in enumerate(pairs) if new != old), min(len(tokens) - 1, cached))
@@ -110,18 +116,35 @@ class Session:
         started, unread = time.perf_counter(), self._unread()[:, :-1]
         self.read_tokens += unread.shape[1]
         bar = progress(total=unread.shape[1], desc="reading", unit="tok", disable=unread.shape[1] <= self.prefill_chunk)
-        with torch.inference_mode(), packed_attention(self.loaded.model), bar:
+        finite = Finite()
+        with (
+            torch.inference_mode(),
+            self._finite(finite, torch.tensor([tokens])),
+            packed_attention(self.loaded.model),
+            bar,
+        ):
             for part in unread.split(self.prefill_chunk, dim=1) if unread.shape[1] else ():
-                self.loaded.model(input_ids=part, past_key_values=self.cache, logits_to_keep=1)
+                finite(part, self.loaded.model(input_ids=part, past_key_values=self.cache, logits_to_keep=1).logits)
                 bar.update(part.shape[1])
         self.read_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _finite(self, finite: Finite, text: torch.Tensor) -> Iterator[None]:
+        """Raise `UserError` after the block if `finite` has seen NaN, be it that sampling could not go on."""
+        try:
+            yield
+        except RuntimeError:
+            finite.require(self.loaded.model, text.to(self.loaded.device))
+            raise
+        finite.require(self.loaded.model, text.to(self.loaded.device))
 
     def answer(
         self, tokens: list[int], max_new_tokens: int, interruption: Interruption | None = None, **sampling: Any
     ) -> Answer:
         """Make `tokens` the text and continue it; `sampling` goes to `model.generate`.
 
-        Raises `UserError` for a request beyond the capacity or the model's positions; the text then stays as it was.
+        Raises `UserError` for a request beyond the capacity or the model's positions, the text then stays as it was, and for logits
+        that are NaN.
         After a beam search the cache holds a row per beam and cannot be continued.
         """
         self.check_room(len(tokens), max_new_tokens)
@@ -133,8 +156,8 @@ class Session:
         beams = sampling.get("num_beams", 1)
         if beams > 1:
             self.cache.batch_repeat_interleave(beams)
-        started = time.perf_counter()
-        with torch.inference_mode(), packed_attention(loaded.model, graphs=self.graphs):
+        started, finite = time.perf_counter(), Finite()
+        with torch.inference_mode(), self._finite(finite, ids), packed_attention(loaded.model, graphs=self.graphs):
             output = loaded.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -142,6 +165,7 @@ class Session:
                 max_new_tokens=max_new_tokens,
                 prefill_chunk_size=self.prefill_chunk,
                 streamer=streamer if beams == 1 else None,
+                logits_processor=[finite],
                 stopping_criteria=None if interruption is None else [interruption],
                 pad_token_id=loaded.tokenizer.pad_token_id or loaded.tokenizer.eos_token_id,
                 **sampling,

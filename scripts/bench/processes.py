@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from gradients.cli import EXIT_BAD_INPUT, UserError, command_parser, format_table, positive_int, run_command
+from quant.artefact import load_quantizers
 from quant.results import append_row, results_file
 
 _SPEED, _SECONDS = "tokens_per_second", "seconds"
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--text", default="pydoc", help="wikitext2, c4, ptb, pydoc, or FILE[:START-END] in percent")
     parser.add_argument("--seqlen", type=positive_int, default=2048)
     parser.add_argument("--windows", type=positive_int, default=16, help="to record, and to evaluate")
-    parser.add_argument("--scheme", default="nuq3-1%")
+    parser.add_argument("--scheme", default="nuq3-1%", help="to fit; with --quantizers theirs is taken")
     parser.add_argument("--processes", type=positive_int, default=2)
     parser.add_argument("--jobs", type=positive_int, default=1, help="processes that fit quantizers")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=kind)
@@ -185,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     available = torch.cuda.device_count()
     if arguments.device == "cuda" and available < arguments.processes:
         raise UserError(f"--processes {arguments.processes} need a GPU each and {available} are visible; give fewer")
+    if arguments.quantizers:
+        arguments.scheme = load_quantizers(arguments.quantizers).scheme.describe()
     with tempfile.TemporaryDirectory() as work:
         rows = Comparison(arguments, Path(work)).run()
     columns = "command processes identical largest_difference seconds one_process_seconds speedup"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from deployment.text.saved import quantizers_digest
 from gradients.cli import UserError, positive_int
 from gradients.records import Records
 from quant.artefact import Quantizers, load_quantizers
@@ -24,6 +25,7 @@ class Candidate:
     scheme: Scheme | None = None
     records_digest: str | None = None
     fit: Callable[[], Quantizers] | None = None
+    fitted: tuple[tuple[str, Any], ...] = ()  # fields of a row that say to what, or which they are
 
     @cached_property
     def quantizers(self) -> Quantizers | None:
@@ -35,6 +37,7 @@ class Candidate:
         if self.scheme is None:
             return {"scheme": UNQUANTIZED, "mode": UNQUANTIZED, "records": None}
         run: Row = {"scheme": self.scheme.describe(), "mode": arguments.mode, "records": self.records_digest}
+        run |= dict(self.fitted)
         if arguments.mode == "packed":
             run |= {"prefill_chunk": arguments.prefill_chunk, "exact_chunk": arguments.exact_chunk}
         return run
@@ -72,10 +75,13 @@ def candidates_from(arguments: argparse.Namespace) -> list[Candidate]:
     if arguments.schemes:
         records = Records.open(arguments.records)
         schemes = [scheme_from(name, arguments) for name in dict.fromkeys(arguments.schemes)]
-        candidates += [Candidate(scheme, records.manifest.digest, partial(fit, records, scheme)) for scheme in schemes]
+        manifest = records.manifest
+        windows = (("calibration_windows", manifest.windows), ("moment_windows", manifest.moment_windows))
+        candidates += [Candidate(scheme, manifest.digest, partial(fit, records, scheme), windows) for scheme in schemes]
     for path in arguments.quantizers:
         quantizers = exact_from(load_quantizers(path), arguments)
-        candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, partial(_same, quantizers)))
+        which = (("quantizers", quantizers_digest(quantizers)),)
+        candidates.append(Candidate(quantizers.scheme, quantizers.records_digest, partial(_same, quantizers), which))
     for candidate in candidates:
         if arguments.mode == "packed" and candidate.scheme and candidate.scheme.simulated_only:
             raise UserError(f"scheme {candidate.scheme.describe()!r} has no packed cache; drop --packed")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import DynamicCache
 
 from deployment.attention import packed_attention
@@ -92,6 +93,8 @@ def run(arguments: argparse.Namespace, cells: Sequence[Cell], spare_tokens: int 
     loaded = load_model_from(arguments)
     prompter = Prompter(loaded.tokenizer, arguments.chat_template, arguments.bos)
     common |= {"weights": loaded.weights, "bos": prompter.begins_with_bos}
+    common |= {"max_positions": arguments.max_positions, "full_attention": arguments.full_attention}
+    common["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
     if arguments.chat_template:
         common["chat_template"] = True
     wanted = [(one, cell, common | one.identity(arguments) | cell.fields) for cell in cells for one in candidates]
@@ -136,6 +139,7 @@ def _measure(
     samples = {key: cell.samples(prompter) for key, cell in cells.items()}
     for sample in (one for group in samples.values() for one in group):
         check_positions(loaded, sample, max(len(sample.answer), new_tokens(sample, spare_tokens)))
+        loaded.check_tokens(torch.cat([sample.prompt, sample.answer]))
     for candidate in dict.fromkeys(candidate for candidate, _, _ in missing):
         if candidate.quantizers:
             candidate.quantizers.check_run(loaded, prompter.begins_with_bos)
@@ -159,7 +163,6 @@ def _measure(
                 | identity
             )
             row["seconds"] = round(time.perf_counter() - started, 1)
-            row["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
             append_row(arguments.results, row)
             rows.append(row)
     return rows

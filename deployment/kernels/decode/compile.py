@@ -11,26 +11,17 @@ import warnings
 from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from deployment.kernels.decode.host import Run
+from deployment.kernels.launch import Run, Shape
 from gradients.atomic import atomic_write
 from gradients.cli import UserError
 
 FOLDER = Path(__file__).parent
 _LEAST_CAPABILITY = (8, 0)
 _PROBE = 'extern "C" __global__ void probe() {}'
-
-
-class Shape(Protocol):
-    """What a file is compiled for: macros."""
-
-    @property
-    def source(self) -> Path: ...  # noqa: D102
-    def __hash__(self) -> int: ...
-    def defines(self) -> dict[str, int]: ...  # noqa: D102
 
 
 @cache

@@ -2,11 +2,9 @@
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +13,9 @@ from torch import Tensor
 from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
+from deployment.kernels import launch
+from deployment.kernels.decode.compile import available, most_shared, runner
+from deployment.kernels.launch import FLOAT, INT, LONG, POINTER, Run, structure
 from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of
@@ -29,39 +30,34 @@ _LOG2_E = math.log2(math.e)
 _fixed: WeakKeyDictionary[PackedTensor, tuple[Tensor, ...]] = WeakKeyDictionary()
 
 
-def structure(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
-    """A structure of decode.cu; "a b" are two fields of one type."""
-    each = [(one, kind) for names, kind in fields for one in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": each})
-
-
-_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 Side = structure(
     "Side",
-    ("words entries ranges slots groups index value starts ends", _POINTER),
-    ("block_words", _INT),
-    ("lowest", _FLOAT),
+    ("words entries ranges slots groups index value starts ends", POINTER),
+    ("block_words", INT),
+    ("lowest", FLOAT),
 )
 Plain = structure(
     "Plain",
-    ("key value origins limits", _POINTER),
-    ("stride_b stride_g stride_t shift", _LONG),
-    ("tokens half", _INT),
+    ("key value origins limits", POINTER),
+    ("stride_b stride_g stride_t shift", LONG),
+    ("tokens half", INT),
 )
 Params = structure(
     "Params",
     ("key value", Side),
     ("plain", Plain * 2),
-    ("query result positions origins limits steps factor turn outputs state", _POINTER),
-    ("query_b query_h query_s shift", _LONG),
-    ("scaling", _FLOAT),
-    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts rows", _INT),
+    ("query result positions origins limits steps factor turn outputs state", POINTER),
+    ("query_b query_h query_s shift", LONG),
+    ("scaling", FLOAT),
+    ("new_tokens group heads rotary_half tokens blocks splits tiles items first_part parts rows", INT),
 )
 
 
 @dataclass(frozen=True)
-class Shape:
+class Shape(launch.Shape):
     """What decode.cu is compiled for; widths are bit masks, and flags 0 or 1."""
+
+    FILE = "decode/decode.cu"
 
     head_dim: int
     queries: int
@@ -72,15 +68,6 @@ class Shape:
     key_outliers: int
     value_outliers: int
     bfloat: int
-
-    @property
-    def source(self) -> Path:
-        """decode.cu."""
-        return Path(__file__).with_name("decode.cu")
-
-    def defines(self) -> dict[str, int]:
-        """As macros."""
-        return {name.upper(): value for name, value in asdict(self).items()}
 
     @property
     def shared_bytes(self) -> int:
@@ -148,8 +135,6 @@ def takes(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: 
     """Whether `attend` can do it, here and now; where only the installation is to blame, that is said once."""
     if not query.is_cuda or not fits(query, segments, rotary, kv_heads):
         return False
-    from deployment.kernels.decode.compile import available, most_shared
-
     return available(query.device) and bool(_shapes(query, segments, kv_heads, most_shared(query.device)))
 
 
@@ -176,19 +161,12 @@ def is_grouped(packed: PackedTensor) -> bool:
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
 
 
-Run = Callable[
-    [str, Any, int, int, int, ctypes.Structure], None
-]  # kernel, shape, blocks, threads, shared bytes, Params
-
-
 def attend(
     query: Tensor, positions: Tensor, segments: Sequence[Segment], rotary: Rotary, scaling: float, kv_heads: int
 ) -> Tensor:
     """As `attend_packed` (packed.py)."""
-    from deployment.kernels.decode.compile import most_shared, runner
-
-    run = runner(query.device)
-    return attend_by(run, most_shared(query.device), query, positions, segments, rotary, scaling, kv_heads)
+    run, memory = runner(query.device), most_shared(query.device)
+    return attend_by(run, memory, query, positions, segments, rotary, scaling, kv_heads)
 
 
 def attend_by(
@@ -264,17 +242,8 @@ def _kind(segment: PackedSegment) -> tuple[int, int, int, int, int]:
     """(key_widths, value_widths, dynamic, key_outliers, value_outliers) of a `Shape`."""
     key, value = segment.key.order, segment.value.order
     assert isinstance(key, GroupOrder) and isinstance(value, GroupOrder)
-    outliers = [
-        int(page.outliers is not None and page.outliers.index.numel() > 0)
-        for page in (segment.key_page, segment.value_page)
-    ]
-    return (
-        _mask(key.occurring),
-        _mask(value.occurring),
-        int(segment.value_page.scales is not None),
-        outliers[0],
-        outliers[1],
-    )
+    dynamic, outliers = segment.value_page.scales is not None, (segment.key_page.places, segment.value_page.places)
+    return _mask(key.occurring), _mask(value.occurring), int(dynamic), int(outliers[0] > 0), int(outliers[1] > 0)
 
 
 @cache
@@ -312,12 +281,6 @@ def _plain(segment: DenseSegment, key: Tensor, value: Tensor) -> ctypes.Structur
 
 
 def _side(packed: PackedTensor, page: Page) -> ctypes.Structure:
-    tables = packed.tables
-    if page.outliers is not None:
-        page.outliers = page.outliers.with_starts()
-    streams = page.outliers
-    lists = (None,) * 4 if streams is None else (streams.index, streams.value, streams.starts, streams.ends)
-    entries, slots, groups = fixed_of(packed)
-    tensors = (page.words, entries, page.scales, slots, groups, *lists)
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    return Side(*pointers, packed.order.words, tables.lowest)
+    (words, ranges, *lists), (entries, slots, groups) = page.for_kernels(), fixed_of(packed)
+    pointers = (tensor.data_ptr() for tensor in (words, entries, ranges, slots, groups, *lists))
+    return Side(*pointers, packed.order.words, packed.tables.lowest)
