@@ -157,6 +157,35 @@ def test_layers_repeat_what_they_do_alike(heads: tuple[int, int], new: int, monk
     assert repeated.replays == 2 * (3 + 4)  # two layers' stretches, two or three and the last
 
 
+def test_work_is_repeated_for_what_it_was_recorded_of_and_nothing_else() -> None:
+    done: list[str] = []
+
+    def record(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        return lambda: done.append("repeated"), work()
+
+    one, other = torch.zeros(1), torch.zeros(1)
+    repeated = Repeated(record)
+    for _ in range(2):
+        with repeated.chunk():
+            for operand in (one, one, one, other, one):  # equal, but not the same
+                repeated.layer("", (operand,))
+                assert repeated.do(lambda: done.append("done") or 5) == 5
+        assert done == ["done", "done", "repeated", "repeated", "done", "done"]
+        done.clear()
+
+
+def test_work_that_cannot_be_recorded_is_done_as_it_is() -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    repeated, done = Repeated(fail), list[int]()
+    with repeated.chunk():
+        for number in range(3):
+            repeated.layer("", ())
+            repeated.do(lambda number=number: done.append(number))
+    assert done == [0, 1, 2] and repeated.replays == 0
+
+
 @pytest.mark.parametrize(("long", "expected"), [(64 * 131 * 2, "library"), (64 * 131 * 2 + 128, "portable")])
 def test_few_queries_go_to_the_library_behind_a_long_past(
     long: int, expected: str, monkeypatch: pytest.MonkeyPatch
