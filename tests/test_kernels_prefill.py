@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import kernels_on_cpu
@@ -175,15 +176,23 @@ def test_work_is_repeated_for_what_it_was_recorded_of_and_nothing_else() -> None
 
 
 def test_work_that_cannot_be_recorded_is_done_as_it_is() -> None:
-    def fail(_: Any) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
+    """Nor is what came before it in a layer: later work goes on with what it has left."""
+    recorded: list[Any] = []
 
-    repeated, done = Repeated(fail), list[int]()
+    def fail_later(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        recorded.append(work)
+        if len(recorded) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: None, work()
+
+    repeated, seen = Repeated(fail_later), []
     with repeated.chunk():
-        for number in range(3):
+        for number in range(4):
+            parts: list[int] = []
             repeated.layer("", ())
-            repeated.do(lambda number=number: done.append(number))
-    assert done == [0, 1, 2] and repeated.replays == 0
+            repeated.do(partial(parts.append, number))
+            repeated.do(lambda parts=parts: seen.append(list(parts)))
+    assert seen == [[0], [1], [2], [3]] and repeated.replays == 0
 
 
 @pytest.mark.parametrize(("long", "expected"), [(64 * 131 * 2, "library"), (64 * 131 * 2 + 128, "portable")])

@@ -76,8 +76,8 @@ class Repeated:
         else:
             try:
                 replay, result = self._recorder(work)
-            except RuntimeError:  # nothing of it has been done
-                self._recorder = None
+            except RuntimeError:  # nothing of it has been done; what comes after it needs what came before it
+                self._recorder, self._before, self._done = None, self._done, []
                 return work()
             self._done.append((replay, result))
         replay()
