@@ -23,6 +23,7 @@ from test_kernels_attention import (
 from torch import Tensor
 
 from deployment.kernels import prefill, scratch, unpack_host
+from deployment.kernels.decode.compile import runner
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
@@ -415,13 +416,23 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
     )
     assert unpack_host.fits(segment, rotary, result[0])
     if DEVICE.type == "cuda":
-        assert unpack_host.takes(segment, rotary, result[0])
-        unpack(segment, rotary, first, blocks, row0, *result, at)
+        unpack_host.unpack_by(runner(DEVICE), segment, rotary, first, blocks, row0, *result, at)
     elif has_compiler():
         unpack_host.unpack_by(kernels_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
     else:
         pytest.skip("no C++ compiler")
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_groups_of_one_width_go_where_they_are_faster(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack_host, "UNIFORM", {False: uniform, True: not uniform})
+    for kinds, share, expected in (
+        (("channel", "token"), 0.0, uniform),
+        (("channel", "token"), 0.05, not uniform),
+        (("groups", "groups"), 0.0, True),
+    ):
+        assert unpack_host._is_faster(unpacked_case(kinds, 64, share)[0]) is expected
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
