@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gradients.cli import UserError
+from gradients.replaced import replaced
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -84,12 +85,17 @@ class KVSite:
 
     @contextmanager
     def rewriting(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within the block, the layer computes with `change(x)` instead of its keys or values `x`, `[B, S, C]`."""
+        """Within the block, the layer computes with `change(x)` instead of its keys or values `x`, `[B, S, C]`.
+
+        What was compiled before looks at no hooks, and is compiled anew, since the module has another forward meanwhile.
+        """
         handle = self.module.register_forward_hook(
             lambda _module, _inputs, output: self.write(output, change(self.read(output)))
         )
+        own = self.module.forward
         try:
-            yield
+            with replaced(self.module, "forward", lambda *given, **named: own(*given, **named)):
+                yield
         finally:
             handle.remove()
 

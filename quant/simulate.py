@@ -55,7 +55,7 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers, whole: bool = True
     """Within the block, every forward of `model` quantizes and dequantizes its keys and values.
 
     Yields the running `Usage`. Raises `UserError` when the quantizers were fitted for another model, and from a forward that goes on from
-    a filled cache or begins with padding: its first tokens would be taken for the text's. Without `whole` that is not looked at.
+    a filled cache, has padding, or several texts in a row: its first tokens would be taken for the text's. Without `whole` that is not looked at.
     """
     quantizers.check_model(model.config)
     usage = Usage()
@@ -86,11 +86,14 @@ def _refuse_pieces(_module: nn.Module, arguments: tuple[Any, ...], options: dict
             f"a simulation takes a text in one piece, and the cache holds {held} tokens already; give the whole text with "
             "use_cache=False, or use the packed cache"
         )
-    mask = options.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask[:, 0].all():
+    mask, positions = options.get("attention_mask"), options.get("position_ids")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
         raise UserError(
-            "a simulation takes texts without padding, and attention_mask says that rows begin with it; give them one by one, "
-            "or use the packed cache"
+            "a simulation takes texts without padding, of which attention_mask tells; give them one by one, or use the packed cache"
+        )
+    if isinstance(positions, Tensor) and not (positions.diff() == 1).all():
+        raise UserError(
+            "a simulation takes one text in each row, and position_ids do not count its tokens one by one; give texts one by one"
         )
 
 

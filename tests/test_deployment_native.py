@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from deployment.attention import packed_attention
+from deployment.cache import PackedCache
 from deployment.format.groups import half_words
 from deployment.format.order import uniform_order
 from deployment.layer import PackedLayer
@@ -13,6 +15,7 @@ from deployment.rope import Rope
 from deployment.step import native
 from deployment.step.append import append
 from deployment.step.attend import attend_with_torch
+from gradients.cli import UserError
 from gradients.models import decoder
 from quant.codebook import int_codebook, nf_codebook
 from quant.quantizer import ChannelQuantizer, Quantizer, TokenQuantizer
@@ -120,4 +123,11 @@ def test_every_row_has_its_words(bits: int, role: str) -> None:
 def test_without_a_compiler_torch_does_it(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native._library.__wrapped__() is None
+    with pytest.warns(UserWarning, match="there is no C library .*no-such-compiler.* torch attends"):
+        assert native._library.__wrapped__() is None
+
+
+def test_a_variable_that_says_something_else_is_refused(llama, quantizers, make_tokens, monkeypatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "yes")
+    with packed_attention(llama), pytest.raises(UserError, match="KVQUANT_NATIVE=yes says neither 0 nor 1"):
+        llama(make_tokens(1, 3), past_key_values=PackedCache(quantizers, llama.config))

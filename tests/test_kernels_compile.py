@@ -170,6 +170,21 @@ def test_append_cu_compiles_without_fused_operations_and_without_spills(target: 
     assert one == other
 
 
+@pytest.mark.parametrize(("target", "spilled"), [(80, 48), (90, 0)])
+@pytest.mark.parametrize("shape", [(128, 4, 1), (128, 4, 0), (64, 4, 1)])
+def test_unpack_cu_shares_a_multiprocessor_with_two_more(target: int, spilled: int, shape: tuple[int, ...]) -> None:
+    pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed")
+    from deployment.kernels.decode.compile import compiled
+    from deployment.kernels.unpack_host import Shape
+    from scripts.checks.compile_kernels import disassembled
+
+    made = Shape(*shape)
+    assert 3 * made.shared_bytes <= SHARED_LIMIT[target]
+    usage = disassembled(compiled(made, f"sm_{target}"), "cuobjdump", "-res-usage").replace("\n", " ")
+    found = re.search(r"Function unpack:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert found and int(found[1]) <= 80 and int(found[2]) <= spilled, usage
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_no_kernel_is_compiled_twice_for_another_context() -> None:

@@ -1,6 +1,6 @@
 """The simulation: `decode(encode(x))` at every site and nowhere else, sinks apart, its bytes counted by hand."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -99,9 +99,14 @@ def test_pieces_and_padding_are_refused(model, fit_model, make_tokens, hook_coun
             model(input_ids=ids[:, :1], past_key_values=cached.past_key_values)
         with pytest.raises(UserError, match="in one piece, and the cache holds 20 tokens already"):
             model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=2)
-        mask[1, :3] = 0
-        with pytest.raises(UserError, match="texts without padding"):
-            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for padding in (slice(0, 3), slice(17, 20)):
+            padded = mask.clone()
+            padded[1, padding] = 0
+            with pytest.raises(UserError, match="texts without padding"):
+                model(input_ids=ids, attention_mask=padded, use_cache=False)
+        two_texts = torch.arange(10).repeat(2)[None]
+        with pytest.raises(UserError, match="one text in each row"):
+            model(input_ids=ids[:1], position_ids=two_texts, use_cache=False)
     assert hook_count(model) == hooks
 
 
@@ -232,3 +237,13 @@ def test_packed_size_counts_every_bit(
     size = packed_size(tokens, 2, 24, 24 * 3, outliers=outliers, has_outliers=has_outliers, token_scales=token_scales)
     assert size == StoredSize(bits, tokens * 24)
     assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)
+
+
+def test_a_model_that_was_compiled_is_simulated_too(llama, quantizers, fit_model, make_tokens) -> None:
+    """Compiled code looks at no hooks: it went on as it was, without quantizers or with others."""
+    others, ids = fit_model(llama, Scheme.parse("nuq2")), make_tokens(1, 20)
+    torch.compiler.reset()
+    compiled = torch.compile(llama, backend="eager")
+    for used in (None, quantizers, others, quantizers, None):
+        with nullcontext() if used is None else simulated(llama, used):
+            assert torch.equal(logits_of(compiled, ids), logits_of(llama, ids))

@@ -13,6 +13,7 @@
 // Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
+#define KERNELS_TOGETHER(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
 DEVICE uint32_t or_of_warp(uint32_t x) { return __reduce_or_sync(~0u, x); }
 DEVICE uint32_t sum_of_warp(uint32_t x) { return __reduce_add_sync(~0u, x); }
@@ -30,6 +31,7 @@ DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 #else
 #include "lanes.h"
+#define KERNELS_TOGETHER(threads, blocks) KERNEL(threads)
 template <class T, class F> T over_warp(T x, F f) {
     T all[32];
     lanes::gather(x, all);
@@ -404,7 +406,7 @@ DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NE
 }
 
 // Targets of NEXT channels from `first` on of a lane's tokens become errors, codes and, where they are stored, targets. Nothing is written between, so that loads need not wait.
-DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* const* targets) {
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* targets, int last) {
     const int lane = thread_number() % 32;
     uint8_t codes[NEXT][2];
 #pragma unroll
@@ -431,7 +433,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float value = sum(product(levels[code[h]], scale[h]), zero[h]);
-            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
+            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[min(lane + 32 * h, last) * CHANNELS + sh.order[c]] = stored_as(y[h][r]);
             else codes[r][h] = (uint8_t)code[h];
             y[h][r] = e[h] = difference(y[h][r], value);
         }
@@ -444,7 +446,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
     }
 }
 
-KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
+KERNELS_TOGETHER(TEAM * 32, LEVELS > 16 ? 1 : 512 / (TEAM * 32)) feed_back(const GRID_CONSTANT Params p) {
     wait_for_prerequisites();
     Tile& sh = *(Tile*)SHARED_MEMORY;
     const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
@@ -463,7 +465,8 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         }
     }
     barrier_of_block();
-    uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
+    const int64_t at = (b * p.tokens + first) * CHANNELS + g * D;
+    uint16_t *const codes = side.codes + at, *const targets = side.targets + at;
     // tokens that are not there are the last one once more: so nothing waits for a condition
 #pragma unroll 8
     for (int t = warp; t < TILE; t += TEAM)
@@ -474,11 +477,9 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
             sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
         }
     float s[2] = {1, 1}, z[2] = {0, 0}, y[OWN][2][NEXT];
-    uint16_t* targets[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int64_t t = b * p.tokens + first + min(lane + 32 * h, tokens - 1);
-        targets[h] = side.targets + t * CHANNELS + g * D;
         if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
     wait_for_copied();
@@ -493,7 +494,7 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         for (int turn = 0; turn < TEAM; turn++) {
             const int n = TEAM * k + turn, c = n * NEXT;
             const uint16_t* rows = sh.rows[n % 3];
-            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets);
+            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets, tokens - 1);
             wait_for_copied();
             barrier_of_block();
             copy_rows(sh, matrix, n + 2);  // in place of those of the turn before, which all have done with

@@ -25,10 +25,10 @@ from deployment.format.room import GRAPH_TOKENS
 from deployment.step.asked import Backend
 from deployment.step.reading import Reading
 from deployment.step.recording import GraphPieces, record
-from deployment.step.replaced import replaced
 from deployment.step.steps import Steps
 from gradients.models import decoder
 from gradients.placement import input_device
+from gradients.replaced import replaced
 
 _PATIENCE = 2
 

@@ -32,13 +32,13 @@ from deployment.rope import Rope
 from deployment.step.asked import Backend
 from deployment.step.automatic import Automatic, possible, replaying
 from deployment.step.interrupted import Forwards
-from deployment.step.replaced import replaced
 from deployment.step.same_attention import refuse_other_attention
 from deployment.step.summed import summed_at_once
 from deployment.step.unrotated import unrotated
 from gradients.attention import PREFIX, attending_through
 from gradients.cli import UserError
 from gradients.models import decoder, kv_sites
+from gradients.replaced import replaced
 
 NAME = PREFIX
 CONTEXT = "kvquant_context"

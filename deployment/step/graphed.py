@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from deployment.cache import PackedCache
 from deployment.step.asked import Backend
 from deployment.step.recording import Recorder, record
-from deployment.step.replaced import replaced
 from deployment.step.steps import Steps
 from gradients.cli import UserError
+from gradients.replaced import replaced
 
 _STEPS = 256  # tokens that a recording has room for: outliers get it for the worst case, 16 KiB a token, side and layer of 7B
 

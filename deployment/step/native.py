@@ -4,7 +4,7 @@ For one query the torch path is bound by its many passes over dequantized stretc
 unpacked, rotated and used within the processor's first cache, so that what is read from memory is what is stored.
 
 The library is built with `cc` (or `$CC`) for this very processor and kept in `~/.cache/kvquant` (`$XDG_CACHE_HOME`). It runs on
-one thread. Without a compiler, or the variable, the torch path does everything.
+one thread. Without the variable the torch path does everything, and without a compiler, which is said.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from deployment.format.page import Page
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.reference import Segment
+from gradients.cli import UserError
 from gradients.models import KINDS
 from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
@@ -105,13 +107,20 @@ def attend(
 
 
 def takes(layer: PackedLayer, query: Tensor) -> bool:
-    """Whether attention of queries `[B, H, S, D]` over a layer runs natively."""
-    if query.device.type != "cpu" or query.dtype == torch.float64 or os.environ.get(VARIABLE) != "1":
+    """Whether attention of queries `[B, H, S, D]` over a layer runs natively. Raises `UserError` for what the variable cannot be."""
+    if query.device.type != "cpu" or query.dtype == torch.float64 or not _wanted():
         return False
     sides = layer.packed.values()
     if query.shape[1] // layer.packed["key"].heads * query.shape[2] > _MOST_QUERIES:
         return False
     return layer.rotary_half in (None, query.shape[-1] // 2) and all(map(_takes, sides)) and _library() is not None
+
+
+def _wanted() -> bool:
+    said = os.environ.get(VARIABLE) or "0"
+    if said not in ("0", "1"):
+        raise UserError(f"{VARIABLE}={said} says neither 0 nor 1; set it to one of them")
+    return said == "1"
 
 
 def _takes(side: PackedTensor) -> bool:
@@ -178,7 +187,10 @@ def _library() -> ctypes.CDLL | None:
                 subprocess.run(command, check=True, capture_output=True, timeout=120)
                 made.replace(library)
         return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: nobody's home
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: nobody's home
+        said = getattr(error, "stderr", None) or b""
+        reason = (said.decode(errors="replace").strip().splitlines() or [str(error)])[0]
+        warnings.warn(f"{VARIABLE}=1, but there is no C library ({reason}): torch attends, more slowly", stacklevel=2)
         return None
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
-from deployment.step.replaced import replaced
 from gradients.placement import input_device
+from gradients.replaced import replaced
 
 _STYLE = "rowwise"
 

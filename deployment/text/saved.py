@@ -106,9 +106,8 @@ def save_cache(
         elif isinstance(layer, DynamicSlidingWindowLayer):
             parts = {"native.key": layer.keys, "native.value": layer.values}
         else:
-            raise UserError(
-                f"layer {number} is a {type(layer).__name__}; only packed and sliding-window layers are saved"
-            )
+            kind_of = type(layer).__name__
+            raise UserError(f"layer {number} is a {kind_of}; only packed and sliding-window layers are saved")
         tensors |= {f"layers.{number}.{name}": part.cpu().contiguous() for name, part in parts.items()}
     content = {
         "fingerprint": Fingerprint.of(model.config).to_json(),
