@@ -101,15 +101,20 @@ compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIR
 """
 
 
-def test_what_reads_and_writes_words_compiles(tmp_path: Path) -> None:
-    """The interpreter takes more than the compiler does; another process, since Triton interprets in this one."""
+def said_by(text: str, script: Path) -> str:
+    """What a program prints in another process, since Triton interprets in this one."""
     pytest.importorskip("triton")
-    script = tmp_path / "general.py"
-    script.write_text(_GENERAL)
+    script.write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "TRITON_DEFAULT_FP_FUSION": "1"}
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_what_reads_and_writes_words_compiles(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    said_by(_GENERAL, tmp_path / "general.py")
 
 
 _FEEDBACK = """
@@ -134,14 +139,8 @@ for target in (80, 90):
 
 
 def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    script = tmp_path / "feedback.py"
-    script.write_text(_GENERAL.split("def compiled")[0] + _FEEDBACK)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    said = said_by(_GENERAL.split("def compiled")[0] + _FEEDBACK, tmp_path / "feedback.py")
+    counts = [tuple(map(int, line.split())) for line in said.splitlines()]
     assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 16), (90, 1), (90, 16)]
     assert all((fused, stack) == (0, 0) for _, _, fused, stack in counts), counts
 
