@@ -19,6 +19,8 @@ EXIT_NOT_PASSED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NOT_READ = 141  # 128 + SIGPIPE, as a shell has it
 
+_LESS = "ask for fewer tokens at once (--seqlen, --batch, --prefill-chunk), or spread the model (--device-map)"
+
 
 class UserError(ValueError):
     """Input a user can mend; the message names the thing, the value and the remedy in one line."""
@@ -96,6 +98,8 @@ def require_text(text: str, name: str) -> str:
 def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]) -> None:
     """Run `main` on the process's arguments, print its JSON line, and exit with 0, 1 if a check failed, or 2 for bad input.
 
+    So it does where the memory, of the host or of a GPU, is not enough for it.
+
     Characters that the terminal or pipe cannot show are printed as `?`, and do not end the command. A pipe that nobody reads any more
     does, with 141.
     """
@@ -109,12 +113,24 @@ def run_command(main: Callable[[Sequence[str] | None], Mapping[str, Any] | None]
     except (UserError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({' '.join(str(error).split())[:200]}); {_LESS}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries once more at its end
         sys.exit(EXIT_NOT_READ)
     end_process_group()
     if summary is not None and summary.get("passed") is False:
         sys.exit(EXIT_NOT_PASSED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has an error of its own for GPUs, and a message for the host."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def end_process_group() -> None:

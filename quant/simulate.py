@@ -6,10 +6,12 @@ and values of which a recent window stays exact, change where attention receives
 they leave their projection.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,9 @@ from quant.post_rope import Intercepted, changing_before_rope, intercepting_atte
 from quant.quantizer import Encoded, Quantizer, TokenQuantizer, as_stored, code_bits
 from quant.scheme import Scheme
 from quant.storage import FP16_BITS, OUTLIER_BITS, StoredSize, exact_size, packed_size
+
+_lock = threading.Lock()
+_simulated: "WeakSet[nn.Module]" = WeakSet()  # decoders within a block
 
 
 @dataclass
@@ -54,7 +59,8 @@ class Usage:
 def simulated(model: PreTrainedModel, quantizers: Quantizers, whole: bool = True) -> Iterator[Usage]:
     """Within the block, every forward of `model` quantizes and dequantizes its keys and values.
 
-    Yields the running `Usage`. Raises `UserError` when the quantizers were fitted for another model, and from a forward that goes on from
+    Yields the running `Usage`. Raises `UserError` when the quantizers were fitted for another model, within another such block for the
+    same model, whose numbers would be quantized twice, and from a forward that goes on from
     a filled cache, has padding, or several texts in a row: its first tokens would be taken for the text's. Without `whole` that is not looked at.
     """
     quantizers.check_model(model.config)
@@ -62,6 +68,7 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers, whole: bool = True
     scheme, post = quantizers.scheme, quantizers.scheme.key_rope == "post"
     intercepted: dict[int, Intercepted] = {}
     with ExitStack() as stack:
+        stack.enter_context(_once(decoder(model)))
         if whole:
             stack.callback(decoder(model).register_forward_pre_hook(_refuse_pieces, with_kwargs=True).remove)
         for site in kv_sites(model):
@@ -76,6 +83,20 @@ def simulated(model: PreTrainedModel, quantizers: Quantizers, whole: bool = True
         if intercepted:
             stack.enter_context(intercepting_attention(model, intercepted))
         yield usage
+
+
+@contextmanager
+def _once(part: nn.Module) -> Iterator[None]:
+    with _lock:
+        if part in _simulated:
+            raise UserError(
+                "the model is quantized in simulation already, by this thread or another; leave that block first, or take a copy"
+            )
+        _simulated.add(part)
+    try:
+        yield
+    finally:
+        _simulated.discard(part)
 
 
 def _refuse_pieces(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

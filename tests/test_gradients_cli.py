@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 from conftest import REPOSITORY
 
 import gradients.__main__
@@ -90,6 +91,37 @@ def test_help_shows_the_examples(main: Main, capsys) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     assert "\n    python -m " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0 has"),
+            "Tried to allocate 9 GiB. GPU 0",
+        ),
+        (MemoryError(), "out of memory"),
+        (None, "tried to allocate"),
+    ],
+    ids=["GPU", "Python", "host"],
+)
+def test_too_little_memory_is_one_line(error: Exception | None, said: str, monkeypatch, capsys) -> None:
+    def greedy(_argv: object) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**60, dtype=torch.uint8)
+
+    assert run(greedy, [], monkeypatch) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory") and said in line and "--prefill-chunk" in line
+
+
+def test_other_errors_keep_their_traceback(monkeypatch) -> None:
+    def broken(_argv: object) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(broken, [], monkeypatch)
 
 
 def test_a_reader_that_has_gone_ends_a_command_in_silence(tmp_path) -> None:

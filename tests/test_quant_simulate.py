@@ -239,6 +239,20 @@ def test_packed_size_counts_every_bit(
     assert exact_size(tokens, 24) == StoredSize(tokens * 24 * 16, tokens * 24)
 
 
+def test_nothing_is_quantized_twice(llama, quantizers, fit_model, make_tokens) -> None:
+    ids = make_tokens(1, 20)
+    with simulated(llama, quantizers):
+        once = logits_of(llama, ids)
+        with (
+            pytest.raises(UserError, match="in simulation already"),
+            simulated(llama, fit_model(llama, Scheme.parse("nuq2"))),
+        ):
+            pytest.fail("the block was entered")
+        assert torch.equal(logits_of(llama, ids), once)
+    with simulated(llama, quantizers):
+        assert torch.equal(logits_of(llama, ids), once)
+
+
 def test_a_model_that_was_compiled_is_simulated_too(llama, quantizers, fit_model, make_tokens) -> None:
     """Compiled code looks at no hooks: it went on as it was, without quantizers or with others."""
     others, ids = fit_model(llama, Scheme.parse("nuq2")), make_tokens(1, 20)
