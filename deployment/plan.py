@@ -56,7 +56,7 @@ class Plan:
             "sliding_windows": (len(shape.layers) - len(shape.cached)) * shape.window_bytes(tokens),
             "weights": shape.weight_bytes(self.weight_bits),
             "prefill_activations": shape.activation_bytes(self.scheme, min(tokens, self.prefill_chunk), 1, tokens),
-            "decode_activations": shape.activation_bytes(self.scheme, 1),
+            "decode_activations": shape.activation_bytes(self.scheme, 1, 1, tokens),
         }
 
     def gpus_needed(self, tokens: int, batch: int = 1) -> int | None:

@@ -20,7 +20,7 @@
 #define DEVICE inline
 #define GRID_CONSTANT
 #define KERNEL(threads) inline void
-#define SMALL_KERNEL(threads) inline void
+#define KERNEL_OF(registers) inline void
 #define GLOBAL inline void
 #define SHARED_MEMORY lanes::shared
 using std::max;
@@ -101,6 +101,7 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int k) { float v[32]; lanes::gather(x, v); return v[lanes::now % 32 ^ k]; }
+DEVICE float shuffle(float x, int lane) { float v[32]; lanes::gather(x, v); return v[lane]; }
 DEVICE uint32_t load1(const uint32_t* p) { lanes::check(p, 4); return *p; }
 DEVICE void read2(uint32_t* v, const void* p) { lanes::check(p, 8); memcpy(v, p, 8); }
 DEVICE void read4(uint32_t* v, const void* p) { lanes::check(p, 16); memcpy(v, p, 16); }
@@ -127,8 +128,14 @@ DEVICE void read4_if(bool p, uint32_t* v, const void* at) { if (p) read4(v, at);
 DEVICE void prefetch_line(const void*) {}
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
 DEVICE void store4(float* p, float a, float b, float c, float d) { lanes::check(p, 16); p[0] = a, p[1] = b, p[2] = c, p[3] = d; }
-DEVICE void store2_if(bool p, float* to, float x, float y) { if (p) lanes::check(to, 8), to[0] = x, to[1] = y; }
+DEVICE void store2(float* p, float x, float y) { lanes::check(p, 8); p[0] = x, p[1] = y; }
 DEVICE void add_shared(int* p, int x) { *p += x; }
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+    const uint64_t bytes = (uint64_t)b << 32 | a;
+    uint32_t r = 0;
+    for (int i = 0; i < 4; i++) r |= (uint32_t)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return r;
+}
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { for (int i = 0; i < 4; i++) c += (a >> 8 * i & 255) * (b >> 8 * i & 255); return c; }
 DEVICE void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
     struct Operands { uint32_t a[4], b[2]; } mine{{a[0], a[1], a[2], a[3]}, {b0, b1}}, all[32];

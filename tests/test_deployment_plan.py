@@ -240,6 +240,13 @@ def test_activations_of_a_chunk_are_no_more_than_is_said(
     assert measured.peak < said < 1.8 * measured.peak
 
 
+@pytest.mark.parametrize(("scheme", "unpacked"), [("nuq4-1%", 0), ("rdnuq3.4", 0), ("rdnuq4.4", 256), ("nuq5", 256)])
+def test_steps_whose_codes_are_unpacked_take_memory_for_it(shapes, scheme: str, unpacked: int) -> None:
+    """Behind 2^26 numbers of a side, which are 16,384 tokens of LLaMA-7B."""
+    near, far = (shapes["llama-7b"].activation_bytes(Scheme.parse(scheme), 1, 1, 1 << n) for n in (13, 17))
+    assert abs(far - near - (unpacked << 20)) <= (unpacked << 20) / 7
+
+
 @pytest.mark.parametrize("scheme", ["fp16", "nuq4-1%", "nuq2", "rdnuq2.4"])
 @pytest.mark.parametrize(("memory", "gpus", "chunk"), [("24GiB", 1, 1024), ("80GB", 3, 128), ("13GiB", 1, 64)])
 def test_the_largest_fits_and_no_more(shapes, scheme: str, memory: str, gpus: int, chunk: int) -> None:

@@ -69,6 +69,21 @@ def test_generate_reads_its_prompt_in_recorded_chunks(llama, quantizers, make_to
 
 
 @on_cpu
+def test_steps_that_no_graph_holds_are_recorded_in_pieces(llama, quantizers, make_tokens, reading, monkeypatch) -> None:
+    """Their codes are unpacked, as the host counts them."""
+    monkeypatch.setattr("deployment.step.recording.LONG", 1)
+    monkeypatch.setattr("deployment.kernels.decode.host.is_grouped", lambda _: False)
+    ids = make_tokens(2, CHUNK)
+    plain, cache = (PackedCache(quantizers, llama.config) for _ in range(2))
+    with packed_attention(llama, "torch", graphs=False):
+        expected = generated(llama, plain, ids, 9)
+    with packed_attention(llama, "torch"):
+        own: Reading = reading()
+        assert torch.equal(generated(llama, cache, ids, 9), expected)
+        assert (own.recordings, own.replays) == (1, 5)
+
+
+@on_cpu
 def test_a_recording_that_fails_leaves_the_cache_as_it_was(
     llama, quantizers, make_tokens, reading, monkeypatch
 ) -> None:

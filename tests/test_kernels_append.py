@@ -104,7 +104,11 @@ def test_error_feedback_of_padded_rows_in_half_precision_and_odd_heads(dtype: to
 
 @pytest.mark.parametrize(
     ("dim", "bits"),
-    all_pairs([64, 20, 128], [2, 4, 5], lambda dim, bits: dim == 64 or (dim, bits) in {(20, 5), (128, 2)}),
+    all_pairs(
+        [64, 20, 128],
+        [2, 4, 5, 8],
+        lambda dim, bits: (dim, bits) in {*((64, b) for b in (2, 4, 5)), (20, 5), (20, 8), (128, 2)},
+    ),
 )
 def test_widths_and_heads(dim: int, bits: int) -> None:
     append_both("channel", bits, dim, make_chunks(dim, [40, 29, 1]), [[0]] * 3, sinks=0)

@@ -203,6 +203,10 @@ def test_groups(heads: tuple[int, int]) -> None:
     assert run_case(heads=heads, lengths=(100,)) < 2e-3
 
 
+def test_one_query_of_keys_of_two_bits() -> None:
+    assert run_case(heads=(1, 1), bits=(2, 3), lengths=(300,)) < 2e-3
+
+
 @pytest.mark.parametrize("bits", [1, 5, 8])
 @pytest.mark.parametrize("dim", [20, 96])
 def test_other_widths_and_heads(bits: int, dim: int) -> None:

@@ -16,7 +16,7 @@ from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_ro
 
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks, without outliers and with 1 %, by bits and queries: the larger number of both targets, plus 0.15
-LOOPS = {(4, 1): 3.0, (4, 4): 3.5, (3, 1): 3.5, (3, 4): 4.05, (2, 1): 2.7, (2, 4): 3.15, (0, 1): 4.0, (0, 4): 4.6}
+LOOPS = {(4, 1): 2.9, (4, 4): 3.45, (3, 1): 3.4, (3, 4): 3.9, (2, 1): 2.95, (2, 4): 3.05, (0, 1): 4.0, (0, 4): 4.5}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,10 @@ def test_decode_fits_and_stays_as_short_as_it_is(decode_kernels: list[dict[str, 
     for kernel in decode_kernels:
         name = f"{kernel['target']} {kernel['bits']} bits, {kernel['queries']} queries"
         assert kernel["shared"] <= SHARED_LIMIT[int(kernel["target"].removeprefix("sm_"))], name
-        assert kernel["registers"] * kernel["teams"] * 128 <= REGISTERS, name
+        room = 128 * 56 if kernel["queries"] == 4 else 0  # for a block of `combine`
+        assert kernel["registers"] * kernel["teams"] * 128 + room <= REGISTERS, name
         assert kernel["loop"] <= LOOPS[kernel["bits"], kernel["queries"]], (name, kernel["loop"])
-        assert kernel["usual_spills"] <= 12, (name, kernel["usual_spills"])
+        assert kernel["usual_spills"] <= 6, (name, kernel["usual_spills"])
 
 
 _LISTING = """
@@ -100,15 +101,20 @@ compiled(rotate_kernel, lists, D=128, ROTARY_HALF=64, SCALED=True, ROWS=16, PAIR
 """
 
 
-def test_what_reads_and_writes_words_compiles(tmp_path: Path) -> None:
-    """The interpreter takes more than the compiler does; another process, since Triton interprets in this one."""
+def said_by(text: str, script: Path) -> str:
+    """What a program prints in another process, since Triton interprets in this one."""
     pytest.importorskip("triton")
-    script = tmp_path / "general.py"
-    script.write_text(_GENERAL)
+    script.write_text(text)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(REPOSITORY), "TRITON_DEFAULT_FP_FUSION": "1"}
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_what_reads_and_writes_words_compiles(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    said_by(_GENERAL, tmp_path / "general.py")
 
 
 _FEEDBACK = """
@@ -133,14 +139,8 @@ for target in (80, 90):
 
 
 def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    script = tmp_path / "feedback.py"
-    script.write_text(_GENERAL.split("def compiled")[0] + _FEEDBACK)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    counts = [tuple(map(int, line.split())) for line in run.stdout.splitlines()]
+    said = said_by(_GENERAL.split("def compiled")[0] + _FEEDBACK, tmp_path / "feedback.py")
+    counts = [tuple(map(int, line.split())) for line in said.splitlines()]
     assert [(target, tile) for target, tile, _, _ in counts] == [(80, 1), (80, 16), (90, 1), (90, 16)]
     assert all((fused, stack) == (0, 0) for _, _, fused, stack in counts), counts
 
@@ -169,6 +169,21 @@ def test_append_cu_compiles_without_fused_operations_and_without_spills(target: 
     codes = [disassembled(code, "nvdisasm", "-c") for code in (unfused, decode.compiled(made, f"sm_{target}"))]
     one, other = (len(re.findall(r"\bFFMA\b", code)) for code in codes)  # all else may differ from run to run
     assert one == other
+
+
+@pytest.mark.parametrize(("target", "spilled"), [(80, 48), (90, 0)])
+@pytest.mark.parametrize("shape", [(128, 4, 1), (128, 4, 0), (64, 4, 1)])
+def test_unpack_cu_shares_a_multiprocessor_with_two_more(target: int, spilled: int, shape: tuple[int, ...]) -> None:
+    pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed")
+    from deployment.kernels.decode.compile import compiled
+    from deployment.kernels.unpack_host import Shape
+    from scripts.checks.compile_kernels import disassembled
+
+    made = Shape(*shape)
+    assert 3 * made.shared_bytes <= SHARED_LIMIT[target]
+    usage = disassembled(compiled(made, f"sm_{target}"), "cuobjdump", "-res-usage").replace("\n", " ")
+    found = re.search(r"Function unpack:\s+REG:(\d+) STACK:(\d+)", usage)
+    assert found and int(found[1]) <= 80 and int(found[2]) <= spilled, usage
 
 
 @pytest.mark.gpu

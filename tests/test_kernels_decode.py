@@ -46,6 +46,16 @@ def test_groups_of_queries(heads: tuple[int, int]) -> None:
     assert error(heads=heads, lengths=(300,)) < 2e-3
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_one_query_of_keys_of_two_bits(dim: int) -> None:
+    assert error(heads=(1, 1), bits=(2, 3), lengths=(300,), dim=dim) < 2e-3
+
+
+def test_more_parts_than_are_put_together_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "parts_of", lambda *_: 130)
+    assert error(heads=(2, 1), lengths=(16600,), share=0.0) < 2e-3
+
+
 @pytest.mark.parametrize("kinds", [("groups", "groups"), ("channel", "channel"), ("groups", "token")])
 def test_mixed_widths_and_axes(kinds: tuple[str, str]) -> None:
     assert error(kinds=kinds, lengths=(150, 70), dim=128) < 2e-3
@@ -168,5 +178,5 @@ def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, ou
 def test_every_kernel_waits_for_those_before_it() -> None:
     folder = host.Shape(128, 1, 1, 4, 4, 0, 0, 0, 0).source.parent  # all are launched early (compile.py)
     for path in (folder / "decode.cu", folder / "combine.h", *folder.parent.glob("*.cu")):
-        kernels = re.split(r"\n(?:SMALL_)?KERNEL\(", path.read_text())[1:]
+        kernels = re.split(r"\nKERNEL(?:_OF)?\(", path.read_text())[1:]
         assert kernels and all("wait_for_prerequisites();" in kernel.split("\n}")[0] for kernel in kernels)

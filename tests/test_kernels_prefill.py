@@ -1,8 +1,10 @@
 """Attention of many queries: stretches of the packed past unpacked, and the library's attention over them, against float64."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import kernels_on_cpu
 import pytest
@@ -21,11 +23,15 @@ from test_kernels_attention import (
 from torch import Tensor
 
 from deployment.kernels import prefill, scratch, unpack_host
+from deployment.kernels.decode.compile import runner
 from deployment.kernels.merge import merge
 from deployment.kernels.packed import DenseSegment, Known, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.prefill import attend_many
+from deployment.kernels.repeated import Repeated
 from deployment.kernels.unpacking import unpack
+from deployment.step.reading import recorder_of
+from deployment.step.recording import GraphPieces
 from quant.scheme import Scheme
 
 
@@ -103,7 +109,114 @@ def test_outliers(share: float, exact_chunk: bool) -> None:
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_the_context_comes_in_stretches(blocks: int, attend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 64 * blocks)
-    assert run_case(new=9, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
+    assert run_case(new=9 if blocks > 1 else 1, heads=(2, 1), lengths=(300, 100), sinks=2, attend=attend) < 2e-3
+
+
+def done_again(work: Any) -> tuple[Callable[[], object], Any]:
+    """What replaces a CUDA graph where there is none: `work` of the rows that it was recorded of, whose parts are as they were."""
+    rows, before = work.func.__self__, list(work.func.__self__.parts)
+    result = work()
+    rows.parts = before
+
+    def replay() -> None:
+        if not before:
+            rows.parts = []
+            vars(rows).pop("query", None)
+        new = work()
+        if result is not None:
+            result.copy_(new)
+
+    return replay, result
+
+
+@pytest.mark.parametrize(("heads", "new"), [((2, 1), 9), ((2, 2), 256)])
+def test_layers_repeat_what_they_do_alike(heads: tuple[int, int], new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of other pages, two chunks of them; what they share lies where it lay, and is no number between."""
+    monkeypatch.setattr(prefill, "stretch_tokens", lambda size: 128)
+    repeated = Repeated(recorder_of(GraphPieces()) if DEVICE.type == "cuda" else done_again)
+    shared: list[Tensor] = []
+
+    def attend(
+        query: Tensor, positions: Tensor, segments: list[Segment], _: Rotary, scaling: float, kv_heads: int
+    ) -> Tensor:
+        chunk = segments[-1]
+        assert isinstance(chunk, DenseSegment)
+        if not shared:
+            shared.extend(x.clone() for x in (query, positions, chunk.key, chunk.value))
+        for held, given in zip(shared, (query, positions, chunk.key, chunk.value), strict=True):
+            held.copy_(given)
+        segments = [*segments[:-1], DenseSegment(shared[2], shared[3], chunk.origins, None)]
+        output = attend_knowing(*shared[:2], segments, rotary, scaling, kv_heads).clone()
+        for held in shared[::2]:
+            held.fill_(torch.nan)
+        return output
+
+    rotary = Rotary.of((10000.0 ** (-torch.arange(32) / 32)).float().to(DEVICE), 64)
+    for length in (300, 420):
+        with repeated.chunk():
+            for bits in (2, 3, 4, 3):
+                assert run_case(bits=(bits, bits), new=new, heads=heads, lengths=(length,), attend=attend) < 2e-3
+    assert repeated.replays == 2 * (3 + 4)  # two layers' stretches, two or three and the last
+
+
+def test_work_is_repeated_for_what_it_was_recorded_of_and_nothing_else() -> None:
+    done: list[str] = []
+
+    def record(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        return lambda: done.append("repeated"), work()
+
+    one, other = torch.zeros(1), torch.zeros(1)
+    repeated = Repeated(record)
+    for _ in range(2):
+        with repeated.chunk():
+            for operand in (one, one, one, other, one):  # equal, but not the same
+                repeated.layer("", (operand,))
+                assert repeated.do(lambda: done.append("done") or 5) == 5
+        assert done == ["done", "done", "repeated", "repeated", "done", "done"]
+        done.clear()
+
+
+def test_work_that_cannot_be_recorded_is_done_as_it_is() -> None:
+    """Nor is what came before it in a layer: later work goes on with what it has left."""
+    recorded: list[Any] = []
+
+    def fail_later(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        recorded.append(work)
+        if len(recorded) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: None, work()
+
+    repeated, seen = Repeated(fail_later), []
+    with repeated.chunk():
+        for number in range(4):
+            parts: list[int] = []
+            repeated.layer("", ())
+            repeated.do(partial(parts.append, number))
+            repeated.do(lambda parts=parts: seen.append(list(parts)))
+    assert seen == [[0], [1], [2], [3]] and repeated.replays == 0
+
+
+@pytest.mark.parametrize(("long", "expected"), [(64 * 131 * 2, "library"), (64 * 131 * 2 + 128, "portable")])
+def test_few_queries_go_to_the_library_behind_a_long_past(
+    long: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two heads of 64 channels behind 131 tokens."""
+
+    def attend(*arguments: Any) -> Tensor:
+        with pytest.raises(LookupError, match=expected):
+            attend_many(*arguments, [Known(131, 131, 0)])
+        return torch.zeros(1, 1, 4, 64, device=DEVICE, dtype=torch.float16)
+
+    def taken(way: str) -> Any:
+        def take(*_: Any) -> Any:
+            raise LookupError(way)
+
+        return take
+
+    monkeypatch.setattr(prefill, "LONG", long)
+    monkeypatch.setattr(prefill, "attend_portably", taken("portable"))
+    monkeypatch.setattr(prefill._Rows, "attend", taken("library"))
+    run_case(lengths=(130,), attend=attend)
 
 
 def test_scratch_is_bounded() -> None:
@@ -289,18 +402,21 @@ def test_unpacked_blocks_are_what_the_page_reads(kinds: tuple[str, str], dim: in
 
 
 @pytest.mark.parametrize("kinds", [("channel", "token"), ("channel", "channel"), ("groups", "groups")])
-@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (64, 3), (96, 2), (128, 1), (256, 3)])
-def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str], dim: int, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("dim", "bits", "share"), [(64, 4, 0.0), (64, 3, 0.01), (96, 2, 0.05), (128, 1, 0.0), (128, 4, 0.1), (256, 3, 0.02)]
+)
+def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
+    kinds: tuple[str, str], dim: int, bits: int, share: float
+) -> None:
     """In fp16, which levels, tokens of the tile and results are rounded to."""
-    segment, rotary, lengths, expected = unpacked_case(kinds, dim, 0.0, bits)
+    segment, rotary, lengths, expected = unpacked_case(kinds, dim, share, bits)
     first, blocks, at, row0 = 1, 2, 3, 1
     result = torch.full(
         (2, len(lengths) - row0, (blocks + 1) * 64, 2, dim), torch.nan, dtype=torch.float16, device=DEVICE
     )
     assert unpack_host.fits(segment, rotary, result[0])
     if DEVICE.type == "cuda":
-        assert unpack_host.takes(segment, rotary, result[0])
-        unpack(segment, rotary, first, blocks, row0, *result, at)
+        unpack_host.unpack_by(runner(DEVICE), segment, rotary, first, blocks, row0, *result, at)
     elif has_compiler():
         unpack_host.unpack_by(kernels_on_cpu.run, segment, rotary, first, blocks, row0, *result, at)
     else:
@@ -308,7 +424,18 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(kinds: tuple[str, str],
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_groups_of_one_width_go_where_they_are_faster(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unpack_host, "UNIFORM", {False: uniform, True: not uniform})
+    for kinds, share, expected in (
+        (("channel", "token"), 0.0, uniform),
+        (("channel", "token"), 0.05, not uniform),
+        (("groups", "groups"), 0.0, True),
+    ):
+        assert unpack_host._is_faster(unpacked_case(kinds, 64, share)[0]) is expected
+
+
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_the_host_knows_the_sizes_of_structures() -> None:
-    shape = unpack_host.Shape(64, 2, 1)
-    assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]
+    for shape in (unpack_host.Shape(64, 2, 1), unpack_host.Shape(96, 1, 0)):
+        assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(unpack_host.Params)]

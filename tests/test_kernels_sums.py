@@ -9,7 +9,7 @@ import torch
 from kernels_on_cpu import has_compiler, run, sizes
 from torch import Tensor
 
-from deployment.kernels.sums import Shape, Sums, params_of
+from deployment.kernels.sums import Params, Shape, Sums
 
 _CAPACITY = 600
 CPU = torch.device("cpu")
@@ -68,6 +68,5 @@ def test_what_is_taken(processes: Any) -> None:
     assert not own.takes(3, torch.float16) and not own.takes(4, torch.float64)
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-def test_c_and_python_have_the_same_parameters(parts: int) -> None:
-    assert sizes(Shape(parts)) == [ctypes.sizeof(params_of(parts))]
+def test_c_and_python_have_the_same_parameters() -> None:
+    assert sizes(Shape(2)) == [ctypes.sizeof(Params)]

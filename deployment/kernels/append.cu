@@ -13,11 +13,11 @@
 // Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
+#define KERNELS_TOGETHER(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 DEVICE uint32_t ballot(bool p) { return __ballot_sync(~0u, p); }
 DEVICE uint32_t or_of_warp(uint32_t x) { return __reduce_or_sync(~0u, x); }
 DEVICE uint32_t sum_of_warp(uint32_t x) { return __reduce_add_sync(~0u, x); }
 DEVICE uint32_t max_of_warp(uint32_t x) { return __reduce_max_sync(~0u, x); }
-DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE int ones_of(uint32_t x) { return __popc(x); }
 DEVICE void flip(uint32_t* p, uint32_t bits) { atomicXor(p, bits); }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
@@ -30,6 +30,7 @@ DEVICE float product(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float quotient(float a, float b) { return __fdiv_rn(a, b); }
 #else
 #include "lanes.h"
+#define KERNELS_TOGETHER(threads, blocks) KERNEL(threads)
 template <class T, class F> T over_warp(T x, F f) {
     T all[32];
     lanes::gather(x, all);
@@ -40,7 +41,6 @@ DEVICE uint32_t or_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint
 DEVICE uint32_t sum_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return a + b; }); }
 DEVICE uint32_t max_of_warp(uint32_t x) { return over_warp(x, [](uint32_t a, uint32_t b) { return max(a, b); }); }
 DEVICE uint32_t ballot(bool p) { return or_of_warp((uint32_t)p << lanes::now % 32); }
-DEVICE float shuffle(float x, int lane) { float v[32]; lanes::gather(x, v); return v[lane]; }
 DEVICE int ones_of(uint32_t x) { return __builtin_popcount(x); }
 DEVICE void flip(uint32_t* p, uint32_t bits) { *p ^= bits; }
 DEVICE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
@@ -111,11 +111,11 @@ DEVICE uint32_t max_of_block(Shared& sh, uint32_t x, int turn) {
 
 // Integers that sort as numbers do, see encode.py.
 constexpr uint32_t SIGN = ELEMENT == 2 ? 0x80000000u : 0x8000u, ONES = SIGN | (SIGN - 1);
-DEVICE uint32_t rising(uint32_t raw) {
+DEVICE uint32_t sort_key(uint32_t raw) {
     if (!(raw & ~SIGN)) raw = 0;
     return raw & SIGN ? ~raw & ONES : raw | SIGN;
 }
-DEVICE float risen(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
+DEVICE float of_sort_key(uint32_t key) { return number_of(key & SIGN ? key ^ SIGN : ~key & ONES); }
 
 DEVICE uint32_t both(bool top, bool bottom) { return top + ((uint32_t)bottom << 16); }  // flags, or counts of them below 65536
 
@@ -138,10 +138,10 @@ DEVICE void read_share(uint32_t* raw, const Side& side, int64_t b) {
     }
 }
 
-// The token's own range, and which of the head's channels are outliers: `extremes`, `is_extreme` and `token_range` of encode.py.
-DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
+// The token's own range, and which of the head's channels are outliers: as encode.py finds them.
+DEVICE void token_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* up, float& scale, float& zero) {
     const int thread = thread_number(), warp = thread / 32;
-    UNROLL for (int k = 0; k < SHARE; k++) up[k] = rising(up[k]);
+    UNROLL for (int k = 0; k < SHARE; k++) up[k] = sort_key(up[k]);
     const uint32_t count = side.per_end;
     uint32_t top = 0, bottom = 0, more_top = 1, more_bottom = 1;
     int turn = 0;
@@ -155,7 +155,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* 
         const uint32_t before = sum_over(sh, side, up, turn++, [&](uint32_t a, uint32_t z, int c) { return c < (side.first_head + g) * D ? both(a == top, z == bottom) : 0; });
         const uint32_t room_top = count - (beyond & 65535), room_bottom = count - (beyond >> 16);
         const int own = min(thread, D - 1);
-        const uint32_t a = rising(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
+        const uint32_t a = sort_key(raw_of(side.x, b * side.stride_b + (side.first_head + g) * side.stride_g + own)), z = ONES - a;
         const uint32_t tops = ballot(thread < D && a == top), bottoms = ballot(thread < D && z == bottom);
         if (thread % 32 == 0 && warp < PER) sh.tied[0][warp] = tops, sh.tied[1][warp] = bottoms;
         barrier_of_block();
@@ -173,7 +173,7 @@ DEVICE void own_range(Shared& sh, const Side& side, int64_t b, int g, uint32_t* 
             if (!count || up[k] < top + more_top) most = max(most, up[k]);
             if (!count || ONES - up[k] < bottom + more_bottom) least = max(least, ONES - up[k]);
         }
-    const float high = risen(max_of_block(sh, most, turn)), low = risen(ONES - max_of_block(sh, least, turn + 1));
+    const float high = of_sort_key(max_of_block(sh, most, turn)), low = of_sort_key(ONES - max_of_block(sh, least, turn + 1));
     scale = as_stored(product(difference(high, low), 0.5f)), zero = as_stored(product(sum(high, low), 0.5f));
 }
 
@@ -345,7 +345,7 @@ KERNEL(THREADS) append_token(const GRID_CONSTANT Params p) {
     }
     barrier_of_block();
     if (side.dynamic) {
-        own_range(sh, side, b, g, raw, scale, zero);
+        token_range(sh, side, b, g, raw, scale, zero);
         uint16_t* range = side.scales + (b * p.blocks * 64 + token) * 2;
         if (thread == 0 && g == 0) range[0] = stored_as(scale), range[1] = stored_as(zero);
         if (thread < D) sh.s[thread] = scale, sh.z[thread] = zero;
@@ -404,7 +404,7 @@ DEVICE void hand_on(const uint16_t* row, const float* e, int from, float (*y)[NE
 }
 
 // Targets of NEXT channels from `first` on of a lane's tokens become errors, codes and, where they are stored, targets. Nothing is written between, so that loads need not wait.
-DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* const* targets) {
+DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], const uint16_t* rows, const float* s, const float* z, uint16_t* targets, int last) {
     const int lane = thread_number() % 32;
     uint8_t codes[NEXT][2];
 #pragma unroll
@@ -431,7 +431,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float value = sum(product(levels[code[h]], scale[h]), zero[h]);
-            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[h][sh.order[c]] = stored_as(y[h][r]);
+            if (codes[r][h] == 255) value = as_stored(y[h][r]), targets[min(lane + 32 * h, last) * CHANNELS + sh.order[c]] = stored_as(y[h][r]);
             else codes[r][h] = (uint8_t)code[h];
             y[h][r] = e[h] = difference(y[h][r], value);
         }
@@ -444,7 +444,7 @@ DEVICE void find_codes(Tile& sh, const Side& side, int first, float (*y)[NEXT], 
     }
 }
 
-KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
+KERNELS_TOGETHER(TEAM * 32, LEVELS > 16 ? 1 : 512 / (TEAM * 32)) feed_back(const GRID_CONSTANT Params p) {
     wait_for_prerequisites();
     Tile& sh = *(Tile*)SHARED_MEMORY;
     const int thread = thread_number(), lane = thread % 32, warp = thread / 32, tiles = (int)((p.tokens + TILE - 1) / TILE);
@@ -463,7 +463,8 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         }
     }
     barrier_of_block();
-    uint16_t* const codes = side.codes + (b * p.tokens + first) * CHANNELS + g * D;
+    const int64_t at = (b * p.tokens + first) * CHANNELS + g * D;
+    uint16_t *const codes = side.codes + at, *const targets = side.targets + at;
     // tokens that are not there are the last one once more: so nothing waits for a condition
 #pragma unroll 8
     for (int t = warp; t < TILE; t += TEAM)
@@ -474,11 +475,9 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
             sh.code[c * (TILE + 4) + t] = codes[there * CHANNELS + channel] == OUTLIER ? 255 : 0;
         }
     float s[2] = {1, 1}, z[2] = {0, 0}, y[OWN][2][NEXT];
-    uint16_t* targets[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int64_t t = b * p.tokens + first + min(lane + 32 * h, tokens - 1);
-        targets[h] = side.targets + t * CHANNELS + g * D;
         if (side.dynamic) s[h] = from_half(side.ranges[2 * t]), z[h] = from_half(side.ranges[2 * t + 1]);
     }
     wait_for_copied();
@@ -493,7 +492,7 @@ KERNEL(TEAM * 32) feed_back(const GRID_CONSTANT Params p) {
         for (int turn = 0; turn < TEAM; turn++) {
             const int n = TEAM * k + turn, c = n * NEXT;
             const uint16_t* rows = sh.rows[n % 3];
-            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets);
+            if (warp == turn) find_codes(sh, side, c, y[k], rows, s, z, targets, tokens - 1);
             wait_for_copied();
             barrier_of_block();
             copy_rows(sh, matrix, n + 2);  // in place of those of the turn before, which all have done with

@@ -1,7 +1,7 @@
 """The first kernel of an append of a chunk: codes, ranges and outliers of tokens, `Quantizer.encode` on the device, bit for bit.
 
 A program has a token, all channels of it. Where ranges are a token's own, the n largest and the n smallest of all its channels are outliers. They are found through
-integers that sort as the numbers do (`rising`, `falling`): the n-th largest has its bits set one after another, from the
+integers that sort as the numbers do (`sort_key`, `reverse_sort_key`): the n-th largest has its bits set one after another, from the
 highest, as long as n keys remain that are at least as large. Both ends are searched at once, their counts in the halves
 of one sum, so a token in half precision costs 16 sums. Which of several equal ones belong is then a matter of counting:
 ties go to the lowest channel, and top comes before bottom.
@@ -63,8 +63,8 @@ def encode_kernel(
     row = tl.program_id(0).to(tl.int64)
     outlier = lane < 0
     if DYNAMIC:
-        up = rising(raw, ok, BITS)
-        down = falling(up, ok, BITS)
+        up = sort_key(raw, ok, BITS)
+        down = reverse_sort_key(up, ok, BITS)
         found = (0, 0, 0, 0, 0, 0)
         if PER_END > 0:
             found = extremes(up, down, PER_END, BITS)
@@ -90,7 +90,7 @@ def encode_kernel(
 
 
 @triton.jit
-def rising(x, ok, BITS: tl.constexpr):
+def sort_key(x, ok, BITS: tl.constexpr):
     """uint32 of BITS bits that sort as the floats `x` of BITS bits do; both zeros are one, and 0 where not `ok`."""
     if BITS == 16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
@@ -104,7 +104,7 @@ def rising(x, ok, BITS: tl.constexpr):
 
 
 @triton.jit
-def falling(key, ok, BITS: tl.constexpr):
+def reverse_sort_key(key, ok, BITS: tl.constexpr):
     """The same in the opposite order."""
     ones = tl.full([1], 0xFFFF if BITS == 16 else 0xFFFFFFFF, tl.uint32)
     return tl.where(ok, ones - key, tl.zeros_like(key))
@@ -150,7 +150,7 @@ def is_extreme(up, down, rank, found, BITS: tl.constexpr):
     """Mask of keys that are among the extremes `found`; `rank` counts ties, `both` ends', up to and including each channel."""
     top, bottom, room_top, room_bottom, _, _ = found
     # if nearly all are equal both thresholds are the same number, and top takes the first of the ties
-    taken = tl.where(top == falling(bottom, bottom >= 0, BITS), room_top, 0)
+    taken = tl.where(top == reverse_sort_key(bottom, bottom >= 0, BITS), room_top, 0)
     top_rank, bottom_rank = rank & 65535, upper(rank) - taken
     tied_top = (up == top) & (top_rank <= room_top)
     tied_bottom = (down == bottom) & (bottom_rank > 0) & (bottom_rank <= room_bottom)

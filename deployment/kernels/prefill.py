@@ -6,10 +6,13 @@ is plain attention over plain tensors (library.py). All stretches go through the
 however long the context is.
 
 Where the host knows how long a sequence is, it is attended to in parts that need no mask: stretches of the past, the last one with the sinks
-behind it, and the chunk, causally. Otherwise (while a graph is captured, if queries are few or just anywhere) portable.py does it.
+behind it, and the chunk, causally. Otherwise (while a graph is captured, if queries are few and the past is short, or they are just anywhere)
+portable.py does it.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -21,7 +24,8 @@ from deployment.kernels.phase import Rotary
 from deployment.kernels.plain import rotated
 from deployment.kernels.portable import Asked
 from deployment.kernels.portable import attend as attend_portably
-from deployment.kernels.scratch import FEW, planned_lengths, room_of, stretch_tokens, whole_stretches
+from deployment.kernels.repeated import Repeated, repeated
+from deployment.kernels.scratch import FEW, LONG, planned_lengths, room_of, stretch_tokens, whole_stretches
 from deployment.kernels.unpacking import unpack
 from quant.storage import BLOCK_TOKENS
 
@@ -39,78 +43,125 @@ def attend_many(
 ) -> Tensor:
     """As `attend_packed` (packed.py)."""
     batch, heads, new, dim = query.shape
-    pitch = -(-dim // _EVEN) * _EVEN
-    operand = torch.float32 if query.dtype == torch.float32 else torch.float16
-    turned = query.new_empty(batch, new, heads, pitch, dtype=operand)
-    turned = rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling)
-    asked = Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)
-    if known is None or new * heads // kv_heads <= FEW or any(row.stored not in row.ends(new) for row in known):
-        return attend_portably(asked).to(query.dtype)
-    padded = any(row.pad for row in known)
-    output = (query.new_zeros if padded else query.new_empty)(batch, new, heads, dim)
-    _attend_known(asked, known, output)
+    least = LONG // (kv_heads * dim) if new * heads // kv_heads <= FEW else 0
+    if known is None or any(row.stored not in row.ends(new) or row.stored < least for row in known):
+        turned = _turned(query, positions, rotary, scaling)
+        return attend_portably(Asked(turned, positions.contiguous(), segments, rotary, kv_heads, dim)).to(query.dtype)
+    asked = _Asked(query, positions, segments, rotary, scaling, kv_heads)
+    alike = all(row == known[0] for row in known)
+    if alike and not known[0].pad:
+        return _Rows(asked, 0, batch, known[0]).attend()
+    output = query.new_zeros(batch, new, heads, dim)
+    for first, row in enumerate(known[:1] if alike else known):
+        rows = batch if alike else 1
+        if row.pad < new:
+            output[first : first + rows, row.pad :] = _Rows(asked, first, rows, row).attend()
     return output
 
 
-def _attend_known(asked: Asked, known: Sequence[Known], output: Tensor) -> None:
-    """All sequences at once if they are alike, else one by one."""
-    alike = all(row == known[0] for row in known)
-    for first, row in enumerate(known[:1] if alike else known):
-        rows = len(known) if alike else 1
-        if row.pad < output.shape[1]:
-            _Rows(asked, first, rows, row).attend(output[first : first + rows, row.pad :])
+def _turned(query: Tensor, positions: Tensor, rotary: Rotary, scaling: float) -> Tensor:
+    """Queries `[B, S, H, pitch]`, rotated and scaled, in the dtype of the operands; zeros behind D."""
+    batch, heads, new, dim = query.shape
+    pitch = _pitch(dim)
+    turned = query.new_empty(batch, new, heads, pitch, dtype=_operand(query))
+    return rotated(query, positions, rotary, turned if pitch == dim else turned.zero_(), scaling)
+
+
+def _pitch(dim: int) -> int:
+    return -(-dim // _EVEN) * _EVEN
+
+
+def _operand(query: Tensor) -> torch.dtype:
+    return torch.float32 if query.dtype == torch.float32 else torch.float16
+
+
+@dataclass(frozen=True)
+class _Asked:
+    query: Tensor
+    positions: Tensor
+    segments: Sequence[Segment]
+    rotary: Rotary
+    scaling: float
+    kv_heads: int
 
 
 class _Rows:
     """Attention of some sequences that are equally long and equally padded."""
 
-    def __init__(self, asked: Asked, first: int, rows: int, row: Known) -> None:
-        self.which, self.row0, self.row = slice(first, first + rows), first, row
-        query = self.query = asked.query[self.which, row.pad :].transpose(1, 2)
+    def __init__(self, asked: _Asked, first: int, rows: int, row: Known) -> None:
+        self.asked, self.which, self.row0, self.row = asked, slice(first, first + rows), first, row
         self.positions, segments = asked.positions[self.which, row.pad :], asked.segments
         self.rotary, self.heads = asked.rotary, asked.kv_heads
+        self.new, self.pitch = asked.query.shape[2] - row.pad, _pitch(asked.query.shape[3])
         self.packed = [segment for segment in segments if isinstance(segment, PackedSegment)]
         dense = [segment for segment in segments if isinstance(segment, DenseSegment)]
         self.sinks = next((segment for segment in dense if segment.limits is not None), None)
         self.chunk = next((segment for segment in dense if segment.limits is None), None)
-        self.padded = any(segment.key.shape[-1] < query.shape[-1] for segment in dense) or any(
-            segment.key.head_dim < query.shape[-1] for segment in self.packed
+        self.parts: list[Part] = []
+        self.padded = any(segment.key.shape[-1] < self.pitch for segment in dense) or any(
+            segment.key.head_dim < self.pitch for segment in self.packed
         )
 
-    def attend(self, output: Tensor) -> None:
-        """Outputs `[R, S, H, D]`."""
-        parts: list[Part] = []
-        for part in self._parts():
+    @cached_property
+    def query(self) -> Tensor:
+        """`[R, H, S, pitch]`, rotated and scaled."""
+        query = self.asked.query[self.which, :, self.row.pad :]
+        return _turned(query, self.positions, self.rotary, self.asked.scaling).transpose(1, 2)
+
+    def attend(self) -> Tensor:
+        """Outputs `[R, S, H, D]`: the past a stretch at a time, with the last one the rest.
+
+        Of that, sinks before it and the chunk behind it, what no plan takes goes with the chunk.
+        """
+        row, new, rows = self.row, self.new, self.which.stop - self.which.start
+        start = self.packed[0].start if self.packed else row.stored
+        sinks = min(start, row.stored)  # of the past or, where the chunk is stored, of the chunk
+        size = rows * self.heads * self.pitch * _operand(self.asked.query).itemsize  # of a token's keys
+        stretch, past = stretch_tokens(size), max(0, row.before - start)
+        whole = whole_stretches(stretch, past)
+        shared = self._shared()
+        key, value = shared.kept(lambda: self._scratch(rows, room_of(stretch, past, sinks + new, rows)))
+        for number in range(whole):
+            begin = start + number * stretch
+            self._unpack(begin, begin + stretch, key, value, 0)
+            shared.do(partial(self._more, key, value, stretch))
+        begin, held = start + whole * stretch, row.before - whole * stretch
+        self._put_sinks(sinks, key, value)
+        self._unpack(begin, row.stored, key, value, sinks)
+        return shared.do(partial(self._last, key, value, held))
+
+    def _shared(self) -> Repeated:
+        """What repeats the work of the layer before, or else does all of it."""
+        asked, found = self.asked, repeated()
+        if found is None or len(asked.query) > self.which.stop - self.which.start or self.row.pad:
+            return Repeated()
+        chunk = () if self.chunk is None else (self.chunk.key, self.chunk.value)
+        key = self.row, self.heads, asked.scaling, self.padded, bool(self.packed) and self.packed[0].start
+        found.layer(key, (asked.query, asked.positions, self.rotary, *chunk))
+        return found
+
+    def _more(self, key: Tensor, value: Tensor, past: int, total: int = 0) -> None:
+        """Parts from one stretch more, see `_planned`; no more than are merged at once."""
+        parts = list(self.parts)
+        for part in self._planned(key, value, past, total):
             if len(parts) == MOST_PARTS:
                 parts = [self._merged(parts)]
             parts.append(part)
-        merge(parts, output)
+        self.parts = parts
+
+    def _last(self, key: Tensor, value: Tensor, held: int) -> Tensor:
+        if self.chunk is not None:
+            self._put_chunk(self.chunk, key, value, held)
+        self._more(key, value, held, held + self.new)
+        output = self.asked.query.new_empty(len(self.query), self.new, self.query.shape[1], self.asked.query.shape[3])
+        merge(self.parts, output)
+        return output
 
     def _merged(self, parts: list[Part]) -> Part:
         result = torch.empty_like(self.query.transpose(1, 2), dtype=torch.float32)
         total = torch.empty_like(self.query[..., 0], dtype=torch.float32)
         merge(parts, result, total)
         return result.transpose(1, 2), total
-
-    def _parts(self) -> Iterator[Part]:
-        """The past a stretch at a time; of the last one, sinks before it and the chunk behind it, what no plan takes goes with the chunk."""
-        row, new = self.row, self.query.shape[2]
-        start = self.packed[0].start if self.packed else row.stored
-        sinks = min(start, row.stored)  # of the past or, where the chunk is stored, of the chunk
-        size = len(self.query) * self.heads * self.query.shape[-1] * self.query.itemsize  # of a token's keys
-        stretch, past = stretch_tokens(size), max(0, row.before - start)
-        whole = whole_stretches(stretch, past)
-        key, value = self._scratch(room_of(stretch, past, sinks + new, len(self.query)))
-        for number in range(whole):
-            begin = start + number * stretch
-            self._unpack(begin, begin + stretch, key, value, 0)
-            yield from self._planned(key, value, stretch)
-        begin, held = start + whole * stretch, row.before - whole * stretch
-        self._put_sinks(sinks, key, value)
-        self._unpack(begin, row.stored, key, value, sinks)
-        if self.chunk is not None:
-            self._put_chunk(self.chunk, key, value, held)
-        yield from self._planned(key, value, held, held + new)
 
     def _planned(self, key: Tensor, value: Tensor, past: int, total: int = 0) -> Iterator[Part]:
         """Attention to the first `past` tokens, or to `total`, of which the last are the queries' own."""
@@ -124,10 +175,10 @@ class _Rows:
         elif rest:
             yield attend_all(self.query, _shown(key, first, rest), _shown(value, first, rest))
 
-    def _scratch(self, room: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[R, room, G, D]`, zeros where a head ends before D."""
-        shape = (2, len(self.query), room, self.heads, self.query.shape[-1])
-        key, value = self.query.new_zeros(shape) if self.padded else self.query.new_empty(shape)
+    def _scratch(self, rows: int, room: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[R, room, G, pitch]`, zeros where a head ends before that."""
+        make = self.asked.query.new_zeros if self.padded else self.asked.query.new_empty
+        key, value = make(2, rows, room, self.heads, self.pitch, dtype=_operand(self.asked.query))
         return key, value
 
     def _unpack(self, begin: int, end: int, key: Tensor, value: Tensor, to: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from quant.storage import BLOCK_TOKENS
 
 FEW = 16  # queries of a KV head, which are not worth unpacking anything for
+LONG = 1 << 26  # numbers of a sequence's keys, from which on they are where no kernel reads the codes
 SCRATCH_BYTES = 256 * 2**20  # of a stretch's keys and values; with less, launching would take longer than computing
 MOST_TOKENS = 65536  # of a stretch, as many as 256 MiB hold of 8 heads of 128 channels
 PLANNED = 2048  # cuDNN is asked for multiples of so many tokens

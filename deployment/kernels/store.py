@@ -133,10 +133,8 @@ def store_plane(
         group, lane, word = number // (32 * PLANE), number // PLANE % 32, number % PLANE
         here = group * 16 < D
         first_channel = tl.load(channel_at + g * D + group * 16, mask=here, other=0) + g * D
-        n, j = (
-            word[:, None] * (4 // PLANE) + field % (4 // PLANE),
-            field // (4 // PLANE),
-        )  # nibble j of word n, see groups.py
+        # nibble j of word n, see groups.py
+        n, j = word[:, None] * (4 // PLANE) + field % (4 // PLANE), field // (4 // PLANE)
         if SOURCE == KEYS_IN_GROUPS:
             slot = 8 * (2 * n + j // 4) + lane[:, None] // 4
             inner = 2 * (lane[:, None] % 4) + j % 2 + 8 * (j // 2 % 2)

@@ -20,7 +20,7 @@ DEVICE uint32_t bits_of(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 #endif
 
 struct Params {
-    uint64_t* inboxes[PARTS];  // as this process sees them: [2, PARTS, capacity]
+    uint64_t* inboxes[8];  // those of PARTS processes, as this one sees them: [2, PARTS, capacity]
     const uint32_t* own;
     uint32_t *result, *rounds;  // a sum, or the parts one after another; rounds of each block
     int64_t capacity;

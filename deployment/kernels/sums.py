@@ -1,6 +1,5 @@
 """Host side of sums.cu: the memory that the GPUs of a tensor-parallel model write to each other, and what they exchange there."""
 
-import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,13 @@ from gradients.parallel import Part
 MOST_WORDS = 1 << 16  # of 4 bytes in one sum: beyond it the library's takes no longer
 MOST_PARTS = 8
 _THREADS = 256
+Params = structure(
+    "Params",
+    ("inboxes", POINTER * MOST_PARTS),
+    ("own result rounds", POINTER),
+    ("capacity", LONG),
+    ("words number element gathers", INT),
+)
 
 
 @dataclass(frozen=True)
@@ -28,17 +34,6 @@ class Shape(launch.Shape):
     parts: int
 
 
-def params_of(parts: int) -> type[ctypes.Structure]:
-    """`Params` of sums.cu."""
-    return structure(
-        "Params",
-        ("inboxes", POINTER * parts),
-        ("own result rounds", POINTER),
-        ("capacity", LONG),
-        ("words number element gathers", INT),
-    )
-
-
 class Sums:
     """What the processes of one group have, added up or side by side, for number `number` of them; all ask for the same in the same order.
 
@@ -48,7 +43,7 @@ class Sums:
     """
 
     def __init__(self, run: Run, inboxes: Sequence[int], number: int, capacity: int, device: torch.device) -> None:
-        self._run, self._shape, self._params = run, Shape(len(inboxes)), params_of(len(inboxes))
+        self._run, self._shape = run, Shape(len(inboxes))
         self.parts, self.number = len(inboxes), number
         self._inboxes, self._capacity = list(inboxes), capacity
         self._rounds = torch.zeros(-(-capacity // _THREADS), dtype=torch.int32, device=device)
@@ -68,15 +63,11 @@ class Sums:
 
     def _exchange(self, part: Tensor, result: Tensor, gathers: bool) -> Tensor:
         words = part.nbytes // 4
-        params = self._params(
-            **addresses(own=part, result=result, rounds=self._rounds),
-            capacity=self._capacity,
-            words=words,
-            number=self.number,
-            element=ELEMENTS[part.dtype],
-            gathers=gathers,
-        )
-        params.inboxes[:] = self._inboxes
+        params = Params(
+            **addresses(own=part, result=result, rounds=self._rounds), capacity=self._capacity, words=words, number=self.number,
+            element=ELEMENTS[part.dtype], gathers=gathers,
+        )  # fmt: skip
+        params.inboxes[: self.parts] = self._inboxes
         self._run("exchange", self._shape, -(-words // _THREADS), _THREADS, 0, params)
         return result
 

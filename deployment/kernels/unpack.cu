@@ -1,30 +1,35 @@
 // Blocks of 64 tokens of a page as plain fp16 tokens [rows, room, G, D], keys rotated: what unpack.py does in Triton, for keys and values in groups of up to
-// 4 bits without outliers, at once. A block of D threads has 64 tokens of some heads of one side. For each head it goes through a tile in shared memory:
+// 4 bits, at once. A block of 2 D threads has 64 tokens of some heads of one side. For each head it goes through a tile in shared memory:
 //
-//     1  a warp takes two groups of 16 channels (of keys the two halves of 16 pairs): words to nibbles, a byte of them to two levels, times scale plus zero
-//     2  a thread takes 8 neighbours (of keys both halves of 8 pairs, which it rotates) and writes them, 16 bytes at a time
+//     1  a warp takes a group of 16 channels: words to nibbles, a byte of them to two levels, times scale plus zero
+//     2  outliers are written over them
+//     3  a thread takes 8 neighbours (of keys both halves of 8 pairs, which it rotates) and writes them, 16 bytes at a time
+//
+// What it reads for the next head is on its way meanwhile.
 //
 // Compiled for HEAD_DIM, HEADS of a block, and DYNAMIC, whether ranges of values are tokens'.
 // Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 #undef KERNEL
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 512 / (threads))
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 768 / (threads))  // 80 registers
 #else
 #include "lanes.h"
 #endif
 
-constexpr int D = HEAD_DIM, HALF = D / 2, TOKENS = 64, WIDTHS = 5;
+constexpr int D = HEAD_DIM, HALF = D / 2, THREADS = 2 * D, TOKENS = 64, WIDTHS = 5;
 constexpr int PITCH = D + 8;  // of a token in the tile
 
 struct Side {
     const uint32_t* words;
-    const uint16_t* ranges;          // of tokens
-    const uint32_t *slots, *groups;  // [G, D, 4] scale, zero, floor, channel; [G, D / 16, 2] first word, width
+    const uint16_t *ranges, *index, *value;  // of tokens; of outliers, if there are any
+    const int *starts, *ends;                // [B, G], [B, G, blocks]
+    const uint32_t *slots, *groups;          // [G, D, 4] scale, zero, floor, channel; [G, D / 16, 2] first word, width
     const float* levels;
     uint16_t* result;
     int64_t block_words;
-    int first_level[WIDTHS + 1];  // of each width, -1 where it does not occur
+    int first_level[WIDTHS];  // of each width, -1 where it does not occur
+    int outliers;
 };
 struct Params {
     Side side[2];
@@ -36,93 +41,132 @@ struct Params {
 };
 struct alignas(16) Shared {
     uint32_t entries[WIDTHS][256];  // two fp16 levels
+    uint32_t slots[HEADS * D][4];
     uint16_t tile[TOKENS * PITCH + 4 * 16];
+    uint32_t groups[HEADS * D / 16][2];
+    int lists[HEADS][2];  // of outliers: where they begin and end
 };
 
 // Every 16 tokens are moved on by 32 bytes, so that lanes that write together do not meet on a bank.
 DEVICE int place(int token, int channel) { return token * PITCH + token / 16 * 16 + channel; }
 
+// Of widths that do not occur, and of nibbles that are no code, anything: so no load waits for a condition.
 DEVICE void fill_entries(const Side& s, Shared& m) {
-    for (int width = 0; width < WIDTHS; width++) {
-        const int levels = 1 << width, first = s.first_level[width];
-        for (int byte = thread_number(); first >= 0 && byte < 256; byte += D)
-            if (byte % 16 < levels && byte / 16 < levels) m.entries[width][byte] = halves(s.levels[first + byte % 16], s.levels[first + byte / 16]);
+    for (int byte = thread_number(); byte < 256; byte += THREADS)
+        UNROLL for (int width = 0; width < WIDTHS; width++) {
+            const float* levels = s.levels + max(s.first_level[width], 0);
+            const int last = s.first_level[width] < 0 ? 0 : (1 << width) - 1;
+            m.entries[width][byte] = halves(levels[min(byte % 16, last)], levels[min(byte / 16, last)]);
+        }
+}
+
+// What a block reads once for all of its heads.
+DEVICE void read_tables(const Params& p, const Side& s, Shared& m, int64_t b, int first, int block, int held) {
+    const int thread = thread_number();
+    for (int slot = thread; slot < HEADS * D; slot += THREADS) {
+        uint32_t x[4];
+        read4(x, s.slots + 4 * (first * D + slot)), store4(m.slots[slot], x[0], x[1], x[2], x[3]);
     }
+    if (thread < HEADS * D / 16) read2(m.groups[thread], s.groups + 2 * (first * (D / 16) + thread));
+    if (s.outliers && thread < HEADS) {
+        const int64_t stream = b * p.heads + first + thread;
+        m.lists[thread][0] = block ? s.ends[stream * p.blocks + block - 1] : s.starts[stream], m.lists[thread][1] = held ? s.ends[stream * p.blocks + block] : 0;
+    }
+}
+
+// What a lane has of a group, and a thread of a list of outliers, on its way before it is needed.
+struct Ahead {
+    uint32_t word[4];
+    uint16_t index, value;
+};
+DEVICE void load(Ahead& a, const Side& s, const Shared& m, const uint32_t* words, int own) {
+    const uint32_t* group = m.groups[own * (D / 16) + thread_number() / 32];
+    const int width = group[1], lane = thread_number() % 32, entry = m.lists[own][0] + thread_number();
+    const uint32_t* at = words + group[0];
+    if (width == 4) read4(a.word, at + 4 * lane);
+    if (width == 2 || width == 3) read2(a.word, at + 2 * lane);
+    if (width == 1 || width == 3) a.word[2] = load1(at + 32 * (width - 1) + lane);
+    if (s.outliers && entry < m.lists[own][1]) a.index = s.index[entry], a.value = s.value[entry];
 }
 
 // A lane's 32 codes of a group, as four words of eight nibbles (format/groups.py).
-DEVICE void load_nibbles(uint32_t* n, const uint32_t* at, int width, int lane) {
-    for (int i = 0; i < 4; i++) n[i] = 0;
-    if (width == 4) read4(n, at + 4 * lane);
-    if (width == 2 || width == 3) {
-        uint32_t pair[2];
-        read2(pair, at + 2 * lane);
-        for (int i = 0; i < 4; i++) n[i] = pair[i / 2] >> 2 * (i % 2) & 0x33333333u;
-    }
-    if (width == 1 || width == 3) {
-        const uint32_t word = load1(at + 32 * (width - 1) + lane);
-        for (int i = 0; i < 4; i++) n[i] |= (word >> i & 0x11111111u) << (width - 1);
-    }
+DEVICE void to_nibbles(uint32_t* n, const Ahead& a, int width) {
+    for (int i = 0; i < 4; i++) n[i] = width == 4 ? a.word[i] : width & 2 ? a.word[i / 2] >> 2 * (i % 2) & 0x33333333u : 0;
+    if (width & 1)
+        for (int i = 0; i < 4; i++) n[i] |= (a.word[2] >> i & 0x11111111u) << (width - 1);
 }
 
-DEVICE void put(Shared& m, int token, int channel, uint32_t level, float scale, float zero) {
-    m.tile[place(token, channel)] = to_half(from_half((uint16_t)level) * scale + zero);
+// Levels of two codes, as they are with their scales and zeros.
+DEVICE void put_two(uint16_t* one, uint16_t* other, uint32_t levels, float scale, float zero, float scale2, float zero2) {
+    const uint32_t two = halves(from_half((uint16_t)levels) * scale + zero, from_half((uint16_t)(levels >> 16)) * scale2 + zero2);
+    *one = (uint16_t)two, *other = (uint16_t)(two >> 16);
 }
 
-template <bool KEYS> DEVICE void decode_head(const Side& s, Shared& m, const uint32_t* words, const uint16_t* ranges, int g, int held) {
-    const int warp = thread_number() / 32, lane = thread_number() % 32, r = lane / 4, c = lane % 4;
-    UNROLL for (int k = 0; k < 2; k++) {
-        const int group = g * (D / 16) + 2 * warp + k;
-        uint32_t about[2], n[4], slot[4][4];
-        read2(about, s.groups + 2 * group);
-        const uint32_t* entries = m.entries[about[1]];
-        load_nibbles(n, words + about[0], about[1], lane);
-        if (KEYS) {
-            UNROLL for (int i = 0; i < 4; i++) read4(slot[i], s.slots + 4 * (16 * group + 2 * c + i % 2 + i / 2 * 8));
-        } else {
-            UNROLL for (int h = 0; h < 2; h++) read4(slot[h], s.slots + 4 * (16 * group + 8 * h + r));
-        }
-        UNROLL for (int i = 0; i < 16; i++) {  // codes 2 i and 2 i + 1
-            const uint32_t two = entries[n[i / 4] >> 8 * (i % 4) & 255];
+template <bool KEYS> DEVICE void decode_head(Shared& m, const Ahead& a, int own, const float* scale, const float* zero) {
+    const int lane = thread_number() % 32, r = lane / 4, c = lane % 4, group = own * (D / 16) + thread_number() / 32, width = m.groups[group][1];
+    const uint32_t entries = shared_address(m.entries[width]);
+    uint32_t n[4], slot[KEYS ? 4 : 2][4], two[8];
+    to_nibbles(n, a, width);
+    UNROLL for (int i = 0; i < (KEYS ? 4 : 2); i++) read4(slot[i], m.slots[16 * group + (KEYS ? 2 * c + i % 2 + i / 2 * 8 : 8 * i + r)]);
+    UNROLL for (int h = 0; h < 2; h++) {
+        // all at once: behind something written, each would wait for the one before
+        UNROLL for (int i = 0; i < 8; i++) two[i] = shared1(dp4a(n[2 * h + i / 4], 4u << 8 * (i % 4), entries));  // codes 16 h + 2 i and 16 h + 2 i + 1
+        UNROLL for (int i = 0; i < 8; i++)
             if (KEYS) {
-                const int token = 8 * (i / 2) + r, first = 2 * (i % 2);
-                put(m, token, slot[first][3], two & 0xFFFF, as_float(slot[first][0]), as_float(slot[first][1]));
-                put(m, token, slot[first + 1][3], two >> 16, as_float(slot[first + 1][0]), as_float(slot[first + 1][1]));
+                const uint32_t *x = slot[2 * (i % 2)], *y = slot[2 * (i % 2) + 1];
+                uint16_t* at = m.tile + r * PITCH + place(32 * h + 8 * (i / 2), 0);
+                put_two(at + x[3], at + y[3], two[i], as_float(x[0]), as_float(x[1]), as_float(y[0]), as_float(y[1]));
             } else {
-                const int token = 16 * c + 2 * (i % 8), h = i / 8;
-                float scale = as_float(slot[h][0]), zero = as_float(slot[h][1]), scale2 = scale, zero2 = zero;
-                if (DYNAMIC) {
-                    uint32_t both[2];
-                    read2(both, ranges + 2 * token);  // behind the last token they may be anything
-                    both[0] = token < held ? both[0] : 0, both[1] = token + 1 < held ? both[1] : 0;
-                    scale = from_half((uint16_t)both[0]), zero = from_half(both[0] >> 16), scale2 = from_half((uint16_t)both[1]), zero2 = from_half(both[1] >> 16);
-                }
-                put(m, token, slot[h][3], two & 0xFFFF, scale, zero);
-                put(m, token + 1, slot[h][3], two >> 16, scale2, zero2);
+                uint16_t* at = m.tile + c * (16 * PITCH + 16) + 2 * i * PITCH + slot[h][3];
+                const float x = as_float(slot[h][0]), y = as_float(slot[h][1]);
+                if (DYNAMIC) put_two(at, at + PITCH, two[i], scale[2 * i], zero[2 * i], scale[2 * i + 1], zero[2 * i + 1]);
+                else put_two(at, at + PITCH, two[i], x, y, x, y);
             }
-        }
     }
 }
 
-// Cosine and sine of 8 pairs at four tokens, those that a thread rotates of every head.
+DEVICE void put_outliers(const Side& s, Shared& m, const Ahead& a, int own, int held) {
+    const int begin = m.lists[own][0] + thread_number(), end = m.lists[own][1];
+    for (int entry = begin; entry < end; entry += THREADS) {
+        const int index = entry == begin ? a.index : s.index[entry], token = index / D % TOKENS;
+        if (token < held) m.tile[place(token, index % D)] = entry == begin ? a.value : s.value[entry];
+    }
+}
+
+constexpr int PER = TOKENS / 32;  // tokens of a thread that rotates
+
+// Cosine and sine of 8 pairs at PER tokens, those that a thread rotates of every head.
 DEVICE void angles(const Params& p, int64_t base, float* cos, float* sin) {
     const int first = thread_number() % (D / 16) * 8, row = thread_number() / (D / 16);
     UNROLL for (int i = 0; i < 8; i++) {
         const uint32_t high = p.steps[2 * (first + i)], low = p.steps[2 * (first + i) + 1], t = (uint32_t)base;
         float base_cos, base_sin;
         quick_cos_sin((int)(t * high + multiply_high(t, low)) * 1.4629180792671596e-09f, base_cos, base_sin);
-        UNROLL for (int k = 0; k < 4; k++) {
-            const float* at = p.turn + (row + 16 * k) * HALF + first + i;
+        UNROLL for (int k = 0; k < PER; k++) {
+            const float* at = p.turn + (row + 32 * k) * HALF + first + i;
             const float c = at[0], s = at[TOKENS * HALF];
             cos[8 * k + i] = base_cos * c - base_sin * s, sin[8 * k + i] = base_sin * c + base_cos * s;
         }
     }
 }
 
+// Ranges of the 16 tokens whose values a lane decodes; of those that are not there 0.
+DEVICE void read_ranges(const uint16_t* ranges, int held, float* scale, float* zero) {
+    const int first = 16 * (thread_number() % 4);
+    UNROLL for (int i = 0; i < 16; i += 4) {
+        uint32_t x[4];
+        read4(x, ranges + 2 * (first + i));
+        UNROLL for (int j = 0; j < 4; j++) {
+            x[j] = first + i + j < held ? x[j] : 0;
+            scale[i + j] = from_half((uint16_t)x[j]), zero[i + j] = from_half((uint16_t)(x[j] >> 16));
+        }
+    }
+}
+
 DEVICE void write_keys(const Shared& m, uint16_t* result, int64_t token_stride, const float* cos, const float* sin) {
     const int first = thread_number() % (D / 16) * 8, row = thread_number() / (D / 16);
-    UNROLL for (int k = 0; k < 4; k++) {
-        const int token = row + 16 * k;
+    UNROLL for (int k = 0; k < PER; k++) {
+        const int token = row + 32 * k;
         uint32_t a[4], b[4];
         read4(a, m.tile + place(token, first)), read4(b, m.tile + place(token, first + HALF));
         UNROLL for (int i = 0; i < 4; i++) {
@@ -140,8 +184,8 @@ DEVICE void write_keys(const Shared& m, uint16_t* result, int64_t token_stride, 
 
 DEVICE void write_values(const Shared& m, uint16_t* result, int64_t token_stride) {
     const int first = thread_number() % (D / 8) * 8, row = thread_number() / (D / 8);
-    UNROLL for (int k = 0; k < 8; k++) {
-        const int token = row + 8 * k;
+    UNROLL for (int k = 0; k < 2 * PER; k++) {
+        const int token = row + 16 * k;
         uint32_t x[4];
         read4(x, m.tile + place(token, first));
         store4((uint32_t*)(result + token * token_stride + first), x[0], x[1], x[2], x[3]);
@@ -152,21 +196,30 @@ template <bool KEYS> DEVICE void unpack_heads(const Params& p, const Side& s, Sh
     const int parts = p.heads / HEADS, part = number % parts, row = number / parts % p.rows, at = number / parts / p.rows, block = p.first + at;
     const int64_t b = p.row0 + row, base = p.origins[b] + p.shift + (int64_t)block * TOKENS, page_block = b * p.blocks + block;
     const int held = (int)min(max(p.limits[b] - base, (int64_t)0), (int64_t)TOKENS);
-    float cos[32], sin[32];
+    const uint32_t* words = s.words + page_block * s.block_words;
+    const int first = part * HEADS;
+    float cos[16], sin[16];  // of values scales and zeros
+    Ahead ahead;
     if (KEYS) angles(p, base, cos, sin);
+    read_tables(p, s, m, b, first, block, held);
     fill_entries(s, m);
     barrier_of_block();
-    ROLLED for (int g = part * HEADS; g < (part + 1) * HEADS; g++) {
-        decode_head<KEYS>(s, m, s.words + page_block * s.block_words, s.ranges + 2 * TOKENS * page_block, g, held);
+    load(ahead, s, m, words, 0);
+    if (!KEYS && DYNAMIC) read_ranges(s.ranges + 2 * TOKENS * page_block, held, cos, sin);
+    ROLLED for (int own = 0; own < HEADS; own++) {
+        decode_head<KEYS>(m, ahead, own, cos, sin);
         barrier_of_block();
-        uint16_t* result = s.result + (((int64_t)row * p.room + p.at + at * TOKENS) * p.heads + g) * D;
+        if (s.outliers) put_outliers(s, m, ahead, own, held);
+        if (own + 1 < HEADS) load(ahead, s, m, words, own + 1);
+        if (s.outliers) barrier_of_block();
+        uint16_t* result = s.result + (((int64_t)row * p.room + p.at + at * TOKENS) * p.heads + first + own) * D;
         if (KEYS) write_keys(m, result, (int64_t)p.heads * D, cos, sin);
         else write_values(m, result, (int64_t)p.heads * D);
         barrier_of_block();
     }
 }
 
-KERNEL(D) unpack(const GRID_CONSTANT Params p) {
+KERNEL(THREADS) unpack(const GRID_CONSTANT Params p) {
     Shared& m = *(Shared*)SHARED_MEMORY;
     wait_for_prerequisites();
     const int keys = p.count * p.rows * (p.heads / HEADS);

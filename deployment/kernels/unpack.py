@@ -155,16 +155,14 @@ def decoded(
     WIDTH: tl.constexpr = KIND[3]
     number = b * blocks + block
     words, scales, levels = page[0] + number * block_words, page[1] + number * 128, page[2]
-    scale, zero, width, offset, first_level = (
-        page[3] + g * D,
-        page[4] + g * D,
-        page[5] + g * D,
-        page[6] + g * D,
-        page[7] + g * D,
-    )
+    scale, zero, width = page[3] + g * D, page[4] + g * D, page[5] + g * D
+    offset, first_level = page[6] + g * D, page[7] + g * D
     if SOURCE == CHANNEL_ORDER:
         bits, start = tl.load(width + channel, mask=ok, other=0), tl.load(offset + channel, mask=ok, other=0)
-        codes = channel_codes(words, start, bits, ok, PLANES, N)
+        codes = tl.zeros([N, 64], tl.int32)
+        for digit in tl.static_range(4):
+            if PLANES & (8 >> digit):
+                codes |= channel_plane(words, start, bits, ok, 8 >> digit, N)
         tile = tl.trans(tl.load(levels + tl.load(first_level + channel, mask=ok, other=0)[:, None] + codes))
     else:
         KEYS: tl.constexpr = SOURCE == KEYS_IN_GROUPS
@@ -216,12 +214,9 @@ def group_levels(
         at = words + tl.load(offset + channel, mask=ok, other=0)
         levels += tl.load(first_level + channel, mask=ok, other=0)[:, None, None]
     codes = tl.zeros([2 * N, 4, 8], tl.int32)  # in the order of nibbles
-    if PLANES & 4:
-        codes |= group_plane(at, bits, row % 32, 4, 2 * N)
-    if PLANES & 2:
-        codes |= group_plane(at, bits, row % 32, 2, 2 * N)
-    if PLANES & 1:
-        codes |= group_plane(at, bits, row % 32, 1, 2 * N)
+    for digit in tl.static_range(3):
+        if PLANES & (4 >> digit):
+            codes |= group_plane(at, bits, row % 32, 4 >> digit, 2 * N)
     held = tl.load(levels + codes)
     if KEYS:  # nibble j of word n of lane 4 r + c: token 16 n + 8 (j / 4) + r, channel 8 (j / 2 % 2) + 2 c + j % 2
         tile = tl.permute(tl.reshape(held, [N // 16, 8, 4, 4, 2, 2, 2]), [3, 4, 1, 0, 5, 2, 6])
@@ -243,26 +238,8 @@ def group_plane(at, bits, lane, PLANE: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def channel_codes(words, offset, width, ok, PLANES: tl.constexpr, N: tl.constexpr):
-    """Codes `[N, 64]` int32 of N channels in channel order.
-
-    words: pointer to the block's words. offset, width, ok: `[N]`. PLANES: the union of all widths' binary digits.
-    """
-    codes = tl.zeros([N, 64], tl.int32)
-    if PLANES & 8:
-        codes |= channel_plane(words, offset, width, ok, 8, N)
-    if PLANES & 4:
-        codes |= channel_plane(words, offset, width, ok, 4, N)
-    if PLANES & 2:
-        codes |= channel_plane(words, offset, width, ok, 2, N)
-    if PLANES & 1:
-        codes |= channel_plane(words, offset, width, ok, 1, N)
-    return codes
-
-
-@triton.jit
 def channel_plane(words, offset, width, ok, PLANE: tl.constexpr, N: tl.constexpr):
-    """The bits of `[N, 64]` codes that a plane of PLANE bits holds, in their place; 0 for channels without it."""
+    """The bits of `[N, 64]` codes that a plane of PLANE bits holds, in their place; 0 for channels without it. `offset`, `width`, `ok`: `[N]`."""
     # the planes before this one are as many bits of the code as words of a group of 32 codes
     shift = width & (16 - 2 * PLANE)
     word = tl.arange(0, 2 * PLANE)[None, :]

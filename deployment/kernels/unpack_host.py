@@ -3,29 +3,38 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
 from deployment.kernels import launch
 from deployment.kernels.decode.compile import available
 from deployment.kernels.decode.host import HEAD_DIMS, fixed_of, is_grouped
-from deployment.kernels.launch import INT, LONG, POINTER, Run, structure
+from deployment.kernels.launch import INT, LONG, POINTER, Run, addresses, structure
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
 from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
 
 _WIDTHS = 5  # 0 to 4 bits
+UNIFORM = {
+    False: True,
+    True: True,
+}  # whether groups that all have one width are unpacked here, without outliers and with them
+_OF_PAGE = "words ranges index value starts ends"
 Side = structure(
     "Side",
-    ("words ranges slots groups levels result", POINTER),
+    (f"{_OF_PAGE} slots groups levels result", POINTER),
     ("block_words", LONG),
-    ("first_level", INT * (_WIDTHS + 1)),
+    ("first_level", INT * _WIDTHS),
+    ("outliers", INT),
 )
+_sides: WeakKeyDictionary[PackedTensor, Any] = WeakKeyDictionary()  # what is the same of all pages
 Params = structure(
     "Params",
     ("side", Side * 2),
@@ -48,16 +57,25 @@ class Shape(launch.Shape):
     @property
     def shared_bytes(self) -> int:
         """`sizeof(Shared)`."""
-        return 4 * 256 * _WIDTHS + 2 * (BLOCK_TOKENS * (self.head_dim + 8) + 4 * 16)
+        tables = 4 * 256 * _WIDTHS + self.heads * (33 * self.head_dim // 2 + 8)
+        return -(-(tables + 2 * (BLOCK_TOKENS * (self.head_dim + 8) + 4 * 16)) // 16) * 16
 
 
 def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
-    """Whether unpack.cu can do it, here and now."""
-    return key.is_cuda and fits(segment, rotary, key) and available(key.device)
+    """Whether unpack.cu is to do it, and can, here and now."""
+    return key.is_cuda and fits(segment, rotary, key) and _is_faster(segment) and available(key.device)
+
+
+def _is_faster(segment: PackedSegment) -> bool:
+    """Than unpack.py, by `UNIFORM`; where groups have several widths it always is (LOG.md)."""
+    outliers = segment.key_page.places + segment.value_page.places > 0
+    orders = (segment.key.order, segment.value.order)
+    several = any(isinstance(order, GroupOrder) and len(order.occurring) > 1 for order in orders)
+    return several or UNIFORM[outliers]
 
 
 def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
-    """Whether unpack.cu has words for it: groups, ranges of keys that are channels', no outliers, all channels rotated, fp16."""
+    """Whether unpack.cu has words for it: groups, ranges of keys that are channels', all channels rotated, fp16."""
     dim = segment.key.head_dim
     return (
         key.dtype == torch.float16
@@ -67,7 +85,6 @@ def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
         and is_grouped(segment.key)
         and is_grouped(segment.value)
         and not isinstance(segment.key.quantizer, TokenQuantizer)
-        and segment.key_page.places == segment.value_page.places == 0
     )
 
 
@@ -94,22 +111,25 @@ def unpack_by(
     for number, (packed, page, result) in enumerate(sides):
         params.side[number] = _side(packed, page, result)
     shape = Shape(dim, together, int(isinstance(segment.value.quantizer, TokenQuantizer)))
-    run("unpack", shape, 2 * blocks * rows * (heads // together), dim, shape.shared_bytes, params)
+    run("unpack", shape, 2 * blocks * rows * (heads // together), 2 * dim, shape.shared_bytes, params)
 
 
 def _side(packed: PackedTensor, page: Page, result: Tensor) -> Any:
-    _, slots, groups = fixed_of(packed)
-    tensors = {"words": page.words, "slots": slots, "groups": groups, "levels": packed.tables.levels, "result": result}
-    if page.scales is not None:
-        tensors["ranges"] = page.scales
-    side = Side(**{name: tensor.data_ptr() for name, tensor in tensors.items()}, block_words=packed.order.words)
-    side.first_level = (INT * (_WIDTHS + 1))(*_first_levels(packed))
+    held = _sides.get(packed)
+    if held is None:
+        _, slots, groups = fixed_of(packed)
+        held = _sides[packed] = Side(**addresses(slots=slots, groups=groups, levels=packed.tables.levels))
+        held.block_words, held.first_level = packed.order.words, (INT * _WIDTHS)(*_first_levels(packed))
+    side = Side.from_buffer_copy(held)
+    side.result, side.outliers = result.data_ptr(), int(page.places > 0)
+    for name, tensor in zip(_OF_PAGE.split(), page.for_kernels(), strict=True):
+        setattr(side, name, tensor.data_ptr())
     return side
 
 
 def _first_levels(packed: PackedTensor) -> Sequence[int]:
     """Where the levels of each width begin in `Tables.levels`, -1 for widths that there are not."""
-    firsts, first = [-1] * (_WIDTHS + 1), 0
+    firsts, first = [-1] * _WIDTHS, 0
     for width, codebook in codebooks_of(packed.quantizer).items():
         if width < _WIDTHS:
             firsts[width] = first

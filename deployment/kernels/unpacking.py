@@ -31,34 +31,14 @@ def unpack(
         unpack_host.unpack_by(runner(key.device), segment, rotary, first, blocks, row0, key, value, at)
         return
     rows, room, heads, pitch = key.shape
-    for packed, page, result in (
-        (segment.key, segment.key_page, key),
-        (segment.value, segment.value_page, value),
-    ):
+    for packed, page, result in ((segment.key, segment.key_page, key), (segment.value, segment.value_page, value)):
         keys = result is key
         together = next(count for count in _HEADS if heads % count == 0) if keys else 1
         unpack_kernel[(blocks, rows * heads // together)](
-            page_tensors(packed, page),
-            segment.origins,
-            segment.start,
-            segment.limits,
-            rotary.steps,
-            rotary.by_token,
-            row0,
-            first,
-            page.blocks,
-            packed.order.words,
-            room,
-            at,
-            result,
-            KIND=page_kind(packed, page),
-            SHAPE=head_shape(packed, rotary),
-            PITCH=pitch,
-            HEADS=together,
-            ROTATED=keys,
-            num_warps=16 if keys else 4,
-            maxnreg=64 if keys else None,  # so that two programs share a multiprocessor
-        )
+            page_tensors(packed, page), segment.origins, segment.start, segment.limits, rotary.steps, rotary.by_token, row0, first, page.blocks,
+            packed.order.words, room, at, result, KIND=page_kind(packed, page), SHAPE=head_shape(packed, rotary), PITCH=pitch, HEADS=together,
+            ROTATED=keys, num_warps=16 if keys else 4, maxnreg=64 if keys else None,  # so that two programs share a multiprocessor
+        )  # fmt: skip
 
 
 def page_tensors(packed: PackedTensor, page: Page) -> tuple[Tensor, ...]:

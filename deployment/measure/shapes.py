@@ -24,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from deployment.format.room import GRAPH_TOKENS, ROOM_SHARE
-from deployment.kernels.scratch import FEW, MOST_TOKENS, room_of, stretch_tokens
+from deployment.kernels.scratch import FEW, LONG, MOST_TOKENS, room_of, stretch_tokens
 from gradients.cli import UserError
 from gradients.models import KINDS, SITES, Kind, attend_fully, cached_layers, decoder, decoder_config, kv_shape
 from gradients.parallel import Part, distribution, own_parameters, part_of_config
@@ -48,6 +48,11 @@ SHAPES = {
     "llama-3-70b": (8192, 28672, 80, 64, 8, 128256, 8192),
     "mistral-7b": (4096, 14336, 32, 32, 8, 32000, 32768),  # its second version: the first has a sliding window
 }
+
+
+def _is_read(scheme: Scheme) -> bool:
+    """Whether decode.cu reads the codes, as far as a scheme says: groups of 5 or 6 bits come with more than 3.5 on average."""
+    return scheme.bits <= (3.5 if scheme.allocated else 4) and scheme.groups > 1 and scheme.key_axis == "channel"
 
 
 def named_config(name: str) -> PreTrainedConfig:
@@ -134,7 +139,7 @@ class ModelShape:
         logits = 6 * batch * config.vocab_size
         if scheme is None:
             return LIBRARIES + max(mlp, stream + attention, logits)
-        if new * query_heads // heads <= FEW:
+        if new * query_heads // heads <= FEW and (context * channels < LONG or _is_read(scheme)):
             return LIBRARIES + max(mlp, stream + 5 * attention, logits)
         stretch = stretch_tokens(2 * batch * channels)
         unpacked = (

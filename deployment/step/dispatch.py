@@ -112,6 +112,7 @@ def attend(
     chunk already; else they follow what is stored.
     """
     from deployment.kernels.packed import DenseSegment, Known, attend_packed
+    from deployment.kernels.repeated import repeated
 
     new, pads = query.shape[2], layer.pads_of(padding)
     held = new if origins is None else 0
@@ -124,7 +125,7 @@ def attend(
     if origins is None:  # without padding nothing is computed: a launch less
         origins = layer.stored - pads if any(padding) else layer.stored
     positions = origins[:, None]
-    if new > 1 and known is not None:
+    if known is not None and (new > 1 or repeated() is not None):  # those of all layers
         positions = _positions(tuple(row.before for row in known), tuple(padding), new, query.device)
     elif new > 1:
         token = torch.arange(new, device=query.device)

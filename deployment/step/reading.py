@@ -3,7 +3,8 @@
 A forward launches some forty small kernels a layer beside attention, and a host that takes 50 us for each waits longer for itself than for
 the GPU. They are the same for every chunk of so many tokens; attention and storing are not, since they depend on how much is stored. So the
 forward is recorded in pieces, one between each attention and the next, while it runs: attention itself runs as it is, over tensors that
-stay where they are. A replay is a piece, an attention, a piece, ...
+stay where they are. A replay is a piece, an attention, a piece, ... What all attentions of a chunk do alike is recorded, too, for that chunk
+(kernels/repeated.py).
 
 The first two chunks of a shape run as they are, the third is recorded, the others are replayed, over any packed cache. The last shape's
 recording is kept, until a decode step comes. What prevents the recording of steps (recording.py) prevents it here.
@@ -23,13 +24,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from deployment.cache import PackedCache
 from deployment.devices import current, is_capturing
 from deployment.kept import kept
+from deployment.kernels.repeated import Recorder, Repeated
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.asked import Backend, Step
 from deployment.step.attend import attend_step
 from deployment.step.compiled import attending_by
 from deployment.step.interrupted import held_by
-from deployment.step.recording import Assumed, Pieces, obstacle, wants_logits_only
+from deployment.step.recording import Assumed, Pieces, obstacle, unpacked, wants_logits_only
 from deployment.step.steps import MOST_TOKENS, Forward
 
 _PATIENCE = 2  # chunks of a shape that run as they are before one is recorded
@@ -74,10 +76,11 @@ class _Recorded:
     last: Callable[[], object]
     logits: Tensor
     assumed: Assumed
+    repeated: Repeated
 
 
 class Reading:
-    """The forward of a model: chunks of more tokens than a decode step has are replayed where they can be.
+    """The forward of a model: chunks of more tokens than a decode step has, and steps that are no graph (`unpacked`), are replayed where they can be.
 
     Args:
         eager: the model's forward as it is.
@@ -105,7 +108,7 @@ class Reading:
         """The model's forward, over a packed cache among its options."""
         ids = options.get("input_ids", arguments[0] if arguments else None)
         cache: PackedCache = options["past_key_values"]
-        if ids is None or not self._takes(ids, len(arguments), options):
+        if ids is None or not self._takes(cache, ids, len(arguments), options):
             return self._eager(*arguments, **options)
         wanted = options.get("logits_to_keep") or 0
         key = *ids.shape, wanted
@@ -122,8 +125,8 @@ class Reading:
         self._recorded.clear()
         self._seen.clear()
 
-    def _takes(self, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
-        if ids.shape[-1] <= MOST_TOKENS:
+    def _takes(self, cache: PackedCache, ids: Tensor, arguments: int, options: dict[str, Any]) -> bool:
+        if ids.shape[-1] <= MOST_TOKENS and unpacked(cache) is None:
             self.drop()  # the prompt has been read
             return False
         if self._gave_up or ids.ndim != 2:
@@ -150,7 +153,7 @@ class Reading:
                 return None
             return self._record(key, cache, ids, mask, positions)
         recorded.ids.copy_(ids)
-        with current(ids.device):
+        with current(ids.device), recorded.repeated.chunk():
             for attention in recorded.attentions:
                 attention.run(cache, mask, positions, self._backend)
             recorded.last()
@@ -183,7 +186,8 @@ class Reading:
                 layer.put_back(*before)
             self._gave_up = True
             return None
-        self._recorded[key] = _Recorded(own, attentions, last, output.logits, assumed)
+        repeated = Repeated(recorder_of(self._pieces()))
+        self._recorded[key] = _Recorded(own, attentions, last, output.logits, assumed, repeated)
         self.recordings += 1
         return output.logits
 
@@ -196,6 +200,21 @@ class Reading:
         except BaseException:
             pieces.abandon()
             raise
+
+
+def recorder_of(pieces: Pieces) -> Recorder:
+    """Records work in pieces of their own memory."""
+
+    def record(work: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        try:
+            pieces.begin()
+            result = work()
+            return pieces.end(), result
+        except BaseException:
+            pieces.abandon()
+            raise
+
+    return record
 
 
 def _is_filled(layer: Any) -> bool:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployment.cache import PackedCache
+from deployment.kernels.scratch import LONG
 from deployment.layer import PackedLayer
 from deployment.rope import Rope
 from deployment.step.asked import Backend
 from deployment.step.dispatch import runs_kernels
 from gradients.models import decoder
 from gradients.placement import input_device
+from quant.quantizer import TokenQuantizer
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
@@ -150,6 +152,28 @@ def obstacle(model: PreTrainedModel, cache: PackedCache, backend: Backend | None
     if any(Rope(rotary, kind).length_dependent for kind in kinds):
         return "the rotary embedding's frequencies change with the length of the text"
     return None
+
+
+def unpacked(cache: PackedCache) -> str | None:
+    """Why even few tokens at once are attended to as the host counts them, a stretch of unpacked tokens at a time; None if they are not.
+
+    This is so for long caches whose codes decode.cu does not read (prefill.py).
+    """
+    from deployment.kernels.decode.host import HEAD_DIMS, is_grouped
+
+    layer = cache.layers[0]
+    if not isinstance(layer, PackedLayer) or not layer.packed or layer.residual_tokens:
+        return None
+    key, value = layer.packed["key"], layer.packed["value"]
+    reads = (
+        key.head_dim in HEAD_DIMS
+        and is_grouped(key)
+        and is_grouped(value)
+        and not isinstance(key.quantizer, TokenQuantizer)
+    )
+    if reads or min(layer.lengths) * key.heads * key.head_dim < LONG:
+        return None
+    return f"codes of {key.quantizer.scheme.describe()} are unpacked before they are attended to, where the host counts them"
 
 
 def foreign_hooks(model: nn.Module) -> bool:

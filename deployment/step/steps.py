@@ -31,7 +31,7 @@ from deployment.devices import current, is_capturing
 from deployment.kept import kept
 from deployment.layer import PackedLayer
 from deployment.step.asked import Backend
-from deployment.step.recording import Assumed, Recorder, obstacle, wants_logits_only
+from deployment.step.recording import Assumed, Recorder, obstacle, unpacked, wants_logits_only
 from deployment.step.recount import recount, reserve
 
 MOST_TOKENS = 16  # of a step, for each sequence: guesses are read at once
@@ -236,7 +236,7 @@ class Steps:
             return False
         if not self._looked:
             self._looked = True
-            self._give_up(obstacle(self._model, cache, self._backend))
+            self._give_up(obstacle(self._model, cache, self._backend) or unpacked(cache))
         return self.obstacle is None
 
     def _record(self, cache: PackedCache, ids: Tensor) -> _Recorded | None:

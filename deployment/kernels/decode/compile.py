@@ -8,7 +8,7 @@ import ctypes
 import hashlib
 import os
 import warnings
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,11 @@ def _load(code: bytes) -> Any:
 
 
 def _launch(function: Any, blocks: int, threads: int, shared: int, stream: int, params: int, early: bool) -> None:
+    _checked(_driver().cuLaunchKernelEx(_config(blocks, threads, shared, stream, early), function, params, 0))
+
+
+@lru_cache(maxsize=256)  # making one takes longer than launching
+def _config(blocks: int, threads: int, shared: int, stream: int, early: bool) -> Any:
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
@@ -168,4 +173,4 @@ def _launch(function: Any, blocks: int, threads: int, shared: int, stream: int, 
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [attribute], 1
-    _checked(driver.cuLaunchKernelEx(config, function, params, 0))
+    return config

@@ -54,8 +54,10 @@ struct Params {
 };
 
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
-constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 1 ? 2 : 4, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 8 ? 4 : 2, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
 constexpr int ANCHOR = SET;  // chunks, 128 sets, after which columns are rotated from the queries again, so that errors do not add up
+// Registers of a thread, spilled ones being dear: with several queries a block of `combine`, and so the next `attend`, finds room beside all teams.
+constexpr int COMBINE_REGISTERS = 56, SHARE = (65536 - (QUERIES == 2 || QUERIES == 4 ? 128 * COMBINE_REGISTERS : 0)) / (TEAMS * THREADS), REGISTERS = SHARE > 255 ? 255 : SHARE / 8 * 8;
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
@@ -73,6 +75,7 @@ DEVICE constexpr int first_entry(int width, int widths) {
     return sum;
 }
 
+constexpr bool PICKED = QUERIES == 1 && is_quad(KEY_WIDTHS);  // levels of keys come from registers: that takes fewer of them
 constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VALUE_WIDTHS);  // words of a warp and block
 
 struct alignas(16) Team {
@@ -131,6 +134,14 @@ template <int WIDTHS> DEVICE uint32_t own_entries(const uint32_t* table, int wid
     if (only(WIDTHS) < 0)
         UNROLL for (int w = 0; w < 5; w++) first = width == w ? first_entry(w, WIDTHS) : first;
     return shared_address(table) + 128 * first + copy;
+}
+
+// Of four levels, low and high bytes apart, those of eight codes in nibbles: two to a word.
+DEVICE void pick(uint32_t* level, uint32_t codes, const uint32_t* levels) {
+    UNROLL for (int h = 0; h < 2; h++) {
+        const uint32_t which = codes >> (16 * h), low = permute(levels[0], 0, which), high = permute(levels[1], 0, which);
+        level[2 * h] = permute(low, high, 0x5140), level[2 * h + 1] = permute(low, high, 0x7362);
+    }
 }
 
 DEVICE uint32_t entry_of(uint32_t own, uint32_t word, int byte) { return dp4a(word, 0x80u << (8 * byte), own); }
@@ -194,7 +205,7 @@ struct Worker {
     const int team, tid, warp, lane, row, c;
     int item, b, g, tile, split, stream, held, first, last, end_block, whole;  // whole: chunks before it are seen as they are
     int key_width[2], value_width[2];
-    uint32_t key_own[2], value_own[2];
+    uint32_t key_own[2], value_own[2], key_levels[2];
     const uint32_t *key_at, *value_at;
     uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
     float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
@@ -263,6 +274,10 @@ struct Worker {
         UNROLL for (int n = 0; n < 4; n++) read4(slots[n][0], slot_of(P.key, slot_of_column(n))), read4(slots[n][1], slot_of(P.key, slot_of_column(n) + 16));
         key_at = begin_groups<KEY_WIDTHS>(P.key, S.keys, key_width, key_own), value_at = begin_groups<VALUE_WIDTHS>(P.value, S.values, value_width, value_own);
         begin_keys(slots);
+        if (PICKED) {
+            const uint32_t *level = P.key.entries, one = permute(level[0], level[2], 0x5410), two = permute(level[4], level[6], 0x5410);
+            key_levels[0] = permute(one, two, 0x6420), key_levels[1] = permute(one, two, 0x7531);
+        }
 #if KEY_OUTLIERS
         uint32_t key_slot[4];
         read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
@@ -358,19 +373,20 @@ struct Worker {
     }
 
     DEVICE void score_chunk(int chunk) {
-        float kept[4] = {0, 0, 0, 0};
+        float kept[STRETCH / 4] = {};  // scores wait for the others of their set: before a store of scores is done no table is read
         if (chunk > first && (chunk - first) % ANCHOR == 0) anchor_again(chunk);
         UNROLL for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
             take<KEY_WIDTHS>(w, P.key, key_at, key_width, 2 * chunk + 2 + block, T.keys[warp][block]);
             UNROLL for (int u = 0; u < 4; u++) {
                 const int t16 = 4 * block + u;  // of the chunk
-                if (t16 * 16 % SET == 0) next_columns();
-                UNROLL for (int i = 0; i < 4; i++)
+                if (PICKED) UNROLL for (int h = 0; h < 2; h++) pick(level[u & 1][h], w[4 * h + u / 2] >> (2 * (u & 1)) & 0x33333333u, key_levels);
+                else UNROLL for (int i = 0; i < 4; i++)
                     UNROLL for (int h = 0; h < 2; h++) {
                         if (!is_quad(KEY_WIDTHS)) level[u & 1][h][i] = shared1(entry_of(key_own[h], w[4 * h + u], i));
                         else if (u % 2 == 0) shared2(entry_of(key_own[h], w[4 * h + u / 2], i), level[0][h][i], level[1][h][i]);
                     }
+                if (t16 * 16 % SET == 0) next_columns();  // behind the look-up: its operand need not wait meanwhile
                 score_tile(t16, level[u & 1], T.scores[chunk & 1][warp][0], kept);
             }
         }
@@ -392,9 +408,11 @@ struct Worker {
             UNROLL for (int i = 0; i < 2; i++) kept[2 * (stretch % 2) + i] = c == stretch / 2 ? d[2 * i + stretch % 2] : kept[2 * (stretch % 2) + i];
             if (t16 == 7) store4(to + 4 * lane, kept[0], kept[1], kept[2], kept[3]);
         } else {
-            const bool mine = 2 * c / QUERIES == stretch;
-            to += (16 * t16 + row) * QUERIES + query_at(2 * c % QUERIES, row);
-            store2_if(mine, to, d[0], d[1]), store2_if(mine, to + 8 * QUERIES, d[2], d[3]);
+            const int n = t16 * 16 % STRETCH / 4, next = 16 * t16 + 16;
+            UNROLL for (int i = 0; i < 4; i++) kept[n + i] = 2 * c / QUERIES == stretch ? d[i] : kept[n + i];
+            if (next % SET) return;
+            to += (next - SET + 2 * c / QUERIES * STRETCH + row) * QUERIES + query_at(2 * c % QUERIES, row);
+            UNROLL for (int i = 0; i < STRETCH / 8; i++) store2(to + 8 * i * QUERIES, kept[2 * i], kept[2 * i + 1]);
         }
     }
     // Where in a place's row a query's score is: of eight, halves change places so that neighbours' are on other banks.
@@ -433,8 +451,8 @@ struct Worker {
                 if (chunk >= whole && chunk * CHUNK + t >= T.end[q]) s = -infinity();
                 score[i][q] = s;
                 over |= s > highest[q] + SLACK;
-                weigh(chunk, s, q, t, range[i], p[i][q]);
             }
+            UNROLL for (int q = 0; q < QUERIES; q++) weigh(chunk, score[i][q], q, t, range[i], p[i][q]);  // stores, which loads would wait for
             keep_weights(chunk, t, p[i]);
 #if VALUE_OUTLIERS
             T.ranges[chunk & 1][t] = range[i];
@@ -650,7 +668,7 @@ struct Worker {
     }
 };
 
-KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
+KERNEL_OF(REGISTERS) attend(const GRID_CONSTANT Params P) {
     Shared& S = *(Shared*)SHARED_MEMORY;
     prefetch(P.key.entries, first_entry(5, KEY_WIDTHS) * (is_quad(KEY_WIDTHS) ? 2 : 1));
     prefetch(P.value.entries, first_entry(5, VALUE_WIDTHS) * (is_quad(VALUE_WIDTHS) ? 2 : 1));
@@ -658,7 +676,7 @@ KERNEL(TEAMS * THREADS) attend(const GRID_CONSTANT Params P) {
     Worker worker(P, S, team, thread_number() % THREADS);
     int item = team * blocks_in_grid() + block_number();
     if (item < P.items) worker.prepare(item);
-    fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
+    if (!PICKED) fill<KEY_WIDTHS>(S.keys, P.key.entries, thread_number(), threads);
     fill<VALUE_WIDTHS>(S.values, P.value.entries, thread_number(), threads);
     for (int i = thread_number(); i < PAIRS; i += threads) S.turns[i] = P.steps[i];
     barrier_of_block();

@@ -26,6 +26,7 @@ _MOST_BITS = 4
 _MOST_PLAIN = (
     512  # tokens, such as 32 sinks, a recent window of 128 and the chunk, that `combine` attends to on the side
 )
+_FEW_PLAIN = 16  # ... for which a warp to a multiprocessor's scheduler is enough
 _LOG2_E = math.log2(math.e)
 _fixed: WeakKeyDictionary[PackedTensor, tuple[Tensor, ...]] = WeakKeyDictionary()
 
@@ -219,8 +220,10 @@ def attend_by(
         teams = min(shape.teams, -(-params.items // blocks))  # where few will do, `combine` finds room beside them
         run("attend", shape, blocks, teams * dim, shape.shared_bytes - (shape.teams - teams) * shape.team_bytes, params)
         params.first_part += parts
-    shared = 4 * (3 * params.parts + sum(segment.tokens for segment in plain) + 4 * dim + 3 * dim // 8)
-    run("combine", shapes[0], batch * new * heads, 4 * dim, shared, params)
+    slice_width = dim if dim % 64 else 64  # as of combine.h
+    warps = 4 if sum(segment.tokens for segment in plain) <= _FEW_PLAIN else 16
+    blocks = batch * new * heads * dim // slice_width
+    run("combine", shapes[0], blocks, 32 * warps, 4 * warps * (slice_width + 3), params)
     return result
 
 
@@ -263,7 +266,7 @@ def teams_for(dim: int, queries: int) -> int:
 
 
 def roomy_teams(shape: Shape) -> int:
-    """How many of them leave registers for a block of `combine`: of 65,536, 40 for each of its 4 D threads."""
+    """How many of them leave registers, of 65,536, for a few blocks of `combine`: where little is to be done, so many teams were fastest."""
     return int(shape.teams * (1 - 160 * shape.head_dim / 65536))
 
 

@@ -12,7 +12,7 @@ typedef long long int64_t;
 #define DEVICE __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
-#define SMALL_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1536 / (threads))  // 40 registers: room is found beside others
+#define KERNEL_OF(registers) extern "C" __global__ void __maxnreg__(registers)
 #define GLOBAL extern "C" __global__ void
 extern __shared__ __align__(128) char shared_memory[];
 #define SHARED_MEMORY shared_memory
@@ -29,6 +29,7 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int k) { return __shfl_xor_sync(~0u, x, k); }
+DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 // words that are read once: they pass by the first-level cache
 DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cs.b32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
 DEVICE void barrier_of_warp() { __syncwarp(); }
@@ -58,10 +59,9 @@ DEVICE void read4_if(bool p, uint32_t* v, const void* at) {  // from shared memo
 DEVICE void prefetch_line(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 DEVICE void store4(uint32_t* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) { *(uint4*)p = make_uint4(a, b, c, d); }
 DEVICE void store4(float* p, float a, float b, float c, float d) { *(float4*)p = make_float4(a, b, c, d); }
-DEVICE void store2_if(bool p, float* to, float x, float y) {
-    asm volatile("{.reg .pred p; setp.ne.s32 p,%3,0; @p st.shared.v2.f32 [%0],{%1,%2};}" ::"r"((uint32_t)__cvta_generic_to_shared(to)), "f"(x), "f"(y), "r"((int)p));
-}
+DEVICE void store2(float* p, float x, float y) { *(float2*)p = make_float2(x, y); }
 DEVICE void add_shared(int* p, int x) { atomicAdd(p, x); }
+DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t which) { return __byte_perm(a, b, which); }
 DEVICE uint32_t dp4a(uint32_t a, uint32_t b, uint32_t c) { return __dp4a(a, b, c); }
 // d += a b, 16 x 16 times 16 x 8
 DEVICE void multiply(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
