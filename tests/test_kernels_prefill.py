@@ -424,17 +424,6 @@ def test_blocks_unpacked_in_cuda_are_what_the_page_reads(
     assert_unpacked(result, lengths, expected, row0, first, blocks, at, (8e-4, 8e-4))
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_groups_of_one_width_go_where_they_are_faster(uniform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpack_host, "UNIFORM", {False: uniform, True: not uniform})
-    for kinds, share, expected in (
-        (("channel", "token"), 0.0, uniform),
-        (("channel", "token"), 0.05, not uniform),
-        (("groups", "groups"), 0.0, True),
-    ):
-        assert unpack_host._is_faster(unpacked_case(kinds, 64, share)[0]) is expected
-
-
 @pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 def test_the_host_knows_the_sizes_of_structures() -> None:
     for shape in (unpack_host.Shape(64, 2, 1), unpack_host.Shape(96, 1, 0)):

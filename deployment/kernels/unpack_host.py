@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from deployment.format.groups import GroupOrder
 from deployment.format.layout import PackedTensor
 from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
@@ -22,10 +21,6 @@ from quant.quantizer import TokenQuantizer
 from quant.storage import BLOCK_TOKENS
 
 _WIDTHS = 5  # 0 to 4 bits
-UNIFORM = {
-    False: True,
-    True: True,
-}  # whether groups that all have one width are unpacked here, without outliers and with them
 _OF_PAGE = "words ranges index value starts ends"
 Side = structure(
     "Side",
@@ -62,16 +57,8 @@ class Shape(launch.Shape):
 
 
 def takes(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
-    """Whether unpack.cu is to do it, and can, here and now."""
-    return key.is_cuda and fits(segment, rotary, key) and _is_faster(segment) and available(key.device)
-
-
-def _is_faster(segment: PackedSegment) -> bool:
-    """Than unpack.py, by `UNIFORM`; where groups have several widths it always is (LOG.md)."""
-    outliers = segment.key_page.places + segment.value_page.places > 0
-    orders = (segment.key.order, segment.value.order)
-    several = any(isinstance(order, GroupOrder) and len(order.occurring) > 1 for order in orders)
-    return several or UNIFORM[outliers]
+    """Whether unpack.cu can do it here and now; what it can do it does faster than unpack.py (LOG.md)."""
+    return key.is_cuda and fits(segment, rotary, key) and available(key.device)
 
 
 def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
