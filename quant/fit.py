@@ -14,6 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,6 +217,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     scheme = scheme_from(arguments.scheme, arguments)
     require_own_place(arguments.output, FILE)
+    if Path(arguments.output).resolve().is_relative_to(Path(arguments.records).resolve()):
+        raise UserError(
+            f"cannot write quantizers {arguments.output!r}: that is in the folder of records; give another place"
+        )
     records = Records.open(arguments.records).first(arguments.windows)
     started = time.perf_counter()
     quantizers = fit(records, scheme, arguments.jobs)

@@ -287,6 +287,7 @@ def test_options_that_cannot_be_are_refused(
         ("fit", "--output", "{weights}", "another file is there"),
         ("fit", "--output", "{root}", "that is a folder"),
         ("fit", "--output", "/dev/null", "another file is there"),
+        ("fit", "--output", "{window}", "in the folder of records"),
         ("generate", "--save-cache", "{quantizers}", "another file is there"),
         ("generate", "--save-cache", "{text}", "another file is there"),
         ("generate", "--save-cache", ".", "that is a folder"),
@@ -300,7 +301,8 @@ def test_nothing_takes_the_place_of_another_file(
     text, weights = workspace.root / "book.txt", workspace.root / "model.safetensors"
     shutil.copy(workspace.text, text)
     shutil.copy(workspace.model / "model.safetensors", weights)
-    path = place.format(text=text, weights=weights, root=workspace.root, quantizers=workspace.quantizers)
+    places = {"text": text, "weights": weights, "root": workspace.root, "quantizers": workspace.quantizers}
+    path = place.format(**places, window=next(Path(workspace.records).glob("*.safetensors")))
     refuses(getattr(workspace, command), option, path, fragments=["cannot write", repr(path), message])
 
 
