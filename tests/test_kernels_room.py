@@ -1,5 +1,7 @@
 """Layers that the kernels append to hold what torch stores, however the room for outliers grows and shrinks."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from test_kernels_attention import DEVICE, make_quantizer
@@ -219,18 +221,19 @@ def test_a_captured_step_replayed_stores_what_eager_steps_store() -> None:
 def test_cropping_shortens_streams_where_they_are() -> None:
     """A graph may write there, and the device is not waited for."""
     first, then = tokens(140), tokens(3)
+    filled, other = make_layer(), make_layer()
+    store(filled, *first)
+    append(other, *first, [0])
     for kept in (1, 2, 66, 67, 100, 139):
-        layer, expected = make_layer(), make_layer()
-        store(layer, *first)
-        append(expected, *first, [0])
+        layer, expected = deepcopy(filled), deepcopy(other)
         places, counts = [tensor.data_ptr() for tensor in layer.tensors()], layer.stored
         layer.crop(torch.tensor(kept - 140))
         expected.crop(kept - 140)
         assert [tensor.data_ptr() for tensor in layer.tensors()] == places and layer.stored is counts
         for packed, wanted in zip(layer.packed.values(), expected.packed.values(), strict=True):
-            mine, other = packed.pages[0].outliers, wanted.pages[0].outliers
-            assert torch.equal(mine.counts(), other.counts())
-            assert all(torch.equal(got, entry) for got, entry in zip(mine.entries(), other.entries(), strict=True))
+            mine, theirs = packed.pages[0].outliers, wanted.pages[0].outliers
+            assert torch.equal(mine.counts(), theirs.counts())
+            assert all(torch.equal(got, entry) for got, entry in zip(mine.entries(), theirs.entries(), strict=True))
     store(layer, *then)
     append(expected, *then, [0])
     assert_same(layer, expected)
