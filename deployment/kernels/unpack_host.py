@@ -13,7 +13,7 @@ from deployment.format.page import Page
 from deployment.format.tables import codebooks_of
 from deployment.kernels import launch
 from deployment.kernels.decode.compile import available
-from deployment.kernels.decode.host import HEAD_DIMS, fixed_of, is_grouped
+from deployment.kernels.decode.host import fixed_of, reads_codes
 from deployment.kernels.launch import INT, LONG, POINTER, Run, addresses, structure
 from deployment.kernels.packed import PackedSegment
 from deployment.kernels.phase import Rotary
@@ -67,11 +67,8 @@ def fits(segment: PackedSegment, rotary: Rotary, key: Tensor) -> bool:
     return (
         key.dtype == torch.float16
         and key.shape[-1] == dim
-        and dim in HEAD_DIMS
         and rotary.half == dim // 2
-        and is_grouped(segment.key)
-        and is_grouped(segment.value)
-        and not isinstance(segment.key.quantizer, TokenQuantizer)
+        and reads_codes(segment.key, segment.value)
     )
 
 

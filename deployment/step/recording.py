@@ -20,7 +20,6 @@ from deployment.step.asked import Backend
 from deployment.step.dispatch import runs_kernels
 from gradients.models import decoder
 from gradients.placement import input_device
-from quant.quantizer import TokenQuantizer
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 
@@ -159,19 +158,13 @@ def unpacked(cache: PackedCache) -> str | None:
 
     This is so for long caches whose codes decode.cu does not read (prefill.py).
     """
-    from deployment.kernels.decode.host import HEAD_DIMS, is_grouped
+    from deployment.kernels.decode.host import reads_codes
 
     layer = cache.layers[0]
     if not isinstance(layer, PackedLayer) or not layer.packed or layer.residual_tokens:
         return None
     key, value = layer.packed["key"], layer.packed["value"]
-    reads = (
-        key.head_dim in HEAD_DIMS
-        and is_grouped(key)
-        and is_grouped(value)
-        and not isinstance(key.quantizer, TokenQuantizer)
-    )
-    if reads or min(layer.lengths) * key.heads * key.head_dim < LONG:
+    if reads_codes(key, value) or min(layer.lengths) * key.heads * key.head_dim < LONG:
         return None
     return f"codes of {key.quantizer.scheme.describe()} are unpacked before they are attended to, where the host counts them"
 

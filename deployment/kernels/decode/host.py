@@ -19,6 +19,7 @@ from deployment.kernels.launch import FLOAT, INT, LONG, POINTER, Run, structure
 from deployment.kernels.packed import DenseSegment, PackedSegment, Segment
 from deployment.kernels.phase import Rotary
 from deployment.kernels.schedule import CHUNK, multiprocessors, parts_of
+from quant.quantizer import TokenQuantizer
 
 MOST_QUERIES = 16  # of a KV head; beyond, a block is worth unpacking once for all of them
 HEAD_DIMS = (64, 96, 128, 256)
@@ -160,6 +161,12 @@ def fits(query: Tensor, segments: Sequence[Segment], rotary: Rotary, kv_heads: i
 def is_grouped(packed: PackedTensor) -> bool:
     """Whether decode.cu has words for the order and the widths."""
     return isinstance(packed.order, GroupOrder) and packed.order.occurring[-1] <= _MOST_BITS
+
+
+def reads_codes(key: PackedTensor, value: PackedTensor) -> bool:
+    """Whether decode.cu and unpack.cu have words for a layer's codes: heads, groups, and ranges of keys that are channels'."""
+    ours = key.head_dim in HEAD_DIMS and is_grouped(key) and is_grouped(value)
+    return ours and not isinstance(key.quantizer, TokenQuantizer)
 
 
 def attend(
