@@ -101,7 +101,7 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int k) { float v[32]; lanes::gather(x, v); return v[lanes::now % 32 ^ k]; }
-DEVICE float shuffle(float x, int lane) { float v[32]; lanes::gather(x, v); return v[lane]; }
+template <class T> DEVICE T shuffle(T x, int lane) { T v[32]; lanes::gather(x, v); return v[lane]; }
 DEVICE uint32_t load1(const uint32_t* p) { lanes::check(p, 4); return *p; }
 DEVICE void read2(uint32_t* v, const void* p) { lanes::check(p, 8); memcpy(v, p, 8); }
 DEVICE void read4(uint32_t* v, const void* p) { lanes::check(p, 16); memcpy(v, p, 16); }
@@ -152,6 +152,7 @@ DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
     return halves(lanes::part(a, 0) * lanes::part(b, 0) + lanes::part(c, 0), lanes::part(a, 1) * lanes::part(b, 1) + lanes::part(c, 1));
 }
 DEVICE uint16_t to_half(float x) { return lanes::bits(x); }
+DEVICE uint32_t as_bits(float x) { uint32_t b; memcpy(&b, &x, 4); return b; }
 DEVICE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 DEVICE uint16_t to_bfloat(float x) { uint32_t b; memcpy(&b, &x, 4); return (b + 0x7FFF + (b >> 16 & 1)) >> 16; }
 DEVICE float from_half(uint16_t h) { return lanes::half(h); }

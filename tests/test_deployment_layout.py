@@ -151,6 +151,10 @@ def test_streams_with_room_hold_the_same_and_start_where_they_should(room: int) 
         assert torch.equal(got, expected)
     assert roomy.starts.flatten().tolist() == [room * n + held for n, held in enumerate([0, 3, 4, 5, 5, 5])]
     assert len(roomy.index) == len(roomy.value) == 7 + 6 * room
+    moved = roomy.moved(torch.full((6,), 9))
+    assert torch.equal(moved.entries()[2], value) and len(moved.index) == 54
+    for tensor in (roomy.index, roomy.value, moved.index, moved.value):  # decode.cu copies 16 bytes at a time
+        assert tensor.untyped_storage().nbytes() % 16 == 0
 
 
 CPU = torch.device("cpu")

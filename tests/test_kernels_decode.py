@@ -108,6 +108,13 @@ def test_angles_stay_exact_in_a_long_part(monkeypatch) -> None:
     assert error(lengths=(9000,), heads=(8, 1), share=0.0) < 2e-3
 
 
+@pytest.mark.parametrize("share", [0.01, 0.04])
+def test_outliers_of_a_long_part(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Where lists end is known for so many chunks; 1 % fit into their places in shared memory, and 4 % do not."""
+    monkeypatch.setattr(host, "parts_of", lambda *_: 1)
+    assert error(lengths=(5000,), heads=(1, 1), share=share, dim=128) < 2e-3
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_the_order_of_lanes_does_not_matter(seed: int) -> None:
     def attend(*arguments: Any) -> torch.Tensor:

@@ -116,8 +116,8 @@ class OutlierStreams:
         stream = torch.arange(batch * heads, device=lists.device)
         ends = ends + (stream * room).view(batch, heads, 1)
         streams = OutlierStreams(
-            index=index.new_zeros(len(lists) + batch * heads * room, dtype=torch.int16),
-            value=value.new_zeros(len(lists) + batch * heads * room),
+            index=places_of(index.short(), len(lists) + batch * heads * room),
+            value=places_of(value, len(lists) + batch * heads * room),
             ends=ends.int(),
             starts=(ends[..., 0] - counts[..., 0]).int(),
         )
@@ -172,7 +172,7 @@ class OutlierStreams:
             raise UserError(
                 f"room for {total} outliers goes beyond 32-bit numbers; use fewer sequences or shorter chunks"
             )
-        index, value = self.index.new_zeros(total), self.value.new_zeros(total)
+        index, value = places_of(self.index, total), places_of(self.value, total)
         for first in range(0, total if len(before.index) else 0, _MOVED):
             place = torch.arange(first, min(first + _MOVED, total), dtype=torch.int32, device=starts.device)
             stream = torch.searchsorted(ends, place, right=True, out_int32=True)
@@ -230,6 +230,11 @@ class OutlierStreams:
     def tensors(self) -> list[Tensor]:
         """Everything held."""
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
+
+
+def places_of(like: Tensor, places: int) -> Tensor:
+    """Zeros for so many outliers, and behind them up to a multiple of 16 bytes: so many decode.cu copies at once."""
+    return like.new_zeros(-(-places // 8) * 8)[:places]
 
 
 def _alternating(pieces: Sequence[Tensor], singles: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
     python -m scripts.checks.compile_kernels --results scripts/results/instructions.jsonl
 
 A row per kernel: teams, registers and bytes of stack of a lane, bytes of shared memory, and machine instructions of a lane per dequantized
-element: those of the loop over chunks but for what happens rarely (columns rotated anew, a higher maximum), `outliers` apart, and of both
+element: those of the loop over chunks but for what happens rarely (columns rotated anew, a higher maximum, lists that do not fit into their place), `outliers` apart, and of both
 together the `whole`. `spills` are loads from and stores to local memory in the loops, once more without what is rare.
 
 --outliers of all elements are assumed, Poisson-distributed, in loops that take one per lane of a team at a time. --bits 0 is groups of 2, 3
@@ -36,8 +36,13 @@ OUTLIERS = 0.01
 MIXED = 0  # instead of a number of bits
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block may have
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_RARE = ("anchor_again(chunk);", "rescale(score);")
-_ROUNDS = ("add_key(word, chunk + 1); });", "add_value(word, chunk - 1); });")
+_RARE = (
+    "anchor_again(chunk);",
+    "rescale(score);",
+    "add(Outlier{side.index[i], side.value[i]});",
+    "ends = ends_from(side, chunk + 1);",
+)
+_ROUNDS = ("add(Outlier{copied[0], copied[ROUNDS * 8 * PIECES]});",)
 
 
 def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int = HEAD_DIM) -> Shape:

@@ -53,17 +53,19 @@ struct Params {
     int first_part, parts, rows;                      // of outputs; tiles of all sequences and heads
 };
 
+DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
+constexpr bool SHORT = QUERIES == 1 && only(KEY_WIDTHS) < 0 && !KEY_OUTLIERS;  // stretches, which take fewer registers and more columns
 constexpr int D = HEAD_DIM, WARPS = D / 32, THREADS = D, PAIRS = D / 2, CHUNK = 128, EACH = (CHUNK + THREADS - 1) / THREADS;
-constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 8 ? 4 : 2, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
+constexpr int STRETCHES = 8 / QUERIES, EIGHTS = QUERIES == 8 ? 4 : SHORT ? 1 : 2, STRETCH = 8 * EIGHTS, SET = STRETCHES * STRETCH;
 constexpr int ANCHOR = SET;  // chunks, 128 sets, after which columns are rotated from the queries again, so that errors do not add up
 // Registers of a thread, spilled ones being dear: with several queries a block of `combine`, and so the next `attend`, finds room beside all teams.
 constexpr int COMBINE_REGISTERS = 56, SHARE = (65536 - (QUERIES == 2 || QUERIES == 4 ? 128 * COMBINE_REGISTERS : 0)) / (TEAMS * THREADS), REGISTERS = SHARE > 255 ? 255 : SHARE / 8 * 8;
 constexpr float LIFT = DYNAMIC ? 4 : 12, SLACK = 3;          // of weights in fp16: 2^(LIFT + SLACK) at most, 2^-14 normal
 constexpr float KEY_UNIT = 65536, VALUE_UNIT = DYNAMIC ? 1024 : 4;  // of integers that outliers add: room for 128 of 1000 each
 constexpr float HIDDEN = -1e30f;
+constexpr uint32_t QUARTER = 1u << 30;  // of a turn
 constexpr float TURN = 1.4629180792671596e-9f;  // 2 pi / 2^32
 
-DEVICE constexpr int only(int widths) { return widths == 1 ? 0 : widths == 2 ? 1 : widths == 4 ? 2 : widths == 8 ? 3 : widths == 16 ? 4 : -1; }
 DEVICE constexpr bool is_quad(int widths) { return only(widths) == 2; }  // four codes a byte, else two
 DEVICE constexpr int entries(int width, int widths) {
     return !(widths >> width & 1) ? 0 : width == 0 ? 1 : width == 1 ? 18 : width == 4 || only(widths) > 1 ? 256 : width == 2 ? 52 : 120;
@@ -78,6 +80,9 @@ DEVICE constexpr int first_entry(int width, int widths) {
 constexpr bool PICKED = QUERIES == 1 && is_quad(KEY_WIDTHS);  // levels of keys come from registers: that takes fewer of them
 constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VALUE_WIDTHS);  // words of a warp and block
 
+constexpr int ROUNDS = 2, PIECES = 5;  // 32 outliers of a warp lie in five pieces of 8, since they may begin within one
+struct alignas(16) List { uint16_t index[ROUNDS][8 * PIECES], value[ROUNDS][8 * PIECES]; };  // of a warp and chunk; longer ones are read where they are
+
 struct alignas(16) Team {
     uint32_t keys[WARPS][2][KEY_PLACE], values[WARPS][2][VALUE_PLACE];  // words of both blocks of the next chunk
     alignas(16) float scores[2][WARPS][CHUNK][QUERIES];                        // a warp's shares, of two chunks
@@ -91,13 +96,15 @@ struct alignas(16) Team {
 #if KEY_OUTLIERS
     alignas(16) uint32_t query[PAIRS][QUERIES];  // two fp16: rotated back to the part's first token
     int key_sums[2][QUERIES][CHUNK];
-    float key_floor[D];
+    uint32_t key_channel[D];  // level of code 0, whose last 8 bits are the pair and whether it is the second half
+    List key_list[WARPS];
 #endif
 #if VALUE_OUTLIERS
     int value_sums[2][QUERIES][D];
     alignas(16) uint32_t weights[2][CHUNK][(QUERIES + 1) / 2];  // two fp16
     float value_floor[D];
     uint32_t ranges[2][CHUNK];
+    List value_list[WARPS];
 #endif
 };
 
@@ -192,10 +199,7 @@ DEVICE float element(const void* at, int64_t i, bool half) {
     return half ? from_half(bits) : as_float((uint32_t)bits << 16);
 }
 
-struct List {  // outliers of a side: those of a chunk, where the next chunk's end, and a thread's first two
-    int at, end, later, number;  // the thread's, so that remainders fall to other warps than those of the other side
-    uint16_t index[2], value[2];  // as they are loaded: to put them together would be to wait for them
-};
+struct Outlier { uint32_t index; uint16_t value; };
 
 // What a thread knows of its team's item: part `split` of a page, for a tile of queries of one sequence and KV head.
 struct Worker {
@@ -206,12 +210,12 @@ struct Worker {
     int item, b, g, tile, split, stream, held, first, last, end_block, whole;  // whole: chunks before it are seen as they are
     int key_width[2], value_width[2];
     uint32_t key_own[2], value_own[2], key_levels[2];
-    const uint32_t *key_at, *value_at;
+    const uint32_t *key_at, *value_at, *ranges_at;  // words of the block to ask for next, and ranges of the chunk
     uint32_t factors[EIGHTS][2][6];   // of keys: scale and rotation of both halves, and zeros
     float output[2][4], highest[QUERIES], sum[QUERIES], zeros[QUERIES], extra[QUERIES];
     uint32_t operand[2][2];
     float column[8];  // queries rotated back to the next set
-    List keys, values;
+    int piece, key_ends, value_ends;  // of lists of outliers: where in one a lane's piece is, and where those of 32 chunks end, one to a lane
 
     DEVICE Worker(const Params& p, Shared& s, int t, int thread)
         : P(p), S(s), T(s.team[t]), team(t), tid(thread), warp(thread >> 5), lane(thread & 31), row((thread & 31) >> 2), c(thread & 3) {}
@@ -228,15 +232,15 @@ struct Worker {
         return side.words + (int64_t)b * P.blocks * side.block_words + group[0] + 4 * lane;
     }
     // Words of a block, 16 bytes a lane, set out for their place.
-    DEVICE void ask(const Side& side, const uint32_t* from, const int* width, int block, uint32_t* place) {
-        from += (int64_t)block * side.block_words;
+    DEVICE void ask(const Side& side, const uint32_t*& from, const int* width, int block, uint32_t* place) {
         const int pieces = block < end_block ? 8 * (width[0] + width[1]) : 0;
         copy16_if(lane < pieces, place + 4 * lane, from);
         if (widest(KEY_WIDTHS | VALUE_WIDTHS) > 2) copy16_if(lane + 32 < pieces, place + 4 * lane + 128, from + 128);
         end_of_copies();
+        from += side.block_words;
     }
     // Words of the block that was asked for longest ago, and then others for its place.
-    template <int WIDTHS> DEVICE void take(uint32_t* w, const Side& side, const uint32_t* from, const int* width, int block, uint32_t* place) {
+    template <int WIDTHS> DEVICE void take(uint32_t* w, const Side& side, const uint32_t*& from, const int* width, int block, uint32_t* place) {
         wait_for_copies<3>();
         barrier_of_warp();
         read_group<WIDTHS>(w, place, width[0], lane), read_group<WIDTHS>(w + 4, place + 32 * width[0], width[1], lane);
@@ -280,7 +284,10 @@ struct Worker {
         }
 #if KEY_OUTLIERS
         uint32_t key_slot[4];
-        read4(key_slot, slot_of(P.key, tid)), T.key_floor[key_slot[3]] = as_float(key_slot[2]);
+        int p;
+        bool second;
+        read4(key_slot, slot_of(P.key, tid)), pair_of(key_slot[3], P.rotary_half, p, second);
+        T.key_channel[key_slot[3]] = (as_bits(KEY_UNIT * as_float(key_slot[2])) & ~0xFFu) | p | (second ? 128 : 0);
         for (int i = tid; i < 2 * CHUNK * QUERIES; i += THREADS) T.key_sums[0][0][i] = 0;
 #endif
 #if VALUE_OUTLIERS
@@ -294,13 +301,16 @@ struct Worker {
         held = stored < 0 ? 0 : stored < P.tokens ? (int)stored : P.tokens;
         const int chunks = (held + CHUNK - 1) / CHUNK, per = quick_quotient(chunks, P.splits), longer = chunks - per * P.splits;
         first = split * per + min(split, longer), last = first + per + (split < longer), end_block = min(2 * last, (held + 63) / 64);
+        ranges_at = P.value.ranges + (int64_t)b * P.blocks * 64 + (first - 1) * CHUNK;
+        begin_lists();
+        key_at += (int64_t)2 * first * P.key.block_words, value_at += (int64_t)2 * first * P.value.block_words;
         UNROLL for (int i = 0; i < 2; i++) ask(P.key, key_at, key_width, 2 * first + i, T.keys[warp][i]);
+        begin_outliers();  // whose copies come with the next ones
         UNROLL for (int i = 0; i < 2; i++) ask(P.value, value_at, value_width, 2 * first + i, T.values[warp][i]);
         UNROLL for (int i = 0; i < 8; i++) output[i / 4][i % 4] = 0;
         UNROLL for (int q = 0; q < QUERIES; q++) highest[q] = HIDDEN, sum[q] = zeros[q] = extra[q] = 0;
         const int place = anchor(first);
         if (warp == 0 && c == 0 && row < QUERIES) T.end[row] = max(min(place + 1, held), 0);
-        begin_outliers();
         wait();
         whole = held;
         UNROLL for (int q = 0; q < QUERIES; q++) whole = min(whole, T.end[q]);
@@ -373,7 +383,7 @@ struct Worker {
     }
 
     DEVICE void score_chunk(int chunk) {
-        float kept[STRETCH / 4] = {};  // scores wait for the others of their set: before a store of scores is done no table is read
+        float kept[QUERIES > 1 ? STRETCH / 4 : 4] = {};  // scores wait for the others of their set: before a store of scores is done no table is read
         if (chunk > first && (chunk - first) % ANCHOR == 0) anchor_again(chunk);
         UNROLL for (int block = 0; block < 2; block++) {
             uint32_t w[8], level[2][2][4];  // first and second halves, of two tiles of 16 tokens
@@ -404,8 +414,11 @@ struct Worker {
         multiply(d, one, operand[0][0], operand[0][1]);
         multiply(d, two, operand[1][0], operand[1][1]);
         const int stretch = t16 * 16 % SET / STRETCH;  // whose columns count
-        if (QUERIES == 1) {  // a lane has those of two stretches, which are four neighbouring places
-            UNROLL for (int i = 0; i < 2; i++) kept[2 * (stretch % 2) + i] = c == stretch / 2 ? d[2 * i + stretch % 2] : kept[2 * (stretch % 2) + i];
+        if (QUERIES == 1) {  // a lane has those of 32 tokens of the chunk, which are four neighbouring places
+            UNROLL for (int i = 0; i < 2; i++) {  // rows r and r + 8: of one stretch, or of two
+                float& one = kept[SHORT ? t16 / 4 * 2 + i : 2 * (stretch % 2) + i];
+                one = c == stretch / 2 ? d[SHORT ? 3 * i : 2 * i + stretch % 2] : one;
+            }
             if (t16 == 7) store4(to + 4 * lane, kept[0], kept[1], kept[2], kept[3]);
         } else {
             const int n = t16 * 16 % STRETCH / 4, next = 16 * t16 + 16;
@@ -418,7 +431,10 @@ struct Worker {
     // Where in a place's row a query's score is: of eight, halves change places so that neighbours' are on other banks.
     DEVICE int query_at(int q, int place) { return QUERIES == 8 ? q ^ (place & 4) : q; }
     // The token of the chunk whose score is at a place.
-    DEVICE int token_at(int place) { return QUERIES == 1 ? 32 * (place / 4 % 4) + 8 * (place % 4) + place / 16 : place; }
+    DEVICE int token_at(int place) {
+        const int r = place / 16, column = place / 4 % 4, kept = place % 4;
+        return QUERIES > 1 ? place : SHORT ? 64 * (kept / 2) + 16 * column + 8 * (kept % 2) + r : 32 * column + 8 * kept + r;
+    }
 
     // Where the weight of a token lies: as products want them, which with four codes to a byte take tokens 2 k, 2 k + 1, 8 + 2 k and 9 + 2 k at once.
     DEVICE int weight_at(int t) { return is_quad(VALUE_WIDTHS) ? (t & ~14) | (t << 1 & 12) | (t >> 2 & 2) : t; }
@@ -506,36 +522,50 @@ struct Worker {
         }
     }
 
-    // Where the list of a chunk ends: at its last block that exists.
-    DEVICE int list_end(const Side& side, int chunk) { return side.ends[(int64_t)stream * P.blocks + max(min(2 * chunk + 1, (held + 63) / 64 - 1), 0)]; }
-    DEVICE void ask_entry(const Side& side, List& list, int n, int at) {
-        if (at < list.end) list.index[n] = side.index[at], list.value[n] = side.value[at];
+    // Where lists end, at the last block of a chunk that exists: of the chunk before, this one and 30 more, one to a lane.
+    DEVICE int ends_from(const Side& side, int chunk) {
+        const int n = chunk - 1 + lane;
+        return n < 0 ? side.starts[stream] : side.ends[(int64_t)stream * P.blocks + max(min(2 * n + 1, (held + 63) / 64 - 1), 0)];
     }
-    DEVICE void begin_list(const Side& side, List& list, int number) {
-        list.number = number, list.at = number + (first ? list_end(side, first - 1) : side.starts[stream]), list.end = list_end(side, first);
-        ask_list(side, list, first);
+    // A warp copies what it will read: of each round of the team 32 outliers.
+    DEVICE void ask_list(const Side& side, int at, int end, int share, List& list) {
+        const uint16_t* from = lane < ROUNDS * PIECES ? side.index : side.value;
+        at = (at & ~7) + piece + 32 * share;
+        copy16_if(lane < 2 * ROUNDS * PIECES && at < end, (uint32_t*)&list + 4 * lane, (const uint32_t*)(from + at));
     }
-    DEVICE void ask_list(const Side& side, List& list, int chunk) {
-        list.later = list_end(side, chunk + 1);
-        ask_entry(side, list, 0, list.at), ask_entry(side, list, 1, list.at + THREADS);
+    // Outliers of a chunk, and copies of the next one's.
+    template <class Add> DEVICE void add_list(const Side& side, int& ends, int chunk, int share, List& list, Add add) {
+        const int n = (uint32_t)(chunk - first) % 16, at = shuffle(ends, n), end = shuffle(ends, n + 1), later = shuffle(ends, n + 2);
+        wait_for_copies<3>();
+        barrier_of_warp();
+        const uint16_t* copied = &list.index[0][(at & 7) + lane];
+        const int copied_end = min(end, at + ROUNDS * THREADS);
+        int i = at + 32 * share + lane;
+        ROLLED for (; i < copied_end; i += THREADS, copied += 8 * PIECES) add(Outlier{copied[0], copied[ROUNDS * 8 * PIECES]});
+        ROLLED for (; i < end; i += THREADS) add(Outlier{side.index[i], side.value[i]});
+        barrier_of_warp();
+        ask_list(side, end, chunk + 1 < last ? later : end, share, list);
+        if (n == 15) ends = ends_from(side, chunk + 1);
     }
-    // Outliers of a chunk, which are loaded two rounds ahead, and the first two of the next one.
-    template <class Add> DEVICE void add_list(const Side& side, List& list, int chunk, Add add) {
-        ROLLED for (; list.at < list.end; list.at += THREADS) {
-            const uint32_t word = list.index[0] | (uint32_t)list.value[0] << 16;
-            list.index[0] = list.index[1], list.value[0] = list.value[1];
-            ask_entry(side, list, 1, list.at + 2 * THREADS);
-            add(word);
-        }
-        list.at = list.end + list.number, list.end = list.later;
-        ask_list(side, list, chunk + 1);
-    }
-    DEVICE int channel_of(uint32_t word) { return (word & 0xFFFF) % D; }
-    DEVICE int token_of(uint32_t word) { return ((word & 0xFFFF) / D) % CHUNK; }
+    DEVICE int channel_of(Outlier outlier) { return outlier.index % D; }
+    DEVICE int token_of(Outlier outlier) { return outlier.index / D % CHUNK; }
 
-    DEVICE void begin_outliers() {
+    DEVICE void begin_lists() {  // asked for early, since where they end is waited for
+        const int n = lane % (ROUNDS * PIECES);
+        piece = n / PIECES * THREADS + n % PIECES * 8;
 #if KEY_OUTLIERS
-        begin_list(P.key, keys, tid);
+        key_ends = ends_from(P.key, first);
+#endif
+#if VALUE_OUTLIERS
+        value_ends = ends_from(P.value, first);
+#endif
+    }
+    DEVICE void begin_outliers() {
+#if VALUE_OUTLIERS  // what is left over falls to other warps than of keys
+        ask_list(P.value, shuffle(value_ends, 0), shuffle(value_ends, 1), WARPS - 1 - warp, T.value_list[warp]);
+#endif
+#if KEY_OUTLIERS
+        ask_list(P.key, shuffle(key_ends, 0), shuffle(key_ends, 1), warp, T.key_list[warp]);
         int64_t at;
         int place;
         find(tile * QUERIES + tid % QUERIES, at, place);
@@ -545,22 +575,17 @@ struct Worker {
             T.query[i / QUERIES][i % QUERIES] = halves(x, y);
         }
 #endif
-#if VALUE_OUTLIERS
-        begin_list(P.value, values, THREADS - 1 - tid);
-#endif
     }
 
 #if KEY_OUTLIERS
-    DEVICE void add_key(uint32_t word, int chunk) {
-        const int channel = channel_of(word), t = token_of(word);
-        const float exceeds = KEY_UNIT * (from_half(word >> 16) - T.key_floor[channel]);
-        int p;
-        bool second;
-        pair_of(channel, P.rotary_half, p, second);
-        const uint32_t tokens = (chunk - first) * CHUNK + t;
+    DEVICE void add_key(Outlier outlier, int chunk) {
+        const int t = token_of(outlier);
+        const uint32_t channel = T.key_channel[channel_of(outlier)];
+        const float exceeds = KEY_UNIT * from_half(outlier.value) - as_float(channel);
+        const uint32_t tokens = (chunk - first) * CHUNK + t, p = channel % 128;
         const uint2 step = S.turns[p];
-        float co, si;  // the second half of a pair stands a quarter of a turn ahead
-        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (second ? 0x40000000u : 0)) * TURN, co, si);
+        float co, si;
+        quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (channel << 23 & QUARTER)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
         uint32_t query[QUERIES];
         if (QUERIES % 4 == 0)
@@ -572,11 +597,11 @@ struct Worker {
     }
 #endif
 #if VALUE_OUTLIERS
-    DEVICE void add_value(uint32_t word, int chunk) {
-        const int channel = channel_of(word), t = token_of(word);
+    DEVICE void add_value(Outlier outlier, int chunk) {
+        const int channel = channel_of(outlier), t = token_of(outlier);
         const uint32_t range = T.ranges[chunk & 1][t];
         const float coded = DYNAMIC ? P.value.lowest * from_half(range & 0xFFFF) + from_half(range >> 16) : T.value_floor[channel];
-        const float exceeds = VALUE_UNIT * (from_half(word >> 16) - coded);
+        const float exceeds = VALUE_UNIT * (from_half(outlier.value) - coded);
         uint32_t weight[(QUERIES + 1) / 2];
         read_words<(QUERIES + 1) / 2>(weight, T.weights[chunk & 1][t]);
         UNROLL for (int q = 0; q < QUERIES; q++) add_shared(&T.value_sums[chunk & 1][q][channel], round_int(from_half(weight[q / 2] >> 16 * (q % 2) & 0xFFFF) * exceeds));
@@ -589,18 +614,19 @@ struct Worker {
         uint32_t range[EACH];
         UNROLL for (int i = 0; i < EACH; i++) {
             const int place = tid + i * THREADS, t = token_at(place);
-            range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(P.value.ranges + ((int64_t)b * P.blocks * 64 + chunk * CHUNK + t)) : 0;
+            range[i] = DYNAMIC && here && place < CHUNK && chunk * CHUNK + t < held ? load1(ranges_at + t) : 0;
         }
+        ranges_at += CHUNK;
         if (chunk + 1 < last) {
             score_chunk(chunk + 1);
 #if KEY_OUTLIERS
-            add_list(P.key, keys, chunk + 1, [&](uint32_t word) { add_key(word, chunk + 1); });
+            add_list(P.key, key_ends, chunk + 1, warp, T.key_list[warp], [&](Outlier outlier) { add_key(outlier, chunk + 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         if (first < chunk) {
             add_values(chunk - 1);
 #if VALUE_OUTLIERS
-            add_list(P.value, values, chunk - 1, [&](uint32_t word) { add_value(word, chunk - 1); });
+            add_list(P.value, value_ends, chunk - 1, WARPS - 1 - warp, T.value_list[warp], [&](Outlier outlier) { add_value(outlier, chunk - 1); });
 #endif
         } else end_of_copies(), end_of_copies();
         float score[EACH][QUERIES], p[EACH][QUERIES];

@@ -87,8 +87,8 @@ class Shape(launch.Shape):
         )
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
-        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 4 * dim)
-        team += values * _padded(8 * queries * dim + 8 * CHUNK * ((queries + 1) // 2) + 4 * dim + 8 * CHUNK)
+        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 14 * dim)
+        team += values * _padded(8 * queries * dim + 8 * CHUNK * ((queries + 1) // 2) + 14 * dim + 8 * CHUNK)
         return team
 
 

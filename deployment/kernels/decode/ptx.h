@@ -30,6 +30,7 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
 }
 DEVICE float shuffle_xor(float x, int k) { return __shfl_xor_sync(~0u, x, k); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
+DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
 // words that are read once: they pass by the first-level cache
 DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cs.b32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
 DEVICE void barrier_of_warp() { __syncwarp(); }
@@ -74,6 +75,7 @@ DEVICE uint16_t to_half(float x) { uint16_t h; asm("cvt.rn.f16.f32 %0,%1;" : "=h
 DEVICE uint16_t to_bfloat(float x) { uint16_t h; asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h) : "f"(x)); return h; }
 DEVICE float from_half(uint16_t h) { float x; asm("cvt.f32.f16 %0,%1;" : "=f"(x) : "h"(h)); return x; }
 DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 DEVICE float infinity() { return __uint_as_float(0x7F800000u); }
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float exp2_of(float x) { float y; asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x)); return y; }
