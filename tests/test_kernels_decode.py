@@ -108,10 +108,12 @@ def test_angles_stay_exact_in_a_long_part(monkeypatch) -> None:
     assert error(lengths=(9000,), heads=(8, 1), share=0.0) < 2e-3
 
 
-@pytest.mark.parametrize("share", [0.01, 0.04])
-def test_outliers_of_a_long_part(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """Where lists end is known for so many chunks; 1 % fit into their places in shared memory, and 4 % do not."""
+@pytest.mark.parametrize(("share", "rounds"), [(0.01, 2), (0.01, 1), (0.04, 2)])
+def test_outliers_of_a_long_part(monkeypatch: pytest.MonkeyPatch, share: float, rounds: int) -> None:
+    """Where lists end is known for so many chunks; 1 % fit into two rounds in shared memory, all else is read where it is."""
+    fitting = host.fitting
     monkeypatch.setattr(host, "parts_of", lambda *_: 1)
+    monkeypatch.setattr(host, "fitting", lambda *kind: replace(fitting(*kind), rounds=rounds))
     assert error(lengths=(5000,), heads=(1, 1), share=share, dim=128) < 2e-3
 
 
@@ -175,10 +177,10 @@ def test_where_shared_memory_is_small_fewer_queries_go_together() -> None:
     assert found == [4]
 
 
-@pytest.mark.parametrize("outliers", [0, 1])
+@pytest.mark.parametrize(("outliers", "rounds"), [(0, 2), (1, 1), (1, 2)])
 @pytest.mark.parametrize(("dim", "queries", "widths"), [(64, 1, 16), (96, 2, 8), (128, 4, 31), (256, 8, 4)])
-def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int) -> None:
-    shape = host.Shape(dim, queries, 2, widths, 4, 1, outliers, outliers, 0)
+def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int, rounds: int) -> None:
+    shape = host.Shape(dim, queries, 2, widths, 4, 1, outliers, outliers, 0, rounds)
     assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(host.Params)]
 
 

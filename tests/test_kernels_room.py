@@ -224,6 +224,8 @@ def test_cropping_shortens_streams_where_they_are() -> None:
     filled, other = make_layer(), make_layer()
     store(filled, *first)
     append(other, *first, [0])
+    for packed in filled.packed.values():
+        packed.pages[0].room = None  # counts on their way from a device cannot be copied
     for kept in (1, 2, 66, 67, 100, 139):
         layer, expected = deepcopy(filled), deepcopy(other)
         places, counts = [tensor.data_ptr() for tensor in layer.tensors()], layer.stored

@@ -18,7 +18,6 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import triton
 
 from deployment.kernels.decode import compile as decode
-from deployment.kernels.decode.host import Shape, teams_for
+from deployment.kernels.decode.host import Shape, fitting
 from deployment.kernels.schedule import CHUNK
 from gradients.cli import UserError, command_parser, format_table, run_command
 from quant.results import append_row, results_file
@@ -48,11 +47,9 @@ _ROUNDS = ("add(Outlier{copied[0], copied[ROUNDS * 8 * PIECES]});",)
 def shape_of(target: int, bits: int, queries: int, outliers: bool, head_dim: int = HEAD_DIM) -> Shape:
     """What host.py would choose for keys and values of `bits` bits."""
     widths = 0b11100 if bits == MIXED else 1 << bits
-    teams = teams_for(head_dim, queries)
-    shape = Shape(head_dim, queries, teams, widths, widths, int(bits != MIXED), int(outliers), int(outliers), 0)
-    while shape.shared_bytes > SHARED_LIMIT[target]:
-        # as host.py, which takes fewer queries at a time where not even one team fits
-        shape = replace(shape, teams=shape.teams - 1) if shape.teams > 1 else replace(shape, queries=queries // 2)
+    rest = widths, widths, int(bits != MIXED), int(outliers), int(outliers), 0, SHARED_LIMIT[target]
+    while (shape := fitting(head_dim, queries, *rest)) is None:  # not even one team fits
+        queries //= 2
     return shape
 
 

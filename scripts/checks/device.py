@@ -4,7 +4,8 @@
 
 Two checks for each dtype the model has on the device:
 
-    loss    packed, every token seeing all tokens as stored, against simulated, on the same device: within `--limit`
+    loss    packed, every token seeing all tokens as stored, against simulated, on the same device: within `--limit`, or twice as
+            much as simulated differs from itself with embeddings off by a rounding error (the most of three times)
     text    the device's greedy continuations of the first tokens of some windows, from the packed cache. The torch path
             on the CPU, in the same dtype, then reads the same tokens one by one: each must be the one it finds most
             likely, or a tie
@@ -44,15 +45,21 @@ from quant.evaluate import evaluate
 from quant.results import append_row, results_file
 
 _OWN, _ROUNDING = 2.0, 0.1  # a tie: at most this multiple of the CPU's own distance, which counts as 0.1 at least
+_TIMES = 3  # that a loss is found with embeddings rounded otherwise
 
 Row = dict[str, Any]
 
 
 def check_loss(model: PreTrainedModel, windows: Tensor, quantizers: Quantizers, chunk: int) -> Row:
-    """Mean NLL in nats of `windows` `[n, S]`, simulated and packed, and their relative difference."""
+    """Mean NLL in nats of `windows` `[n, S]`, simulated and packed; relative differences of packed, and of simulated rounded otherwise."""
     simulated = evaluate(model, windows, quantizers)["nll"]
     packed = evaluate_packed(model, windows, quantizers, chunk, exact_chunk=False)["nll"]
-    return {"nll_simulated": simulated, "nll_packed": packed, "nll_difference": abs(packed / simulated - 1)}
+    own = []
+    for seed in range(_TIMES):
+        with rounded_otherwise(model, seed):
+            own.append(abs(evaluate(model, windows, quantizers)["nll"] / simulated - 1))
+    losses = {"nll_simulated": simulated, "nll_packed": packed, "nll_difference": abs(packed / simulated - 1)}
+    return {**losses, "nll_rounded_difference": max(own)}
 
 
 @torch.inference_mode()
@@ -136,7 +143,8 @@ def check(arguments: argparse.Namespace, dtype: str, quantizers: Quantizers) -> 
     prompts = windows[: arguments.prompts, : arguments.prompt_tokens]
     row |= check_text(model, cpu.model, prompts, quantizers, arguments.new_tokens)
     tie = _OWN * max(row["rounded_distance"], _ROUNDING)
-    passed = row["nll_difference"] <= arguments.limit and row["largest_distance"] <= tie
+    most = max(arguments.limit, _OWN * row["nll_rounded_difference"])
+    passed = row["nll_difference"] <= most and row["largest_distance"] <= tie
     return {**row, "limit": arguments.limit, "tie": tie, "passed": passed}
 
 
@@ -159,7 +167,9 @@ def main(argv: Sequence[str] | None = None) -> Row:
     parser.add_argument("--prefill-chunk", type=positive_int, default=128, help="tokens per forward")
     parser.add_argument("--prompt-tokens", type=positive_int, default=100)
     parser.add_argument("--new-tokens", type=positive_int, default=64)
-    parser.add_argument("--limit", type=float, default=1e-3, help="relative difference of the losses (0.001)")
+    parser.add_argument(
+        "--limit", type=float, default=1e-3, help="relative difference of the losses (0.001), if not more is noise"
+    )
     parser.add_argument("--results", type=results_file, help="JSONL file to append to")
     arguments = parser.parse_args(argv)
     if arguments.prompt_tokens > arguments.seqlen:
@@ -169,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> Row:
         row = check(arguments, dtype, quantizers)
         append_row(arguments.results, row, packages=("torch", "transformers", "triton"))
         rows.append(row)
-    columns = "scheme dtype path nll_simulated nll_packed nll_difference equal_tokens "
+    columns = "scheme dtype path nll_simulated nll_packed nll_difference nll_rounded_difference equal_tokens "
     columns += "rounded_equal_tokens tokens largest_distance rounded_distance passed"
     print(format_table(rows, columns))
     return {"passed": all(row["passed"] for row in rows), "rows": rows}

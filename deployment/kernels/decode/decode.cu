@@ -13,7 +13,7 @@
 // each other and one barrier is enough. Teams are at different places at the same time. Words are copied to shared memory a step ahead. Outliers are
 // lists: what an element exceeds its code's level by is added to a score, or to an output, as an integer. Compiled by compile.py for one shape:
 // HEAD_DIM, QUERIES (of a tile: 1, 2, 4, 8), TEAMS, KEY_WIDTHS and VALUE_WIDTHS (bit w: groups of w bits occur), DYNAMIC (values have ranges of tokens),
-// KEY_OUTLIERS, VALUE_OUTLIERS, BFLOAT. Without __CUDACC__ lanes are fibers (tests/lanes.h).
+// KEY_OUTLIERS, VALUE_OUTLIERS, BFLOAT, ROUNDS (of outliers that wait in shared memory). Without __CUDACC__ lanes are fibers (tests/lanes.h).
 #ifdef __CUDACC__
 #include "ptx.h"
 #else
@@ -80,7 +80,7 @@ DEVICE constexpr int first_entry(int width, int widths) {
 constexpr bool PICKED = QUERIES == 1 && is_quad(KEY_WIDTHS);  // levels of keys come from registers: that takes fewer of them
 constexpr int KEY_PLACE = 64 * widest(KEY_WIDTHS), VALUE_PLACE = 64 * widest(VALUE_WIDTHS);  // words of a warp and block
 
-constexpr int ROUNDS = 2, PIECES = 5;  // 32 outliers of a warp lie in five pieces of 8, since they may begin within one
+constexpr int PIECES = 5;  // of 8: a warp's 32 outliers of a round may begin within one
 struct alignas(16) List { uint16_t index[ROUNDS][8 * PIECES], value[ROUNDS][8 * PIECES]; };  // of a warp and chunk; longer ones are read where they are
 
 struct alignas(16) Team {

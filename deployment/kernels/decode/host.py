@@ -70,6 +70,7 @@ class Shape(launch.Shape):
     key_outliers: int
     value_outliers: int
     bfloat: int
+    rounds: int = 2  # of a team's threads, so many outliers of a chunk wait in shared memory
 
     @property
     def shared_bytes(self) -> int:
@@ -87,8 +88,10 @@ class Shape(launch.Shape):
         )
         team += 32 * dim if queries < 4 else 0
         team += _padded(4 * (dim // 32 * queries + 2 * queries))
-        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + 14 * dim)
-        team += values * _padded(8 * queries * dim + 8 * CHUNK * ((queries + 1) // 2) + 14 * dim + 8 * CHUNK)
+        team += keys * _padded(2 * dim * queries + 8 * CHUNK * queries + (4 + 5 * self.rounds) * dim)
+        team += values * _padded(
+            8 * queries * dim + 8 * CHUNK * ((queries + 1) // 2) + (4 + 5 * self.rounds) * dim + 8 * CHUNK
+        )
         return team
 
 
@@ -240,7 +243,7 @@ def _shapes(query: Tensor, segments: Sequence[Segment], kv_heads: int, most_shar
     rows = min(8, 1 << (new * heads // kv_heads - 1).bit_length())
     pages = [segment for segment in segments if isinstance(segment, PackedSegment)]
     while rows:
-        shapes = [_fitting(dim, rows, *_kind(page), int(query.dtype == torch.bfloat16), most_shared) for page in pages]
+        shapes = [fitting(dim, rows, *_kind(page), int(query.dtype == torch.bfloat16), most_shared) for page in pages]
         found = [shape for shape in shapes if shape is not None]
         if len(found) == len(pages):
             return found
@@ -257,13 +260,14 @@ def _kind(segment: PackedSegment) -> tuple[int, int, int, int, int]:
 
 
 @cache
-def _fitting(dim: int, rows: int, keys: int, values: int, dynamic: int, *rest: int) -> Shape | None:
-    """As many teams as registers and shared memory are good for; the last of `rest` are flags, and bytes there are."""
+def fitting(dim: int, rows: int, keys: int, values: int, dynamic: int, *rest: int) -> Shape | None:
+    """As many teams as registers and shared memory are good for, if any; the last of `rest` are the flags of a `Shape`, and bytes there are."""
     *flags, most_shared = rest
     for teams in range(teams_for(dim, rows), 0, -1):
-        shape = Shape(dim, rows, teams, keys, values, dynamic, *flags)
-        if shape.shared_bytes <= most_shared:
-            return shape
+        for rounds in (2, 1):
+            shape = Shape(dim, rows, teams, keys, values, dynamic, *flags, rounds)
+            if shape.shared_bytes <= most_shared:
+                return shape
     return None
 
 
