@@ -3,7 +3,7 @@
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -265,7 +265,7 @@ def fitting(dim: int, rows: int, keys: int, values: int, dynamic: int, *rest: in
     *flags, most_shared = rest
     for teams in range(teams_for(dim, rows), 0, -1):
         for rounds in (2, 1):
-            shape = Shape(dim, rows, teams, keys, values, dynamic, *flags, rounds)
+            shape = replace(Shape(dim, rows, teams, keys, values, dynamic, *flags), rounds=rounds)
             if shape.shared_bytes <= most_shared:
                 return shape
     return None
