@@ -96,7 +96,7 @@ struct alignas(16) Team {
 #if KEY_OUTLIERS
     alignas(16) uint32_t query[PAIRS][QUERIES];  // two fp16: rotated back to the part's first token
     int key_sums[2][QUERIES][CHUNK];
-    uint32_t key_channel[D];  // level of code 0, whose last 8 bits are the pair and whether it is the second half
+    uint32_t key_channel[D];  // level of code 0 in such units, whose last 8 bits are replaced: 128 for a second half, and the pair
     List key_list[WARPS];
 #endif
 #if VALUE_OUTLIERS
@@ -584,7 +584,7 @@ struct Worker {
         const float exceeds = KEY_UNIT * from_half(outlier.value) - as_float(channel);
         const uint32_t tokens = (chunk - first) * CHUNK + t, p = channel % 128;
         const uint2 step = S.turns[p];
-        float co, si;
+        float co, si;  // the second half of a pair stands a quarter of a turn ahead
         quick_cos_sin((float)(int)(tokens * step.x + multiply_high(tokens, step.y) + (channel << 23 & QUARTER)) * TURN, co, si);
         co *= exceeds, si *= exceeds;
         uint32_t query[QUERIES];
