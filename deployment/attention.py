@@ -84,7 +84,10 @@ def attention(
     """
     context: Context | None = getattr(module, CONTEXT, None)
     if context is None:
-        raise RuntimeError(f"{OUTSIDE}, and the block to last as long as the model runs")
+        raise RuntimeError(
+            f"{OUTSIDE}, and the block to last as long as the model runs; a model that shares its config object with one "
+            "in such a block needs a copy of it"
+        )
     refuse_unknown(kwargs)
     if is_causal is False:
         refuse_unknown({"is_causal=False": True})

@@ -150,6 +150,13 @@ def test_an_attention_call_outside_says_what_is_missing(llama, make_tokens) -> N
         llama.set_attn_implementation("sdpa")
 
 
+def test_a_model_that_shares_the_config_is_told_to_copy_it(llama, make_tokens) -> None:
+    other = type(llama)(llama.config).eval()
+    with packed_attention(llama), pytest.raises(RuntimeError, match="shares its config object .* needs a copy of it"):
+        other(make_tokens(1, 5), use_cache=False)
+    assert other(make_tokens(1, 5)).logits.shape[:2] == (1, 5)
+
+
 @pytest.fixture(scope="module")
 def seeing() -> PreTrainedModel:
     """Gemma 3 with a vision tower."""
