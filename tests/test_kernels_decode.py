@@ -177,9 +177,11 @@ def test_where_shared_memory_is_small_fewer_queries_go_together() -> None:
     assert found == [4]
 
 
-@pytest.mark.parametrize(("outliers", "rounds"), [(0, 2), (1, 1), (1, 2)])
-@pytest.mark.parametrize(("dim", "queries", "widths"), [(64, 1, 16), (96, 2, 8), (128, 4, 31), (256, 8, 4)])
-def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, outliers: int, rounds: int) -> None:
+@pytest.mark.parametrize("outliers", [0, 1])
+@pytest.mark.parametrize(
+    ("dim", "queries", "widths", "rounds"), [(64, 1, 16, 2), (96, 2, 8, 1), (128, 4, 31, 2), (256, 8, 4, 1)]
+)
+def test_sizes_are_those_of_the_compiler(dim: int, queries: int, widths: int, rounds: int, outliers: int) -> None:
     shape = host.Shape(dim, queries, 2, widths, 4, 1, outliers, outliers, 0, rounds)
     assert kernels_on_cpu.sizes(shape) == [shape.shared_bytes, ctypes.sizeof(host.Params)]
 
