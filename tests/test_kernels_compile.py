@@ -17,7 +17,13 @@ from scripts.checks.compile_kernels import SHARED_LIMIT, chunk_loop, expected_ro
 REGISTERS = 65536  # of a multiprocessor
 # machine instructions per element of the loop over chunks without outliers, by bits and queries: the largest number of both targets and of NVRTC 13.0 and 13.5, plus 0.15
 LOOPS = {(4, 1): 2.85, (4, 4): 3.45, (3, 1): 3.3, (3, 4): 3.9, (2, 1): 2.85, (2, 4): 3.05, (0, 1): 4.05, (0, 4): 4.5}
-STACK = 16  # bytes of a lane that NVRTC 13.0 takes where 13.5 takes none
+
+
+def older_needs(stack: int) -> int:
+    """Bytes of a lane's stack: none, but for compilers such as NVRTC 13.0, of torch's wheels, that spill what 13.5 does not."""
+    from cuda.bindings import nvrtc
+
+    return 0 if nvrtc.nvrtcVersion()[1:] >= (13, 5) else stack
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +156,7 @@ def test_feedback_compiles_without_fused_operations_and_without_spills(tmp_path:
 @pytest.mark.parametrize(
     "shape", [(128, 32, 32, 16, 0, 1), (96, 2, 2, 64, 2, 1), (256, 1, 1, 8, 1, 1), (256, 8, 16, 16, 1, 0)]
 )
-def test_append_cu_compiles_without_fused_operations_and_hardly_spills(target: int, shape: tuple[int, ...]) -> None:
+def test_append_cu_compiles_without_fused_operations_and_without_spills(target: int, shape: tuple[int, ...]) -> None:
     program = pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed").Program
     from deployment.kernels.append_host import Shape
     from deployment.kernels.decode import compile as decode
@@ -161,7 +167,7 @@ def test_append_cu_compiles_without_fused_operations_and_hardly_spills(target: i
     usage = disassembled(decode.compiled(made, f"sm_{target}"), "cuobjdump", "-res-usage").replace("\n", " ")
     found = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)
     kernels = {name: (int(registers), int(stack)) for name, registers, stack in found}
-    assert all(kernels[name][1] <= STACK for name in ("append_token", "feed_back")), kernels
+    assert kernels["append_token"][1] == 0 and kernels["feed_back"][1] <= older_needs(32), kernels
     assert kernels["append_token"][0] * 256 <= REGISTERS
     # what could be fused would be, unless it is forbidden
     options, source = decode.options(made.defines(), f"sm_{target}"), made.source.read_text()
@@ -172,7 +178,7 @@ def test_append_cu_compiles_without_fused_operations_and_hardly_spills(target: i
     assert one == other
 
 
-@pytest.mark.parametrize(("target", "spilled"), [(80, 48), (90, STACK)])
+@pytest.mark.parametrize(("target", "spilled"), [(80, 48), (90, 0)])
 @pytest.mark.parametrize("shape", [(128, 4, 1), (128, 4, 0), (64, 4, 1)])
 def test_unpack_cu_shares_a_multiprocessor_with_two_more(target: int, spilled: int, shape: tuple[int, ...]) -> None:
     pytest.importorskip("cuda.core", reason="NVIDIA's compiler is not installed")
@@ -184,7 +190,7 @@ def test_unpack_cu_shares_a_multiprocessor_with_two_more(target: int, spilled: i
     assert 3 * made.shared_bytes <= SHARED_LIMIT[target]
     usage = disassembled(compiled(made, f"sm_{target}"), "cuobjdump", "-res-usage").replace("\n", " ")
     found = re.search(r"Function unpack:\s+REG:(\d+) STACK:(\d+)", usage)
-    assert found and int(found[1]) <= 80 and int(found[2]) <= spilled, usage
+    assert found and int(found[1]) <= 80 and int(found[2]) <= spilled + older_needs(8), usage
 
 
 @pytest.mark.gpu

@@ -116,8 +116,8 @@ class OutlierStreams:
         stream = torch.arange(batch * heads, device=lists.device)
         ends = ends + (stream * room).view(batch, heads, 1)
         streams = OutlierStreams(
-            index=places_of(index.short(), len(lists) + batch * heads * room),
-            value=places_of(value, len(lists) + batch * heads * room),
+            index=padded_zeros(self.index, len(lists) + batch * heads * room),
+            value=padded_zeros(self.value, len(lists) + batch * heads * room),
             ends=ends.int(),
             starts=(ends[..., 0] - counts[..., 0]).int(),
         )
@@ -172,7 +172,7 @@ class OutlierStreams:
             raise UserError(
                 f"room for {total} outliers goes beyond 32-bit numbers; use fewer sequences or shorter chunks"
             )
-        index, value = places_of(self.index, total), places_of(self.value, total)
+        index, value = padded_zeros(self.index, total), padded_zeros(self.value, total)
         for first in range(0, total if len(before.index) else 0, _MOVED):
             place = torch.arange(first, min(first + _MOVED, total), dtype=torch.int32, device=starts.device)
             stream = torch.searchsorted(ends, place, right=True, out_int32=True)
@@ -232,8 +232,8 @@ class OutlierStreams:
         return [self.index, self.value, self.ends, *([] if self.starts is None else [self.starts])]
 
 
-def places_of(like: Tensor, places: int) -> Tensor:
-    """Zeros for so many outliers, and behind them up to a multiple of 16 bytes: so many decode.cu copies at once."""
+def padded_zeros(like: Tensor, places: int) -> Tensor:
+    """`[places]` zeros of the dtype (2 bytes) and device of `like`; behind them memory goes on to a multiple of 16 bytes, which decode.cu copies at once."""
     return like.new_zeros(-(-places // 8) * 8)[:places]
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from deployment.cache import PackedCache
 from deployment.format.layout import PAGE_BLOCKS, PackedTensor
 from deployment.format.room import ROOM_SHARE, ROOM_TOKENS
-from deployment.format.streams import OutlierStreams, places_of
+from deployment.format.streams import OutlierStreams, padded_zeros
 from deployment.layer import PackedLayer
 from deployment.measure.synthetic import Shape, store, synthetic_quantizers
 from deployment.step.append import append
@@ -118,8 +118,8 @@ def _repeat_streams(few: OutlierStreams, blocks: int, capacity: int, spare: int 
         raise UserError(f"{int(places.sum())} outliers of a layer go beyond 32-bit numbers; use fewer tokens")
     device = few.index.device
     streams = OutlierStreams(
-        places_of(few.index, int(places.sum())),
-        places_of(few.value, int(places.sum())),
+        padded_zeros(few.index, int(places.sum())),
+        padded_zeros(few.value, int(places.sum())),
         (ends + starts[:, None])[None].int().to(device),
         starts[None].int().to(device),
     )

@@ -5,8 +5,8 @@
     python -m scripts.checks.compile_kernels --results scripts/results/instructions.jsonl
 
 A row per kernel: teams, registers and bytes of stack of a lane, bytes of shared memory, and machine instructions of a lane per dequantized
-element: those of the loop over chunks but for what happens rarely (columns rotated anew, a higher maximum, lists that do not fit into their place), `outliers` apart, and of both
-together the `whole`. `spills` are loads from and stores to local memory in the loops, once more without what is rare.
+element: those of the loop over chunks but for what happens rarely (columns rotated anew, a higher maximum, lists that do not fit into their
+place), `outliers` apart, and of both together the `whole`. `spills` are loads from and stores to local memory in the loops, once more without what is rare.
 
 --outliers of all elements are assumed, Poisson-distributed, in loops that take one per lane of a team at a time. --bits 0 is groups of 2, 3
 and 4 bits. What a team does once, before and after its chunks, is left out. Needs the packages of `pip install -e .[cuda]`, and Triton's disassembler.

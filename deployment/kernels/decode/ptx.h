@@ -29,8 +29,7 @@ DEVICE bool barrier_any(int id, int threads, bool p) {
     return r;
 }
 DEVICE float shuffle_xor(float x, int k) { return __shfl_xor_sync(~0u, x, k); }
-DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
-DEVICE int shuffle(int x, int lane) { return __shfl_sync(~0u, x, lane); }
+template <class T> DEVICE T shuffle(T x, int lane) { return __shfl_sync(~0u, x, lane); }
 // words that are read once: they pass by the first-level cache
 DEVICE uint32_t load1(const uint32_t* p) { uint32_t v; asm volatile("ld.global.cs.b32 %0,[%1];" : "=r"(v) : "l"(p)); return v; }
 DEVICE void barrier_of_warp() { __syncwarp(); }
